@@ -1,0 +1,35 @@
+# make demo [DATA=TrainAndValid.csv] | make test | make export | make readme | make clean
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+DATA ?=
+OUT ?= bulldozers_out
+
+.PHONY: demo test export readme clean
+
+$(VENV)/.installed: constraints.txt settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3,10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	dropconnect-bulldozers $(if $(DATA),--data '$(DATA)') --out '$(OUT)'
+
+test: $(VENV)/.installed
+	nbdev-test
+	pytest
+
+export: $(VENV)/.installed
+	nbdev-export
+	nbdev-clean
+
+# README.md is nbs/index.ipynb without its hidden cells (nbdev-readme does the same with Quarto, which not every machine can have)
+readme: $(VENV)/.installed
+	jupyter-nbconvert --log-level WARN --to markdown nbs/index.ipynb --output-dir . --output README \
+		--RegexRemovePreprocessor.enabled=True --RegexRemovePreprocessor.patterns='^\#\|\s*hide'
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info bulldozers_out
