@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .functional import check_mode, dropconnect, linear_dropconnect
 from .masks import check_p
 
-# %% ../nbs/10_layers.ipynb #d41385aa
+# %% ../nbs/10_layers.ipynb #c97266c2
 def _view_as(
     cls:type, # Class of the new module
     module:nn.Module, # The module to share everything with
@@ -21,7 +21,7 @@ def _view_as(
     **attrs # Attributes that only the new module has
 ) -> nn.Module:
     "A module of class `cls` that shares parameters, buffers and hooks of `module`; `TypeError` if that is no plain `base`"
-    ok = isinstance(module, base) and type(module).forward in (base.forward, cls.forward) or isinstance(module, cls)
+    ok = isinstance(module, base) and type(module).forward in (base.forward, cls.forward)
     if not ok or is_parametrized(module):
         got = 'one with a parametrization' if ok else type(module).__name__
         raise TypeError(f'the layer must be an nn.{base.__name__} (or a subclass with the same `forward`), however: got {got}')
