@@ -123,7 +123,7 @@ def _catalogue(n=400):
     cat['since'] = np.where(rng.random(n)<.8, 1975, rng.integers(2004, 2013, n)) # a fifth comes to the market while we look
     return cat
 
-# %% ../nbs/40_bulldozers.ipynb #983884a1
+# %% ../nbs/40_bulldozers.ipynb #31d56a7a
 _equipment_effect = { # (column, level): {group: what it adds to the log price}
     ('Enclosure','EROPS w AC'): dict(WL=.25, TEX=.2, TTT=.25, MG=.2, BL=.06),
     ('Enclosure','EROPS'): dict(WL=.1, TEX=.05, TTT=.1, MG=.08, BL=.03, SSL=-.05),
@@ -137,7 +137,7 @@ def _market(
     year:np.ndarray # Time of the sale in years, such as 2009.25
 ) -> np.ndarray: # What it adds to the log price
     "The synthetic market's level: 3 % growth a year, and a dip of 20 % in early 2009"
-    return .03*(year-2004) - .2*np.exp(-((year-2009.1)/.6)**2)
+    return .03*(year-2004) - .2*np.exp(-((year-2009.1)/.45)**2)
 
 # %% ../nbs/40_bulldozers.ipynb #3ea1fc8a
 def _wear(
@@ -187,7 +187,7 @@ def _draw_use(rng, age):
     meter = np.where(read<.24, np.nan, np.where(read<.34, 0., hours.round()))
     return hours, meter, np.where((read<.24) | (rng.random(n)<.1), None, band)
 
-# %% ../nbs/40_bulldozers.ipynb #0ebc93d2
+# %% ../nbs/40_bulldozers.ipynb #de232f18
 def synthetic_bulldozers(
     n:int=12000, # Number of sales, at least 1
     seed:int=0 # Same seed, same sales; torch's and numpy's global random state is neither used nor changed
@@ -195,7 +195,7 @@ def synthetic_bulldozers(
     "Made-up sales of Kaggle's columns with a known price formula; `TypeError`, `ValueError` for a wrong `n` or `seed`"
     _check_int(n, 'n', 1); _check_int(seed, 'seed', 0)
     rng = np.random.default_rng(seed)
-    days = pd.Timestamp('2004-01-01') + pd.to_timedelta((3012*rng.random(n)**.8).astype(int), unit='D')
+    days = pd.Timestamp('2004-01-01') + pd.to_timedelta((3012*rng.random(n)**.6).astype(int), unit='D')
     df = _draw_models(rng, days)
     t = (days.year + days.dayofyear/366).to_numpy()
     age = np.floor(np.minimum(rng.gamma(2., 4., n), t-df.since))

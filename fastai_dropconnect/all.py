@@ -1,0 +1,7 @@
+"All public names of the package: `from fastai_dropconnect.all import *`, after `from fastai.tabular.all import *`"
+from fastai_dropconnect.masks import *
+from fastai_dropconnect.functional import *
+from fastai_dropconnect.layers import *
+from fastai_dropconnect.tabular.model import *
+from fastai_dropconnect.tabular.learner import *
+from fastai_dropconnect.callback.batchnorm import *
