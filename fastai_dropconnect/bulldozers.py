@@ -7,8 +7,9 @@ __all__ = ['KAGGLE_COLUMNS', 'MACHINE_SIZES', 'SYNTHETIC_NOISE', 'LOG_PRICE', 'c
            'DataError', 'read_bulldozers', 'price_features', 'feature_names', 'check_date', 'valid_start', 'time_split',
            'FillMissingAnywhere', 'bulldozers_pandas', 'encode_sales', 'bulldozers_dls', 'sales_dls']
 
-# %% ../nbs/40_bulldozers.ipynb #8f009b8a
+# %% ../nbs/40_bulldozers.ipynb #7ff6c26a
 import io, warnings, zipfile
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 
@@ -189,7 +190,7 @@ def _draw_use(rng, age):
     meter = np.where(read<.24, np.nan, np.where(read<.34, 0., hours.round()))
     return hours, meter, np.where((read<.24) | (rng.random(n)<.1), None, band)
 
-# %% ../nbs/40_bulldozers.ipynb #86facf07
+# %% ../nbs/40_bulldozers.ipynb #92b47671
 def synthetic_bulldozers(
     n:int=12000, # Number of sales, at least 1
     seed:int=0 # Same seed, same sales; torch's and numpy's global random state is neither used nor changed
@@ -199,7 +200,7 @@ def synthetic_bulldozers(
     rng = np.random.default_rng(seed)
     days = pd.Timestamp('2004-01-01') + pd.to_timedelta((3012*rng.random(n)**.6).astype(int), unit='D')
     df = _draw_models(rng, days)
-    t = (days.year + days.dayofyear/366).to_numpy()
+    t = (days.year + days.day_of_year/366).to_numpy()
     age = np.floor(np.minimum(rng.gamma(2., 4., n), t-df.since))
     equipment, log_price = _draw_equipment(rng, df.ProductGroup)
     hours, meter, band = _draw_use(rng, age)
@@ -212,12 +213,14 @@ def synthetic_bulldozers(
     df['SalePrice'] = np.exp(log_price).clip(100).round(-1)
     return _typed(pd.concat([df, equipment], axis=1)[list(KAGGLE_COLUMNS.index)])
 
+_text = pd.Series(['text']).dtype # pandas 2: object, pandas 3: str
+
 def _typed(df):
     "`df` with the type that each column's kind asks for"
     text = columns_of('id','code','category')
     df = df.astype({c: float for c in columns_of('target','number') if c in df} | {'saledate': 'datetime64[ns]'})
     df['ProductSize'] = pd.Categorical(df.ProductSize, categories=MACHINE_SIZES, ordered=True)
-    return df.assign(**{c: pd.Series(df[c].to_numpy(object), index=df.index) for c in text if c in df})
+    return df.assign(**{c: df[c].astype(object).where(df[c].notna(), np.nan).astype(_text) for c in text if c in df})
 
 # %% ../nbs/40_bulldozers.ipynb #6e0b292b
 class DataError(ValueError):
@@ -249,25 +252,24 @@ def _csv_bytes(path, prefer):
         raise DataError(f'{path}: not a zip archive that can be read ({e})') from None
     raise DataError(f'{path}: none of {" and ".join(prefer)} in it, nor one single other CSV; it holds {found}')
 
-# %% ../nbs/40_bulldozers.ipynb #22bc0352
+# %% ../nbs/40_bulldozers.ipynb #fb5cdb16
 def _read_text(path, prefer):
     "The CSV at `path` as a frame of strings, Kaggle's columns only, and the name to use in messages"
     data, name = _csv_bytes(path, prefer)
     if not data.strip(): raise DataError(f'{name}: is empty')
     if b'\0' in data[:4096] or b',' not in data.split(b'\n', 1)[0]:
         raise DataError(f'{name}: not a CSV file: no commas in its first line')
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('error', pd.errors.ParserWarning)
-            raw = pd.read_csv(io.BytesIO(data), dtype=str, encoding='utf-8-sig', index_col=False, usecols=lambda c: c in KAGGLE_COLUMNS.index)
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as e:
+    try: raw = pd.read_csv(io.BytesIO(data), dtype=str, encoding='utf-8-sig')
+    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as e:
         raise DataError(f'{name}: not a CSV file that can be read: {str(e).strip()}') from None
+    if not isinstance(raw.index, pd.RangeIndex): raise DataError(f'{name}: not a CSV file that can be read: its rows have more fields than its first line')
+    raw = raw[[c for c in raw if c in KAGGLE_COLUMNS.index]]
     return raw, name
 
-# %% ../nbs/40_bulldozers.ipynb #1595fa7e
+# %% ../nbs/40_bulldozers.ipynb #21465460
 def _check_columns(raw, name, test):
     "Raise `DataError` unless `raw` has the columns in use and at least one row"
-    need = columns_of('date','number','code','category','ordered') + (['SalesID'] if test else columns_of('target'))
+    need = columns_of('target','date','number','code','category','ordered') if not test else ['SalesID', *columns_of('date','number','code','category','ordered')]
     missing = [c for c in need if c not in raw]
     if missing: raise DataError(f'{name}: {len(missing)} needed column{"s" if len(missing)>1 else ""} missing: {", ".join(missing)}')
     if not len(raw): raise DataError(f'{name}: a header, but no rows')
@@ -325,18 +327,18 @@ def read_bulldozers(
     cols |= {c: raw[c].str.removesuffix('.0') for c in columns_of('id','code') if c in raw}
     return _typed(raw.assign(**cols)[[c for c in KAGGLE_COLUMNS.index if c in raw]].reset_index(drop=True))
 
-# %% ../nbs/40_bulldozers.ipynb #fb1ba5a6
+# %% ../nbs/40_bulldozers.ipynb #25ae3ab9
 LOG_PRICE = 'logSalePrice'
 
 def price_features(
     df:pd.DataFrame # Sales as `read_bulldozers` or `synthetic_bulldozers` gives them, with or without `SalePrice`
 ) -> pd.DataFrame: # One row per sale: the features, and `logSalePrice` where there was a price
     "Features that the models see; ids are gone, dates expanded, values that mean 'unknown' are missing values"
-    date = add_datepart(df[['saledate']].astype('datetime64[ns]'), 'saledate')
+    parts = add_datepart(df[['saledate']].astype('datetime64[ns]'), 'saledate')
     made = df.YearMade.where(df.YearMade>=1900)
     hours = df.MachineHoursCurrentMeter
-    out = df[columns_of('code','category','ordered')].assign(YearMade=made, saleAge=date.saleYear-made, logHours=np.log1p(hours.where(hours>0)))
-    out = pd.concat([out, date.astype({'saleYear': float, 'saleElapsed': float})], axis=1)
+    out = df[columns_of('code','category','ordered')].assign(YearMade=made, saleAge=parts.saleYear-made, logHours=np.log1p(hours.where(hours>0)))
+    out = pd.concat([out, parts.astype({'saleYear': float, 'saleElapsed': float})], axis=1)
     if 'SalePrice' in df: out[LOG_PRICE] = np.log(df.SalePrice)
     return out
 
@@ -351,15 +353,15 @@ def feature_names(
     cats = [c for c in names if is_cat(c) and feats[c].nunique(dropna=False)>1]
     return cats, [c for c in names if not is_cat(c) and feats[c].nunique()>1]
 
-# %% ../nbs/40_bulldozers.ipynb #e2febe87
+# %% ../nbs/40_bulldozers.ipynb #cf3d93c6
 def check_date(
-    x:str|pd.Timestamp, # A date, as a string in ISO format such as '2011-10-01'
+    x:str|date, # A date, or a string in ISO format such as '2011-10-01'
     name:str # What to call it in the error
 ) -> pd.Timestamp: # `x` as a timestamp
     "Return `x` as a timestamp, or raise `ValueError` if it is no date"
-    try: d = pd.to_datetime(x, format='ISO8601' if isinstance(x, str) else None)
-    except (ValueError, TypeError): d = pd.NaT
-    if not isinstance(d, pd.Timestamp) or pd.isna(d): raise ValueError(f"`{name}` must be a date such as '2011-10-01', however: {name}={x!r}")
+    try: d = pd.to_datetime(x, format='ISO8601') if isinstance(x, str) else pd.Timestamp(x) if isinstance(x, date) else pd.NaT
+    except ValueError: d = pd.NaT
+    if pd.isna(d): raise ValueError(f"`{name}` must be a date such as '2011-10-01', however: {name}={x!r}")
     return d.tz_localize(None)
 
 def valid_start(

@@ -194,7 +194,7 @@ def fit_models(
     if 'ensemble' in models: fits += [ensemble_of([f for f in fits if f.seed==s and f.model in ENSEMBLE], to) for s in seeds]
     return fits
 
-# %% ../nbs/41_cli.ipynb #d258ddb6
+# %% ../nbs/41_cli.ipynb #07e4ff08
 def leaderboard(
     fits:list, # From `fit_models`
     models:list|None=None # The models to show, by default all
@@ -204,13 +204,13 @@ def leaderboard(
                            parameters=f.parameters, nodes=f.nodes) for f in fits])
     g = d[d.model.isin(MODELS if models is None else models)].astype({c: float for c in d if c!='model'}).groupby('model')
     board = g.mean().assign(spread=g.rmse.std(), seeds=g.size()).sort_values('rmse', kind='stable').reset_index()
-    board = board.astype({c: 'Int64' for c in ('parameters','nodes')} if False else {})
+    board[['parameters','nodes']] = board[['parameters','nodes']].round().astype('Int64')
     return board[['model','rmse','spread','seeds','seconds_per_epoch','seconds_per_fit','parameters','nodes']]
 
-# %% ../nbs/41_cli.ipynb #e764af14
+# %% ../nbs/41_cli.ipynb #f18ed49e
 def _size_text(r):
     "Parameters of a network, nodes of a forest, or nothing"
-    return f'{r.parameters:,.0f} parameters' if r.parameters>0 else f'{r.nodes:,.0f} nodes' if r.nodes>0 else ''
+    return f'{r.parameters:,} parameters' if pd.notna(r.parameters) else f'{r.nodes:,} nodes' if pd.notna(r.nodes) else ''
 
 def board_text(
     board:pd.DataFrame # From `leaderboard`
@@ -258,14 +258,15 @@ def _figure(title, xlabel, ylabel, size=(8,5)):
 
 def _colors(models): return {m: f'C{MODELS.index(m)}' for m in models}
 
-# %% ../nbs/41_cli.ipynb #1beaa3fd
+# %% ../nbs/41_cli.ipynb #ab45f95b
 def plot_leaderboard(
     board:pd.DataFrame, # From `leaderboard`
     fits:list, # From `fit_models`
     source:str # Where the data came from
 ) -> Figure:
     "RMSE of each model: the mean with its standard deviation over the seeds, and a grey point per seed"
-    fig, ax = _figure(f'Validation error, {source}', 'RMSE of the log price (lower is better)', '', (8, 1.6+.42*len(board)))
+    bars = '\ncolour: mean and standard deviation over the seeds; grey: each seed' if board.seeds.max()>1 else ''
+    fig, ax = _figure(f'Validation error, {source}', f'RMSE of the log price (lower is better){bars}', '', (8, 1.8+.45*len(board)))
     colors = _colors(board.model)
     for y,r in enumerate(board.itertuples()):
         own = [f.rmse for f in fits if f.model==r.model]
@@ -278,7 +279,7 @@ def plot_leaderboard(
     ax.xaxis.set_major_locator(MaxNLocator(6))
     return fig
 
-# %% ../nbs/41_cli.ipynb #5450c478
+# %% ../nbs/41_cli.ipynb #0152ae96
 def plot_predictions(
     preds:pd.DataFrame, # From `valid_predictions`
     model:str, # Whose predictions to show
@@ -289,7 +290,7 @@ def plot_predictions(
     x, y = preds.SalePrice, preds[model]
     lim = [min(x.min(), y.min())/1.1, max(x.max(), y.max())*1.1]
     ax.plot(lim, lim, color='.3', lw=1, label='predicted = actual')
-    ax.scatter(x, y, s=8, alpha=.35 if len(preds)<2000 else .2, color=_colors([model])[model], linewidths=0)
+    ax.scatter(x, y, s=10, alpha=.6 if len(preds)<1000 else .25, color='C0', linewidths=0)
     ax.set(xscale='log', yscale='log', xlim=lim, ylim=lim, aspect='equal')
     ticks = [t for e in range(1,8) for t in (10**e, 2*10**e, 5*10**e) if lim[0]<=t<=lim[1]]
     for axis in (ax.xaxis, ax.yaxis):
