@@ -8,8 +8,9 @@ __all__ = ['NETWORKS', 'FORESTS', 'ENSEMBLE', 'MODELS', 'DEFAULT_MODELS', 'OUTPU
            'board_text', 'valid_predictions', 'submission', 'plot_leaderboard', 'plot_predictions', 'plot_curves',
            'check_out', 'write_results', 'compare_on_bulldozers', 'dropconnect_bulldozers']
 
-# %% ../nbs/41_cli.ipynb #458db6cb
-import os, re, shutil, sys, tempfile, time, warnings
+# %% ../nbs/41_cli.ipynb #3077a812
+import os, re, shutil, sys, tempfile, time, torch, warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def _predict_log(learn, dl):
     "Predicted log prices of the rows of `dl`"
     with learn.no_bar(): return learn.get_preds(dl=dl)[0].squeeze(-1).double().numpy()
 
-# %% ../nbs/41_cli.ipynb #d711aeef
+# %% ../nbs/41_cli.ipynb #d7759950
 def network(
     name:str, # One of `NETWORKS`
     to, # From `bulldozers_pandas`
@@ -134,6 +135,15 @@ def network(
     return tabular_learner(sales_dls(to, settings.bs), layers=list(settings.layers), config=config,
                            y_range=(y.min()-.2, y.max()+.2), metrics=rmse)
 
+@contextmanager
+def _one_thread():
+    "Torch computes in one thread"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(n)
+
+@_one_thread()
 def fit_network(
     name:str, # One of `NETWORKS`
     to, # From `bulldozers_pandas`
@@ -373,7 +383,7 @@ class _Job:
         seeds = f'seed{"s" if len(self.seeds)>1 else ""} {", ".join(map(str, self.seeds))}'
         return (f'Data: {self.source}\n{n+k:,} sales: {n:,} before {self.start:%Y-%m-%d} train, the {k:,} from then on validate; {seeds}')
 
-# %% ../nbs/41_cli.ipynb #815962d0
+# %% ../nbs/41_cli.ipynb #38ceca28
 def _seeds(seed, seeds):
     "The list of seeds"
     check_int(seed, 'seed', 0); check_int(seeds, 'seeds', 1)
@@ -391,7 +401,7 @@ def _prepare(data, test, models, weight_p, epochs, bs, layers, seed, seeds, vali
     df = synthetic_bulldozers(rows, seed=0) if data is None else read_bulldozers(data)
     new = None if test is None else read_bulldozers(test, test=True)
     to = bulldozers_pandas(df, valid_from=valid_from)
-    return _Job(df, to, models, seeds, settings, source, df.saledate[to.valid.items.index].min().normalize(), Path(out), new)
+    return _Job(df, to, models, seeds, settings, source, valid_start(df.saledate, valid_from=valid_from), Path(out), new)
 
 # %% ../nbs/41_cli.ipynb #919f4fe8
 def _writers(job, fits, board):
@@ -442,7 +452,7 @@ def compare_on_bulldozers(
     "Compare fastai's tabular model with and without DropConnect to scikit-learn's forests on prices of bulldozers"
     return _run(_prepare(data, test, models, weight_p, epochs, bs, layers, seed, seeds, valid_from, out, rows))
 
-# %% ../nbs/41_cli.ipynb #94037ba0
+# %% ../nbs/41_cli.ipynb #9d6ff0f0
 _prog = 'dropconnect-bulldozers'
 
 def _fail(text, status):
@@ -456,7 +466,7 @@ def dropconnect_bulldozers(
     argv:list|None=None # Arguments, by default those of the command line
 ) -> int: # Exit status: 0, 2 for wrong arguments or data, 130 if interrupted
     "The command `dropconnect-bulldozers`: `compare_on_bulldozers` with its parameters as options"
-    argv = [re.sub('_', '-', a) if re.fullmatch('--[a-z_]+', a) else a for a in (sys.argv[1:] if argv is None else argv)]
+    argv = [re.sub('^--[a-z_]+', lambda m: m[0].replace('_', '-'), a) for a in (sys.argv[1:] if argv is None else argv)]
     args = vars(anno_parser(compare_on_bulldozers, prog=_prog).parse_args(argv))
     args = {k: v for k,v in args.items() if k not in ('pdb','xtra')}
     try:
