@@ -8,7 +8,7 @@ __all__ = ['NETWORKS', 'FORESTS', 'ENSEMBLE', 'MODELS', 'DEFAULT_MODELS', 'OUTPU
            'board_text', 'valid_predictions', 'submission', 'plot_leaderboard', 'plot_predictions', 'plot_curves',
            'check_out', 'write_results', 'compare_on_bulldozers', 'dropconnect_bulldozers']
 
-# %% ../nbs/41_cli.ipynb #3077a812
+# %% ../nbs/41_cli.ipynb #94aeec0f
 import os, re, shutil, sys, tempfile, time, torch, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from sklearn.ensemble import ExtraTreesRegressor, HistGradientBoostingRegressor, RandomForestRegressor
 from sklearn.metrics import root_mean_squared_error
+from threadpoolctl import threadpool_limits
 
 from .bulldozers import *
 from .callback.batchnorm import RecalibrateBN
@@ -62,14 +63,14 @@ def parse_layers(
         raise ValueError(f"`layers` must be sizes of at least 1 such as '500,250', however: layers={layers!r}")
     return tuple(map(int, sizes))
 
-# %% ../nbs/41_cli.ipynb #a6c69a46
+# %% ../nbs/41_cli.ipynb #ac514900
 @dataclass(frozen=True)
 class NetSettings:
     "How the networks are trained; raises `TypeError` or `ValueError` naming what is wrong"
     epochs:int=10 # Epochs of one fit, at least 1
     bs:int=256 # Rows in a batch, at least 2
     layers:tuple=(500,250) # Sizes of the hidden layers
-    weight_p:float=.3 # Probability that a connection is dropped, `0 <= weight_p < 1`
+    weight_p:float=.1 # Probability that a connection is dropped, `0 <= weight_p < 1`
     lr:float=1e-2 # Highest learning rate of the cycle, above 0
 
     def __post_init__(self):
@@ -78,6 +79,16 @@ class NetSettings:
         for n in self.layers: check_int(n, 'layers', 1)
         check_p(self.weight_p, 'weight_p')
         if not 0 < self.lr < np.inf: raise ValueError(f'`lr` must be above 0, however: lr={self.lr!r}')
+
+# %% ../nbs/41_cli.ipynb #c1c377f8
+@contextmanager
+def _one_thread():
+    "Torch, OpenMP and BLAS compute in one thread"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1): yield
+    finally: torch.set_num_threads(n)
 
 # %% ../nbs/41_cli.ipynb #b16a3e1b
 @dataclass
@@ -97,7 +108,8 @@ class Fit:
 
 def _rmse(to, preds): return root_mean_squared_error(to.valid.ys[LOG_PRICE], preds)
 
-# %% ../nbs/41_cli.ipynb #d7c0e511
+# %% ../nbs/41_cli.ipynb #85fb01b1
+@_one_thread()
 def fit_forest(
     name:str, # One of `FORESTS`
     to, # From `bulldozers_pandas`
@@ -123,7 +135,7 @@ def _predict_log(learn, dl):
     "Predicted log prices of the rows of `dl`"
     with learn.no_bar(): return learn.get_preds(dl=dl)[0].squeeze(-1).double().numpy()
 
-# %% ../nbs/41_cli.ipynb #d7759950
+# %% ../nbs/41_cli.ipynb #30c184a1
 def network(
     name:str, # One of `NETWORKS`
     to, # From `bulldozers_pandas`
@@ -135,14 +147,7 @@ def network(
     return tabular_learner(sales_dls(to, settings.bs), layers=list(settings.layers), config=config,
                            y_range=(y.min()-.2, y.max()+.2), metrics=rmse)
 
-@contextmanager
-def _one_thread():
-    "Torch computes in one thread"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)
-
+# %% ../nbs/41_cli.ipynb #e0ed4387
 @_one_thread()
 def fit_network(
     name:str, # One of `NETWORKS`
@@ -434,12 +439,12 @@ def _run(job):
     print(f'\nValidation RMSE of the log price\n{board_text(board)}\n\nWritten to {job.out}: {", ".join(n for n in OUTPUTS if n in writers)}')
     return board
 
-# %% ../nbs/41_cli.ipynb #6ea75cbc
+# %% ../nbs/41_cli.ipynb #8cd6780d
 def compare_on_bulldozers(
     data:str=None, # Kaggle's TrainAndValid.csv or Train.csv, or a .zip of it; without it, synthetic sales
     test:str=None, # A file of sales to predict, such as Kaggle's Test.csv: the best model's prices go to submission.csv
     models:str=','.join(DEFAULT_MODELS), # Models to compare, separated by commas
-    weight_p:float=.3, # Probability that a connection is dropped by DropConnect
+    weight_p:float=.1, # Probability that a connection is dropped by DropConnect
     epochs:int=10, # Epochs of each network
     bs:int=256, # Rows in a batch
     layers:str='500,250', # Sizes of the hidden layers

@@ -1,20 +1,21 @@
-import os, shutil, signal, subprocess, sys, time
+import os, signal, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from fastai.learner import load_learner
 from fastai_dropconnect import cli
-from fastai_dropconnect.bulldozers import DataError, bulldozers_pandas, encode_sales, price_features, read_bulldozers, synthetic_bulldozers
+from fastai_dropconnect.bulldozers import bulldozers_pandas, encode_sales, price_features, synthetic_bulldozers
 from fastai_dropconnect.cli import *
 
 COMMAND = Path(sys.executable).parent/'dropconnect-bulldozers'
 REAL = Path(__file__).parents[2]/'shared'/'data'/'bulldozers'
 needs_real = pytest.mark.skipif(not (REAL/'TrainAndValid.csv').exists(), reason=f'Kaggle\'s file is not at {REAL}')
+ENV = dict(os.environ, OMP_NUM_THREADS='1') # on so few rows threads only wait for each other, above all on a busy machine
 QUICK = '--epochs 1 --layers 20 --seeds 1'.split()
 
 
 def run(*args, cwd=None):
     "Run the installed command: its exit status, stdout and stderr"
-    r = subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=300)
+    r = subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=300, env=ENV)
     return r.returncode, r.stdout, r.stderr
 
 
@@ -112,7 +113,7 @@ def test_the_real_file(tmp_path):
 # --- what can go wrong
 
 def test_bad_data_ends_with_status_2_and_one_line(tmp_path):
-    bad = synthetic_bulldozers(30).drop(columns='Thumb').to_csv(tmp_path/'bad.csv', index=False)
+    synthetic_bulldozers(30).drop(columns='Thumb').to_csv(tmp_path/'bad.csv', index=False)
     status, said, errors = run('--data', tmp_path/'bad.csv', '--out', tmp_path/'out', *QUICK)
     assert (status, said) == (2, '')
     assert errors == f'dropconnect-bulldozers: error: {tmp_path}/bad.csv: 1 needed column missing: Thumb\n'
@@ -120,7 +121,7 @@ def test_bad_data_ends_with_status_2_and_one_line(tmp_path):
 
 def test_interrupted_by_the_user(tmp_path):
     p = subprocess.Popen([COMMAND, '--rows', '3000', '--models', 'fastai', '--epochs', '500', '--out', tmp_path/'out'],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
     try:
         assert '[' == p.stderr.read(1) # the first fit has begun
         p.send_signal(signal.SIGINT)
