@@ -7,3 +7,4 @@ from fastai_dropconnect.tabular.learner import *
 from fastai_dropconnect.callback.batchnorm import *
 from fastai_dropconnect.callback.core import *
 from fastai_dropconnect.callback.frozen_zero import *
+from fastai_dropconnect.callback.dropconnect import *

@@ -125,11 +125,11 @@ class MaskingCallback(LeanCallback):
         if value is None: self.record.detach()
         else: self.record.attach(get_model(value.model))
 
-# %% ../../nbs/31_callback.frozen_zero.ipynb #9a2718d1
+# %% ../../nbs/31_callback.frozen_zero.ipynb #2d478679
 class FrozenZeroInit(MaskingCallback):
     "Set a random part of the weights to zero at the start of the first fit, and (with `mask_grads`) hold them there in this fit and all others"
     order = TrainEvalCallback.order+1       # after the model is on its device, before all others see weights or gradients
-    _stateattrs = ('_live','_step')
+    _stateattrs = ('_live','_ticks')
     _live = None                            # in a fit: (parameter, bits of its mask, bits that it is held at) for each
     def __init__(self,
         sparsity=0.5, # Fraction of each selected weight: a number, a dictionary {layer name: number}, or a function of (name, module)
@@ -155,7 +155,7 @@ class FrozenZeroInit(MaskingCallback):
         "The weights of the Learner's model that this callback acts on"
         return select_weights(layer_values(get_model(self.learn.model), self.sparsity, self.layers, 'sparsity'), self.params)
 
-# %% ../../nbs/31_callback.frozen_zero.ipynb #bb26692d
+# %% ../../nbs/31_callback.frozen_zero.ipynb #f21de8ee
 @patch
 def _draw(self:FrozenZeroInit, weights:dict) -> dict:
     "A mask for each of `weights`, and whether it was in the weight already"
@@ -173,13 +173,13 @@ def _plant(self:FrozenZeroInit):
     if not weights or self.released: return
     for n,(mask,found) in from_rank0(self._draw(weights)).items():
         self.record[n],p = mask,weights[n][0]
-        before = p.data.std().item()
+        before = p.data.std(correction=0).item()
         if self.zero and not found:
             as_bits(p).bitwise_and_(bit_mask(mask, p))
             if self.rescale: p.data.div_(mask.float().mean().sqrt().item())
-        self.stds[n] = before,p.data.std().item()
+        self.stds[n] = before,p.data.std(correction=0).item()
 
-# %% ../../nbs/31_callback.frozen_zero.ipynb #ed152f70
+# %% ../../nbs/31_callback.frozen_zero.ipynb #3ba0701c
 @patch
 def _hold(self:FrozenZeroInit) -> list: # (parameter, bits of its mask, bits that it is held at or `None` for zero)
     "Prepare the weights for a fit in which the masked ones stay as they are"
@@ -205,7 +205,7 @@ def before_fit(self:FrozenZeroInit):
 def before_train(self:FrozenZeroInit):
     if self._live is not None: return
     self._plant()
-    self._live,self._step = self._hold() if self.mask_grads and not self.released else [],itertools.count()
+    self._live,self._ticks = self._hold() if self.mask_grads and not self.released else [],itertools.count()
     self._clean(0.)
 
 @patch
@@ -214,7 +214,7 @@ def after_fit(self:FrozenZeroInit):
     self._clean(0.)
     self._live = None
 
-# %% ../../nbs/31_callback.frozen_zero.ipynb #18905068
+# %% ../../nbs/31_callback.frozen_zero.ipynb #e4c81e67
 @patch
 def after_backward(self:FrozenZeroInit):
     "Mask the gradients: with NaN or infinity in them too, before clipping, unscaling or an optimizer sees them"
@@ -228,7 +228,7 @@ def after_step(self:FrozenZeroInit):
     for p,bits,held in self._live:
         w = as_bits(p).bitwise_and_(bits)
         if held is not None: w.bitwise_or_(held)
-    if next(self._step)%1000==0: self._clean(1.)
+    if next(self._ticks)%1000==0: self._clean(1.)
 
 # %% ../../nbs/31_callback.frozen_zero.ipynb #0604e91b
 @patch
@@ -250,7 +250,7 @@ def report(self:FrozenZeroInit) -> pd.DataFrame: # One row for each selected wei
     cols = ['shape','sparsity','masked','zeros','dead_inputs','dead_outputs','std_before','std_after']
     return pd.DataFrame.from_dict(rows, orient='index', columns=cols).rename_axis('weight')
 
-# %% ../../nbs/31_callback.frozen_zero.ipynb #8a8127e5
+# %% ../../nbs/31_callback.frozen_zero.ipynb #b7c4f43c
 @patch
 def zero_share(self:FrozenZeroInit) -> float:
     "Share of exact zeros among all selected weights, now"
@@ -268,6 +268,7 @@ def plot(self:FrozenZeroInit, figsize:tuple=None):
     names = list(self.record)
     fig,axs = plt.subplots(1, len(names), figsize=figsize or (3*len(names)+2, 3), squeeze=False)
     for ax,n in zip(axs[0], names):
-        ax.imshow(self.record[n].flatten(1) if self.record[n].dim()>1 else self.record[n][None], cmap='Blues', aspect='auto', interpolation='nearest', vmin=0, vmax=1)
+        mask = self.record[n]
+        ax.imshow(mask.reshape(len(mask) if mask.dim()>1 else 1, -1).numpy(), cmap='Blues', aspect='auto', interpolation='nearest', vmin=0, vmax=1)
         ax.set(title=n, xlabel='input', ylabel='output')
     fig.tight_layout()
