@@ -96,6 +96,19 @@ def test_the_optimizer_remembers_nothing_that_a_release_could_bring_back():
     assert all((slow[w][m]==0).all() for w,m in zip(hidden(learn), masked(learn)))
 
 
+def test_in_a_fit_roots_of_zero_are_avoided():
+    "The root of an exact zero takes torch eight times as long"
+    class State(Callback):
+        def after_batch(self):
+            if not self.training: return
+            for w,m in zip(hidden(self.learn), masked(self.learn)):
+                state = self.learn.opt.state[w]
+                assert (state['grad_avg'][m]==0).all() and (state['sqr_avg'][m]>.9).all() and (state['sqr_avg'][~m]<.9).all()
+    learn = make_learn()
+    learn.fit(1)
+    learn.fit(1, cbs=[FrozenZeroInit(.5), State()])
+
+
 def test_gradients_are_masked_before_anyone_sees_them():
     class Norm(Callback):
         order = FrozenZeroInit.order+1
@@ -283,6 +296,15 @@ def test_loading_brings_the_mask_of_the_file(tmp_path):
     a.load('b')
     a.fit(1, 1e-2)
     assert same(masked(a), masked(b)) and same(zeros(a), masked(b))
+
+
+def test_a_layer_that_was_replaced_gets_a_mask_of_its_own():
+    learn = make_learn(FrozenZeroInit(.5))
+    learn.fit(1)
+    first = masked(learn)[0]
+    learn.model[3],learn.model[5] = nn.Linear(12,10),nn.Linear(10,1)
+    learn.fit(1, reset_opt=True)
+    assert torch.equal(masked(learn)[0], first) and masked(learn)[1].shape==(10,12) and same(zeros(learn), masked(learn))
 
 
 def test_pickle_deepcopy_and_a_model_alone():

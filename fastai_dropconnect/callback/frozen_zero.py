@@ -179,7 +179,7 @@ def _plant(self:FrozenZeroInit):
             if self.rescale: p.data.div_(mask.float().mean().sqrt().item())
         self.stds[n] = before,p.data.std(correction=0).item()
 
-# %% ../../nbs/31_callback.frozen_zero.ipynb #3ba0701c
+# %% ../../nbs/31_callback.frozen_zero.ipynb #8b1e2f03
 @patch
 def _hold(self:FrozenZeroInit) -> list: # (parameter, bits of its mask, bits that it is held at or `None` for zero)
     "Prepare the weights for a fit in which the masked ones stay as they are"
@@ -206,7 +206,6 @@ def before_train(self:FrozenZeroInit):
     if self._live is not None: return
     self._plant()
     self._live,self._ticks = self._hold() if self.mask_grads and not self.released else [],itertools.count()
-    self._clean(0.)
 
 @patch
 def after_fit(self:FrozenZeroInit):
