@@ -317,6 +317,13 @@ def test_drop_rates_of_positions_and_of_pairs():
     assert abs(z2.mean()-1) < 0.1
 
 
+def test_all_bits_of_the_seed_count():
+    base = 0x123456789abcdef
+    masks = torch.stack([example_mask(torch.tensor(base ^ (1 << bit)), 0.5, 20, 20, 20) for bit in range(0, 63, 6)]).flatten(1).double()
+    off = masks.corrcoef().fill_diagonal_(0)
+    assert off.abs().max() < 5/8000**.5
+
+
 def test_whole_rows_of_an_embedding_are_dropped_for_all_of_the_batch():
     emb,x = DropConnectEmbedding(2000, 3, p=0.25),torch.arange(2000).repeat(2)
     y = emb(x)

@@ -211,6 +211,7 @@ def test_predict_names_what_is_wrong(dls):
 
 def test_recalibration_estimates_the_noise_free_statistics(dls):
     learn = fit(learner(dls, 'batch', weight_p=0.5), 2)
+    learn.model.train()     # as within a fit
     recalibrate_bn(learn)
     bn = learn.model.layers[0][2]
     seen = []
