@@ -8,7 +8,7 @@ __all__ = ['NETWORKS', 'FORESTS', 'ENSEMBLE', 'MODELS', 'DEFAULT_MODELS', 'OUTPU
            'board_text', 'valid_predictions', 'submission', 'plot_leaderboard', 'plot_predictions', 'plot_curves',
            'check_out', 'write_results', 'compare_on_bulldozers', 'dropconnect_bulldozers']
 
-# %% ../nbs/41_cli.ipynb #458db6cb
+# %% ../nbs/41_cli.ipynb #2a4dcf5e
 import os, re, shutil, sys, tempfile, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from sklearn.ensemble import ExtraTreesRegressor, HistGradientBoostingRegressor, RandomForestRegressor
 from sklearn.metrics import root_mean_squared_error
+from threadpoolctl import threadpool_limits
 
 from .bulldozers import *
 from .callback.batchnorm import RecalibrateBN
@@ -61,14 +62,14 @@ def parse_layers(
         raise ValueError(f"`layers` must be sizes of at least 1 such as '500,250', however: layers={layers!r}")
     return tuple(map(int, sizes))
 
-# %% ../nbs/41_cli.ipynb #a6c69a46
+# %% ../nbs/41_cli.ipynb #ac514900
 @dataclass(frozen=True)
 class NetSettings:
     "How the networks are trained; raises `TypeError` or `ValueError` naming what is wrong"
     epochs:int=10 # Epochs of one fit, at least 1
     bs:int=256 # Rows in a batch, at least 2
     layers:tuple=(500,250) # Sizes of the hidden layers
-    weight_p:float=.3 # Probability that a connection is dropped, `0 <= weight_p < 1`
+    weight_p:float=.1 # Probability that a connection is dropped, `0 <= weight_p < 1`
     lr:float=1e-2 # Highest learning rate of the cycle, above 0
 
     def __post_init__(self):
@@ -96,7 +97,7 @@ class Fit:
 
 def _rmse(to, preds): return root_mean_squared_error(to.valid.ys[LOG_PRICE], preds)
 
-# %% ../nbs/41_cli.ipynb #d7c0e511
+# %% ../nbs/41_cli.ipynb #6b6061c1
 def fit_forest(
     name:str, # One of `FORESTS`
     to, # From `bulldozers_pandas`
@@ -104,8 +105,9 @@ def fit_forest(
     new=None # Other sales from `encode_sales`
 ) -> Fit:
     "Fit a forest to the training rows"
-    start = time.perf_counter()
-    m = FORESTS[name](seed).fit(to.train.xs, to.train.ys[LOG_PRICE])
+    start, x = time.perf_counter(), to.train.xs
+    threads = 1 if name=='hist-gradient-boosting' and len(x)<100_000 else None # its threads on few rows mostly wait for each other
+    with threadpool_limits(threads, user_api='openmp'): m = FORESTS[name](seed).fit(x, to.train.ys[LOG_PRICE])
     seconds = time.perf_counter()-start
     if 'n_jobs' in m.get_params(): m.set_params(n_jobs=1) # threads would add the trees up in any order, and the last digits would vary
     preds = m.predict(to.valid.xs)
@@ -373,7 +375,7 @@ class _Job:
         seeds = f'seed{"s" if len(self.seeds)>1 else ""} {", ".join(map(str, self.seeds))}'
         return (f'Data: {self.source}\n{n+k:,} sales: {n:,} before {self.start:%Y-%m-%d} train, the {k:,} from then on validate; {seeds}')
 
-# %% ../nbs/41_cli.ipynb #815962d0
+# %% ../nbs/41_cli.ipynb #38ceca28
 def _seeds(seed, seeds):
     "The list of seeds"
     check_int(seed, 'seed', 0); check_int(seeds, 'seeds', 1)
@@ -391,7 +393,7 @@ def _prepare(data, test, models, weight_p, epochs, bs, layers, seed, seeds, vali
     df = synthetic_bulldozers(rows, seed=0) if data is None else read_bulldozers(data)
     new = None if test is None else read_bulldozers(test, test=True)
     to = bulldozers_pandas(df, valid_from=valid_from)
-    return _Job(df, to, models, seeds, settings, source, df.saledate[to.valid.items.index].min().normalize(), Path(out), new)
+    return _Job(df, to, models, seeds, settings, source, valid_start(df.saledate, valid_from=valid_from), Path(out), new)
 
 # %% ../nbs/41_cli.ipynb #919f4fe8
 def _writers(job, fits, board):
@@ -424,12 +426,12 @@ def _run(job):
     print(f'\nValidation RMSE of the log price\n{board_text(board)}\n\nWritten to {job.out}: {", ".join(n for n in OUTPUTS if n in writers)}')
     return board
 
-# %% ../nbs/41_cli.ipynb #6ea75cbc
+# %% ../nbs/41_cli.ipynb #8cd6780d
 def compare_on_bulldozers(
     data:str=None, # Kaggle's TrainAndValid.csv or Train.csv, or a .zip of it; without it, synthetic sales
     test:str=None, # A file of sales to predict, such as Kaggle's Test.csv: the best model's prices go to submission.csv
     models:str=','.join(DEFAULT_MODELS), # Models to compare, separated by commas
-    weight_p:float=.3, # Probability that a connection is dropped by DropConnect
+    weight_p:float=.1, # Probability that a connection is dropped by DropConnect
     epochs:int=10, # Epochs of each network
     bs:int=256, # Rows in a batch
     layers:str='500,250', # Sizes of the hidden layers

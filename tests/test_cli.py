@@ -1,0 +1,248 @@
+import os, signal, subprocess, sys
+from pathlib import Path
+import numpy as np, pandas as pd, pytest
+from fastai.learner import load_learner
+from fastai_dropconnect import cli
+from fastai_dropconnect.bulldozers import bulldozers_pandas, encode_sales, price_features, synthetic_bulldozers
+from fastai_dropconnect.cli import *
+
+COMMAND = Path(sys.executable).parent/'dropconnect-bulldozers'
+REAL = Path(__file__).parents[2]/'shared'/'data'/'bulldozers'
+needs_real = pytest.mark.skipif(not (REAL/'TrainAndValid.csv').exists(), reason=f'Kaggle\'s file is not at {REAL}')
+ENV = dict(os.environ, OMP_NUM_THREADS='1') # on so few rows threads only wait for each other, above all on a busy machine
+QUICK = '--epochs 1 --layers 20 --seeds 1'.split()
+
+
+def run(*args, cwd=None):
+    "Run the installed command: its exit status, stdout and stderr"
+    r = subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=300, env=ENV)
+    return r.returncode, r.stdout, r.stderr
+
+
+@pytest.fixture(scope='module')
+def all_models(tmp_path_factory):
+    "One run of every model on synthetic sales with a file to predict"
+    tmp = tmp_path_factory.mktemp('cli')
+    new = synthetic_bulldozers(60, seed=9).drop(columns='SalePrice')
+    new = new.assign(YearMade=new.YearMade.where(new.index > 4), state=new.state.mask(new.index == 7, 'Atlantis')).iloc[::-1]
+    new.to_csv(tmp/'Test.csv', index=False)
+    status, said, errors = run('--rows', 700, '--models', ' '.join(MODELS), '--epochs', 2, '--layers', '20,10', '--seeds', 2, '--seed', 5,
+                               '--weight_p', .2, '--bs', 128, '--valid_from', '2011-06-01', '--test', tmp/'Test.csv', '--out', tmp/'a'/'out')
+    assert status == 0, errors
+    return tmp/'a'/'out', said, errors, new
+
+
+def test_the_command_is_installed(): assert COMMAND.exists()
+
+def test_every_model_is_on_the_leaderboard(all_models):
+    out, said, errors, _ = all_models
+    board = pd.read_csv(out/'leaderboard.csv')
+    assert set(board.model) == set(MODELS) and (board.seeds == 2).all() and board.rmse.is_monotonic_increasing
+    assert board.rmse.between(.1, 2).all() and (board.spread >= 0).all()
+    networks = board.model.isin(NETWORKS)
+    assert board.parameters[networks].gt(1000).all() and board.seconds_per_epoch[networks].gt(0).all() and board.parameters[~networks].isna().all()
+    for r in board.itertuples(): assert f'{r.rmse:.4f}' in said and r.model in said
+
+def test_the_head_says_source_split_and_size(all_models):
+    _, said, errors, _ = all_models
+    df = synthetic_bulldozers(700)
+    n = (df.saledate < '2011-06-01').sum()
+    assert 'synthetic sales (made up: no --data given)' in said
+    assert f'700 sales: {n} before 2011-06-01 train, the {700-n} from then on validate; seeds 5, 6' in said
+
+def test_progress_goes_to_stderr_without_control_characters(all_models):
+    _, said, errors, _ = all_models
+    assert len(errors.splitlines()) == 14 and 'RMSE' in errors.splitlines()[0]
+    assert '[3/14] dropconnect-gaussian, seed 5 (1 of 2) .. RMSE' in errors
+    assert not any(c in said+errors for c in '\r\x1b\b') and '[3/14]' not in said
+
+def test_all_results_are_there(all_models):
+    out, said, *_ = all_models
+    assert {p.name for p in out.iterdir()} == set(OUTPUTS) and [p.name for p in out.parent.iterdir()] == ['out']
+    for p in out.glob('*.png'): assert p.read_bytes().startswith(b'\x89PNG') and p.stat().st_size > 10_000
+    assert all(name in said for name in OUTPUTS)
+
+def test_predictions_reproduce_the_leaderboard(all_models):
+    out, *_ = all_models
+    preds, board = pd.read_csv(out/'predictions.csv', dtype={'SalesID': str}), pd.read_csv(out/'leaderboard.csv').set_index('model')
+    sales = synthetic_bulldozers(700).set_index('SalesID')
+    assert (sales.SalePrice[preds.SalesID].to_numpy() == preds.SalePrice).all() and (preds.saledate >= '2011-06-01').all()
+    for m in MODELS: # the error of the mean over two seeds is no larger than their mean error, and close to it
+        err = np.sqrt(np.mean(np.log(preds[m]/preds.SalePrice)**2))
+        assert board.rmse[m]*.8 < err <= board.rmse[m] + 1e-4, m
+
+def test_the_submission_has_every_row_in_its_order(all_models):
+    out, said, errors, new = all_models
+    sub = pd.read_csv(out/'submission.csv', dtype={'SalesID': str})
+    assert list(sub.columns) == ['SalesID','SalePrice'] and sub.SalesID.tolist() == new.SalesID.tolist()
+    truth = synthetic_bulldozers(60, seed=9).set_index('SalesID').SalePrice[sub.SalesID].to_numpy()
+    assert np.corrcoef(np.log(sub.SalePrice), np.log(truth))[0,1] > .6
+
+def test_the_exported_learner_is_the_best_network(all_models):
+    out, *_ = all_models
+    learn, board = load_learner(out/'export.pkl'), pd.read_csv(out/'leaderboard.csv')
+    sales = synthetic_bulldozers(700)
+    valid = sales[sales.saledate >= '2011-06-01']
+    with learn.no_bar(): logs = learn.get_preds(dl=learn.dls.test_dl(price_features(valid)))[0].squeeze().numpy()
+    err = np.sqrt(np.mean((logs-np.log(valid.SalePrice))**2))
+    assert err <= board.rmse[board.model.isin(NETWORKS)].min() + 1e-4
+
+def test_same_seed_same_leaderboard(all_models, tmp_path):
+    out, *_ = all_models
+    models = ['dropconnect-gaussian','dropconnect-batch','ensemble']
+    status, said, errors = run('--rows', 700, '--models', ','.join(models), '--epochs', 2, '--layers', '20 10', '--seeds', 2, '--seed=5',
+                               '--weight-p', .2, '--bs', 128, '--valid-from=2011-06-01', '--out', tmp_path/'out')
+    assert status == 0, errors
+    a, b = (pd.read_csv(o/'leaderboard.csv').set_index('model').loc[models, ['rmse','spread']] for o in (out, tmp_path/'out'))
+    pd.testing.assert_frame_equal(a, b)
+    assert len(pd.read_csv(tmp_path/'out'/'leaderboard.csv')) == 3 and not (tmp_path/'out'/'submission.csv').exists()
+
+@needs_real
+def test_the_real_file(tmp_path):
+    status, said, errors = run('--data', REAL/'TrainAndValid.csv', '--test', REAL/'Test.csv', '--models', 'dropconnect-gaussian,extra-trees',
+                               *'--epochs 2 --layers 50 --seeds 1'.split(), cwd=tmp_path)
+    assert status == 0, errors
+    assert 'Data: TrainAndValid.csv' in said and '16,825 sales' in said and 'synthetic' not in said
+    out = tmp_path/'bulldozers_out'
+    board, sub = pd.read_csv(out/'leaderboard.csv').set_index('model'), pd.read_csv(out/'submission.csv')
+    assert board.rmse['extra-trees'] < .28 and board.rmse['dropconnect-gaussian'] < .4 and board.spread.isna().all()
+    assert sub.SalesID.tolist() == pd.read_csv(REAL/'Test.csv', usecols=['SalesID']).SalesID.tolist()
+    assert sub.SalePrice.between(1000, 200_000).all()
+
+
+# --- what can go wrong
+
+def test_bad_data_ends_with_status_2_and_one_line(tmp_path):
+    synthetic_bulldozers(30).drop(columns='Thumb').to_csv(tmp_path/'bad.csv', index=False)
+    status, said, errors = run('--data', tmp_path/'bad.csv', '--out', tmp_path/'out', *QUICK)
+    assert (status, said) == (2, '')
+    assert errors == f'dropconnect-bulldozers: error: {tmp_path}/bad.csv: 1 needed column missing: Thumb\n'
+    assert [p.name for p in tmp_path.iterdir()] == ['bad.csv']
+
+def test_interrupted_by_the_user(tmp_path):
+    p = subprocess.Popen([COMMAND, '--rows', '3000', '--models', 'fastai', '--epochs', '500', '--out', tmp_path/'out'],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    try:
+        assert '[' == p.stderr.read(1) # the first fit has begun
+        p.send_signal(signal.SIGINT)
+        said, errors = p.communicate(timeout=60)
+    finally: p.kill()
+    assert p.returncode == 130 and errors.endswith('dropconnect-bulldozers: interrupted, nothing was written\n') and 'Traceback' not in errors
+    assert list(tmp_path.iterdir()) == []
+
+def test_importing_the_command_leaves_vision_alone():
+    code = "import sys, fastai_dropconnect.cli; print([m for m in sys.modules if m in ('fastai.vision', 'torchvision')])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+SALES = synthetic_bulldozers(30, seed=2)
+BAD = { # options (FILE: a file made of what stands in second place), and what the message says
+    'weight_p 1.5': ('--weight_p 1.5', None, '`weight_p` must be a number with 0 <= weight_p < 1, however: weight_p=1.5'),
+    'weight_p nan': ('--weight_p nan', None, 'weight_p=nan'),
+    'weight_p abc': ('--weight_p abc', None, "argument --weight-p: invalid float value: 'abc'"),
+    'unknown model': ('--models fastai,resnet', None, f"`models` must be some of {', '.join(MODELS)}, however: models='fastai,resnet' ('resnet' unknown)"),
+    'no model': ('--models ,', None, '`models` must be some of'),
+    'epochs 0': ('--epochs 0', None, '`epochs` must be an integer of at least 1, however: epochs=0'),
+    'epochs 1.5': ('--epochs 1.5', None, "argument --epochs: invalid int value: '1.5'"),
+    'bs 1': ('--bs 1', None, '`bs` must be an integer of at least 2, however: bs=1'),
+    'layers': ('--layers 500,x', None, "`layers` must be sizes of at least 1 such as '500,250', however: layers='500,x'"),
+    'layer 0': ('--layers 0', None, "layers='0'"),
+    'seeds 0': ('--seeds 0', None, '`seeds` must be an integer of at least 1, however: seeds=0'),
+    'seed -1': ('--seed=-1', None, '`seed` must be an integer of at least 0, however: seed=-1'),
+    'seed too large': ('--seed 4294967295 --seeds 2', None, '`seed`'),
+    'rows 1': ('--rows 1', None, '`rows` must be an integer of at least 2, however: rows=1'),
+    'valid_from': ('--valid_from soon', None, "`valid_from` must be a date such as '2011-10-01', however: valid_from='soon'"),
+    'no validation rows': ('--valid_from 2031-01-01', None, 'the validation period from 2031-01-01 has no rows'),
+    'no training rows': ('--valid_from 1990-01-01', None, 'the training period before 1990-01-01 has no rows'),
+    'out in proc': ('--out /proc/x', None, "`out` must be a folder that can be written to, however: out='/proc/x'"),
+    'out is a file': ('--out FILE', 'hello', 'FILE is not a folder'),
+    'out under a file': ('--out FILE/out', 'hello', 'FILE is not a folder'),
+    'unknown option': ('--wieght_p .3', None, 'unrecognized arguments: --wieght-p'),
+    'no such file': ('--data nowhere.csv', None, 'nowhere.csv: no such file'),
+    'a directory': ('--data /tmp', None, '/tmp: is a directory'),
+    'empty': ('--data FILE', '', 'FILE: is empty'),
+    'not a csv': ('--data FILE', 'hello', 'FILE: not a CSV file'),
+    'not a zip': ('--data FILE.zip', 'hello', 'FILE.zip: not a zip archive'),
+    'no rows': ('--data FILE', SALES[:0], 'FILE: a header, but no rows'),
+    'missing columns': ('--data FILE', SALES.drop(columns=['state','Stick']), 'FILE: 2 needed columns missing: state, Stick'),
+    'no prices': ('--data FILE', SALES.assign(SalePrice=np.nan), 'FILE: column SalePrice: no row has a price'),
+    'price 0': ('--data FILE', SALES.assign(SalePrice=0), "FILE: column SalePrice: a price that is not above 0 in 30 of 30 rows; the first is '0' in data row 1 (SalesID 1000001)"),
+    'dates': ('--data FILE', SALES.assign(saledate='soon'), "FILE: column saledate: not a date (such as 11/16/2006 0:00 or 2006-11-16) in 30 of 30 rows; the first is 'soon'"),
+    'one day': ('--data FILE', SALES.assign(saledate='2011-01-01'), 'no split by time: all 30 sales are of one day'),
+    'test without ids': ('--test FILE', SALES.drop(columns=['SalesID','Stick']), 'FILE: 2 needed columns missing: SalesID, Stick'),
+    'test not there': ('--test nowhere.csv', None, 'nowhere.csv: no such file'),
+    'test with text': ('--test FILE', SALES.assign(YearMade='old'), "FILE: column YearMade: not a number in 30 of 30 rows; the first is 'old'"),
+    'test without rows': ('--test FILE', SALES[:0], 'FILE: a header, but no rows'),
+}
+
+@pytest.mark.parametrize('name', BAD)
+def test_every_error(name, tmp_path, capsys, monkeypatch):
+    options, content, says = BAD[name]
+    file = tmp_path/('given.zip' if '.zip' in options else 'given')
+    if isinstance(content, str): file.write_text(content)
+    elif content is not None: content.to_csv(file, index=False)
+    before = sorted(tmp_path.rglob('*'))
+    monkeypatch.setattr(cli, 'fit_models', lambda *a, **k: pytest.fail('training began'))
+    monkeypatch.chdir(tmp_path)
+    options = options.replace('FILE.zip', 'FILE').replace('FILE', str(file)).split()
+    try: status = dropconnect_bulldozers(options)
+    except SystemExit as e: status = e.code # argparse
+    said, errors = capsys.readouterr()
+    assert (status, said) == (2, '')
+    last = errors.splitlines()[-1]
+    assert last.startswith('dropconnect-bulldozers: error: ') and says.replace('FILE.zip', 'FILE').replace('FILE', str(file)) in last
+    assert sorted(tmp_path.rglob('*')) == before
+
+def test_rows_without_a_price_are_reported(tmp_path, capsys):
+    SALES.assign(SalePrice=SALES.SalePrice.mask(SALES.index < 4)).to_csv(tmp_path/'a.csv', index=False)
+    assert dropconnect_bulldozers(['--data', str(tmp_path/'a.csv'), '--models', 'extra-trees', '--out', str(tmp_path/'out'), *QUICK]) == 0
+    said, errors = capsys.readouterr()
+    assert errors.startswith(f'dropconnect-bulldozers: warning: {tmp_path}/a.csv: 4 of 30 rows have no SalePrice and are left out\n')
+    assert '26 sales' in said
+
+def test_a_disk_that_refuses_leaves_the_earlier_results(tmp_path, capsys, monkeypatch):
+    out = tmp_path/'out'
+    out.mkdir()
+    (out/'leaderboard.csv').write_text('earlier'); (out/'mine.txt').write_text('keep')
+    def full(*args, **kwargs): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(cli, 'submission', full)
+    SALES.to_csv(tmp_path/'t.csv', index=False)
+    args = ['--rows', '40', '--models', 'extra-trees', '--out', str(out), *QUICK]
+    assert dropconnect_bulldozers([*args, '--test', str(tmp_path/'t.csv')]) == 2
+    assert 'No space left on device' in capsys.readouterr().err.splitlines()[-1]
+    assert {p.name: p.read_text() for p in out.iterdir()} == {'leaderboard.csv': 'earlier', 'mine.txt': 'keep'}
+    assert dropconnect_bulldozers(args) == 0
+    assert (out/'mine.txt').exists() and 'rmse' in (out/'leaderboard.csv').read_text()
+
+def test_results_of_an_earlier_run_do_not_stay(tmp_path, capsys):
+    out = tmp_path/'out'
+    out.mkdir()
+    (out/'submission.csv').write_text('earlier')
+    assert dropconnect_bulldozers(['--rows', '40', '--models', 'random-forest', '--out', str(out), *QUICK]) == 0
+    assert {p.name for p in out.iterdir()} == {'leaderboard.csv','leaderboard.png','predicted_actual.png','predictions.csv'}
+
+
+# --- the functions behind it
+
+@pytest.mark.parametrize('rows', [3, 5, 9])
+def test_a_handful_of_sales(rows, tmp_path, capsys):
+    assert dropconnect_bulldozers(['--rows', str(rows), '--out', str(tmp_path/'out'), *QUICK]) == 0
+
+def test_the_ensemble_is_the_mean_of_its_members():
+    to = bulldozers_pandas(synthetic_bulldozers(200))
+    new = encode_sales(to.train, synthetic_bulldozers(5, seed=1).drop(columns='SalePrice'))
+    fits = fit_models(to, ['ensemble'], [3], NetSettings(epochs=1, layers=(5,)), new)
+    assert [f.model for f in fits] == ['fastai','random-forest','extra-trees','hist-gradient-boosting','ensemble']
+    np.testing.assert_allclose(fits[-1].preds, np.mean([f.preds for f in fits[:-1]], axis=0))
+    np.testing.assert_allclose(fits[-1].new_preds, np.mean([f.new_preds for f in fits[:-1]], axis=0))
+    assert list(leaderboard(fits, ['ensemble']).model) == ['ensemble']
+
+def test_dropconnect_networks_have_dropconnect_layers_of_their_mode():
+    to = bulldozers_pandas(synthetic_bulldozers(200))
+    for name, mode in NETWORKS.items():
+        layers = [m for m in network(name, to, NetSettings(layers=(8,6), weight_p=.25)).model.modules() if hasattr(m, 'mode') and hasattr(m, 'p')]
+        assert {(m.p, m.mode) for m in layers if m.p} == (set() if mode is None else {(.25, mode)}), name
+
+def test_python_gets_the_leaderboard(tmp_path, capsys):
+    board = compare_on_bulldozers(rows=60, models='extra-trees', seeds=2, out=tmp_path/'out')
+    assert board.model.tolist() == ['extra-trees'] and board.spread.notna().all()
+    with pytest.raises(ValueError, match="models='x'"): compare_on_bulldozers(models='x')
