@@ -19,8 +19,8 @@ demo: $(VENV)/.installed
 	dropconnect-bulldozers $(if $(DATA),--data '$(DATA)') --out '$(OUT)'
 
 test: $(VENV)/.installed
-	nbdev-test
-	pytest
+	OMP_NUM_THREADS=1 nbdev-test
+	OMP_NUM_THREADS=1 pytest
 
 export: $(VENV)/.installed
 	nbdev-export

@@ -5,3 +5,5 @@ from fastai_dropconnect.layers import *
 from fastai_dropconnect.tabular.model import *
 from fastai_dropconnect.tabular.learner import *
 from fastai_dropconnect.callback.batchnorm import *
+from fastai_dropconnect.bulldozers import *
+from fastai_dropconnect.cli import *

@@ -8,8 +8,9 @@ __all__ = ['NETWORKS', 'FORESTS', 'ENSEMBLE', 'MODELS', 'DEFAULT_MODELS', 'OUTPU
            'board_text', 'valid_predictions', 'submission', 'plot_leaderboard', 'plot_predictions', 'plot_curves',
            'check_out', 'write_results', 'compare_on_bulldozers', 'dropconnect_bulldozers']
 
-# %% ../nbs/41_cli.ipynb #2a4dcf5e
-import os, re, shutil, sys, tempfile, time, warnings
+# %% ../nbs/41_cli.ipynb #94aeec0f
+import os, re, shutil, sys, tempfile, time, torch, warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,6 +80,16 @@ class NetSettings:
         check_p(self.weight_p, 'weight_p')
         if not 0 < self.lr < np.inf: raise ValueError(f'`lr` must be above 0, however: lr={self.lr!r}')
 
+# %% ../nbs/41_cli.ipynb #c1c377f8
+@contextmanager
+def _one_thread():
+    "Torch, OpenMP and BLAS compute in one thread"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1): yield
+    finally: torch.set_num_threads(n)
+
 # %% ../nbs/41_cli.ipynb #b16a3e1b
 @dataclass
 class Fit:
@@ -97,7 +108,8 @@ class Fit:
 
 def _rmse(to, preds): return root_mean_squared_error(to.valid.ys[LOG_PRICE], preds)
 
-# %% ../nbs/41_cli.ipynb #6b6061c1
+# %% ../nbs/41_cli.ipynb #85fb01b1
+@_one_thread()
 def fit_forest(
     name:str, # One of `FORESTS`
     to, # From `bulldozers_pandas`
@@ -105,9 +117,8 @@ def fit_forest(
     new=None # Other sales from `encode_sales`
 ) -> Fit:
     "Fit a forest to the training rows"
-    start, x = time.perf_counter(), to.train.xs
-    threads = 1 if name=='hist-gradient-boosting' and len(x)<100_000 else None # its threads on few rows mostly wait for each other
-    with threadpool_limits(threads, user_api='openmp'): m = FORESTS[name](seed).fit(x, to.train.ys[LOG_PRICE])
+    start = time.perf_counter()
+    m = FORESTS[name](seed).fit(to.train.xs, to.train.ys[LOG_PRICE])
     seconds = time.perf_counter()-start
     if 'n_jobs' in m.get_params(): m.set_params(n_jobs=1) # threads would add the trees up in any order, and the last digits would vary
     preds = m.predict(to.valid.xs)
@@ -124,7 +135,7 @@ def _predict_log(learn, dl):
     "Predicted log prices of the rows of `dl`"
     with learn.no_bar(): return learn.get_preds(dl=dl)[0].squeeze(-1).double().numpy()
 
-# %% ../nbs/41_cli.ipynb #d711aeef
+# %% ../nbs/41_cli.ipynb #30c184a1
 def network(
     name:str, # One of `NETWORKS`
     to, # From `bulldozers_pandas`
@@ -136,6 +147,8 @@ def network(
     return tabular_learner(sales_dls(to, settings.bs), layers=list(settings.layers), config=config,
                            y_range=(y.min()-.2, y.max()+.2), metrics=rmse)
 
+# %% ../nbs/41_cli.ipynb #e0ed4387
+@_one_thread()
 def fit_network(
     name:str, # One of `NETWORKS`
     to, # From `bulldozers_pandas`
@@ -444,7 +457,7 @@ def compare_on_bulldozers(
     "Compare fastai's tabular model with and without DropConnect to scikit-learn's forests on prices of bulldozers"
     return _run(_prepare(data, test, models, weight_p, epochs, bs, layers, seed, seeds, valid_from, out, rows))
 
-# %% ../nbs/41_cli.ipynb #94037ba0
+# %% ../nbs/41_cli.ipynb #9d6ff0f0
 _prog = 'dropconnect-bulldozers'
 
 def _fail(text, status):
@@ -458,7 +471,7 @@ def dropconnect_bulldozers(
     argv:list|None=None # Arguments, by default those of the command line
 ) -> int: # Exit status: 0, 2 for wrong arguments or data, 130 if interrupted
     "The command `dropconnect-bulldozers`: `compare_on_bulldozers` with its parameters as options"
-    argv = [re.sub('_', '-', a) if re.fullmatch('--[a-z_]+', a) else a for a in (sys.argv[1:] if argv is None else argv)]
+    argv = [re.sub('^--[a-z_]+', lambda m: m[0].replace('_', '-'), a) for a in (sys.argv[1:] if argv is None else argv)]
     args = vars(anno_parser(compare_on_bulldozers, prog=_prog).parse_args(argv))
     args = {k: v for k,v in args.items() if k not in ('pdb','xtra')}
     try:

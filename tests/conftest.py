@@ -1,6 +1,7 @@
-import os
+import os, torch
 os.environ.setdefault('MPLBACKEND', 'Agg')
-import numpy as np, pandas as pd, pytest, torch
+torch.set_num_threads(1)     # small models: two threads on a busy machine wait for each other
+import numpy as np, pandas as pd, pytest
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, set_seed
 
 

@@ -91,7 +91,7 @@ def test_same_seed_same_leaderboard(all_models, tmp_path):
     out, *_ = all_models
     models = ['dropconnect-gaussian','dropconnect-batch','ensemble']
     status, said, errors = run('--rows', 700, '--models', ','.join(models), '--epochs', 2, '--layers', '20 10', '--seeds', 2, '--seed=5',
-                               '--weight-p', .2, '--bs', 128, '--valid-from=2011-06-01', '--out', tmp_path/'out')
+                               '--weight-p', .2, '--bs', 128, '--valid_from=2011-06-01', '--out', tmp_path/'out')
     assert status == 0, errors
     a, b = (pd.read_csv(o/'leaderboard.csv').set_index('model').loc[models, ['rmse','spread']] for o in (out, tmp_path/'out'))
     pd.testing.assert_frame_equal(a, b)

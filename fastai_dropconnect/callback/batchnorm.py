@@ -78,7 +78,7 @@ def recalibrate_bn(
                 for t,o in zip(bn.buffers(), buffers): t.copy_(o)
     return learn
 
-# %% ../../nbs/30_callback.batchnorm.ipynb #9c574090
+# %% ../../nbs/30_callback.batchnorm.ipynb #5025bf52
 class RecalibrateBN(Callback):
     "Run `recalibrate_bn` at the end of each fit, or before every validation"
     order = SaveModelCallback.order+1
@@ -86,18 +86,14 @@ class RecalibrateBN(Callback):
         every_epoch:bool=False # Before every validation, not only the last?
     ): self.every_epoch = every_epoch
 
-    def _weights(self): return [p._version for p in self.learn.model.parameters()]    # counts changes in place
-
-    def _recalibrate(self):
-        recalibrate_bn(self.learn)
-        self._done = self._weights()
-
     def before_fit(self):
-        "Not for `lr_find`, whose fit is undone"
-        self.run,self._done = not hasattr(self.learn, 'lr_finder'),None
+        "Not for `lr_find`, whose fit is undone; `validate` and `get_preds` call this too, but train nothing"
+        self.run,self._trained = not hasattr(self.learn, 'lr_finder'),False
+
+    def after_step(self): self._trained = True
 
     def after_train(self):
-        if self.every_epoch or self.epoch==self.n_epoch-1: self._recalibrate()
+        if self._trained and (self.every_epoch or self.epoch==self.n_epoch-1): recalibrate_bn(self.learn)
 
     def after_fit(self):
-        if self._done != self._weights(): self._recalibrate()
+        if self._trained: recalibrate_bn(self.learn)    # once more: another callback may have loaded other weights

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TabularLearner', 'tabular_learner']
 
-# %% ../../nbs/21_tabular.learner.ipynb #cb87d1af
+# %% ../../nbs/21_tabular.learner.ipynb #9a47fa4b
 import pandas as pd
 from fastai.basics import Learner, get_c
 from fastai.tabular import learner as fastai_learner
 from fastai.tabular.model import TabularModel, get_emb_sz, tabular_config
-from fastcore.basics import ifnone
+from fastcore.basics import ifnone, patch
 from fastcore.meta import delegates
 from .model import TabularDropConnectModel, is_dropconnect_config, tabular_dropconnect_config
 
@@ -27,6 +27,18 @@ class TabularLearner(fastai_learner.TabularLearner):
         missing = [n for n in [*cats, *conts] if n not in row.index and n not in made]
         if missing: raise ValueError(f'`row` must have the columns of the training frame, however: {missing} are missing')
         with self.no_bar(): return super().predict(row.drop(self.dls.y_names, errors='ignore'))
+
+# %% ../../nbs/21_tabular.learner.ipynb #7138c273
+@patch
+@delegates(Learner.export)
+def export(self:TabularLearner, fname='export.pkl', **kwargs):
+    "Export what is needed for predictions to `self.path/fname`: no rows, no targets, no optimizer state"
+    for m in self.metrics: m.reset()
+    noted = vars(self.recorder) if hasattr(self, 'recorder') else {}
+    hps = noted.pop('hps', None)
+    try: super(TabularLearner, self).export(fname, **kwargs)
+    finally:
+        if hps is not None: noted['hps'] = hps
 
 # %% ../../nbs/21_tabular.learner.ipynb #afa2bd55
 @delegates(Learner.__init__)
