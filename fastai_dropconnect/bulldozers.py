@@ -7,7 +7,7 @@ __all__ = ['KAGGLE_COLUMNS', 'MACHINE_SIZES', 'SYNTHETIC_NOISE', 'LOG_PRICE', 'c
            'DataError', 'read_bulldozers', 'price_features', 'feature_names', 'check_date', 'valid_start', 'time_split',
            'FillMissingAnywhere', 'bulldozers_pandas', 'encode_sales', 'bulldozers_dls', 'sales_dls']
 
-# %% ../nbs/40_bulldozers.ipynb #7ff6c26a
+# %% ../nbs/40_bulldozers.ipynb #f926db80
 import io, warnings, zipfile
 from datetime import date
 from functools import lru_cache
@@ -18,6 +18,7 @@ import pandas as pd
 from fastcore.basics import store_attr
 from fastai.tabular.core import (Categorify, FillMissing, FillStrategy, Normalize, TabularPandas, add_datepart)
 from fastai.data.block import RegressionBlock
+from fastai.tabular import data # makes `TabularPandas.dataloaders` give TabularDataLoaders, which can make a `test_dl`
 
 # %% ../nbs/40_bulldozers.ipynb #a1062a5a
 _kaggle_columns = """

@@ -294,3 +294,17 @@ def test_synthetic_gaps_resemble_the_real_ones():
     real, made = read_bulldozers(REAL/'TrainAndValid.csv'), synthetic_bulldozers(3000)
     far = (real.isna().mean() - made.isna().mean()).abs()
     assert far.max() < .3 and far.mean() < .08, far.nlargest(5)
+
+
+def test_the_module_alone_makes_dataloaders_for_tables():
+    import subprocess, sys
+    code = '''
+from fastai_dropconnect.bulldozers import *
+df = synthetic_bulldozers(100)
+dls = bulldozers_dls(df)
+from fastai_dropconnect.tabular.learner import tabular_learner
+learn = tabular_learner(dls, layers=[5])
+print(type(dls).__name__, learn.predict(price_features(df).iloc[3])[2].shape)
+'''
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert 'TabularDataLoaders torch.Size([1])' in out.stdout, out.stderr

@@ -311,7 +311,7 @@ def test_drop_rates_of_positions_and_of_pairs():
     dropped = torch.stack([~example_mask(draw_seed(), p, *shape) for _ in range(reps)]).flatten(1).double()
     counts = dropped.sum(0)
     assert stats.chi2.sf(((counts-reps*p)**2/(reps*p*(1-p))).sum(), counts.numel()) > 1e-4
-    both = (dropped.T@dropped)[*torch.triu_indices(120, 120, 1)]
+    both = (dropped.T@dropped)[tuple(torch.triu_indices(120, 120, 1))]
     z2 = (both-reps*p*p)**2/(reps*p*p*(1-p*p))
     assert stats.chi2.sf(z2.max(), 1)*len(z2) > 1e-4      # the worst of all pairs, after Bonferroni
     assert abs(z2.mean()-1) < 0.1

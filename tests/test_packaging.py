@@ -41,7 +41,7 @@ def installed(tmp_path_factory):
         if not (ROOT/name).exists(): continue
         (src/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT/name, src/name)
-    run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', tmp/'dist', src)
+    run(sys.executable, '-m', 'build', '--outdir', tmp/'dist', src)
     venv.create(tmp/'env', with_pip=True)
     python = tmp/'env'/'bin'/'python'
     run(python, '-m', 'pip', 'install', '--no-deps', '--no-index', '--quiet', next((tmp/'dist').glob('*.whl')))
@@ -91,7 +91,7 @@ def test_the_wheel_imports_and_its_command_runs(installed, tmp_path):
     where = run(installed, '-c', f'import {LIB}.all as m, {LIB} as p; print(p.__file__); m.DropConnectLinear(3, 2)', cwd=tmp_path, env=env)
     assert str(installed.parent.parent) in where, 'the source tree was imported, not the wheel'
     out = run(installed.parent/'dropconnect-bulldozers', '--help', cwd=tmp_path, env=env)
-    assert '--weight_p' in out
+    assert '--weight-p' in out
     idx = run(installed, '-c', 'from importlib.metadata import entry_points as e; print([len(o.load()["syms"]) for o in e(group="nbdev") if o.name=="fastai_dropconnect"])',
               cwd=tmp_path, env=env)
     assert int(idx.strip('[]\n')) >= 8

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TabularLearner', 'tabular_learner']
 
-# %% ../../nbs/21_tabular.learner.ipynb #9a47fa4b
+# %% ../../nbs/21_tabular.learner.ipynb #75015e26
+import fastai.tabular.all     # gives every Learner `no_bar`, `fit_one_cycle`, `lr_find`
 import pandas as pd
 from fastai.basics import Learner, get_c
 from fastai.tabular import learner as fastai_learner
