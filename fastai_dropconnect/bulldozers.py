@@ -253,14 +253,14 @@ def _csv_bytes(path, prefer):
         raise DataError(f'{path}: not a zip archive that can be read ({e})') from None
     raise DataError(f'{path}: none of {" and ".join(prefer)} in it, nor one single other CSV; it holds {found}')
 
-# %% ../nbs/40_bulldozers.ipynb #fb5cdb16
+# %% ../nbs/40_bulldozers.ipynb #d7bb5272
 def _read_text(path, prefer):
     "The CSV at `path` as a frame of strings, Kaggle's columns only, and the name to use in messages"
     data, name = _csv_bytes(path, prefer)
     if not data.strip(): raise DataError(f'{name}: is empty')
     if b'\0' in data[:4096] or b',' not in data.split(b'\n', 1)[0]:
         raise DataError(f'{name}: not a CSV file: no commas in its first line')
-    try: raw = pd.read_csv(io.BytesIO(data), dtype=str, encoding='utf-8-sig')
+    try: raw = pd.read_csv(io.BytesIO(data), dtype=str)
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as e:
         raise DataError(f'{name}: not a CSV file that can be read: {str(e).strip()}') from None
     if not isinstance(raw.index, pd.RangeIndex): raise DataError(f'{name}: not a CSV file that can be read: its rows have more fields than its first line')

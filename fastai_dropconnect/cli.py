@@ -8,14 +8,15 @@ __all__ = ['NETWORKS', 'FORESTS', 'ENSEMBLE', 'MODELS', 'DEFAULT_MODELS', 'OUTPU
            'board_text', 'valid_predictions', 'submission', 'plot_leaderboard', 'plot_predictions', 'plot_curves',
            'check_out', 'write_results', 'compare_on_bulldozers', 'dropconnect_bulldozers']
 
-# %% ../nbs/41_cli.ipynb #94aeec0f
-import os, re, shutil, sys, tempfile, time, torch, warnings
+# %% ../nbs/41_cli.ipynb #9fca6f34
+import os, re, shutil, sys, tempfile, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from fastai.callback import progress, schedule # they give every Learner no_bar and fit_one_cycle
 from fastai.learner import Callback
 from fastai.metrics import rmse
@@ -314,15 +315,16 @@ def plot_predictions(
     ax.grid(alpha=.25); ax.legend(frameon=False, loc='upper left', fontsize=10)
     return fig
 
-# %% ../nbs/41_cli.ipynb #0c43824d
+# %% ../nbs/41_cli.ipynb #df1ca60a
 def plot_curves(
     fits:list, # From `fit_models`
     models:list, # The models to show
     source:str # Where the data came from
 ) -> Figure:
     "Validation RMSE after each epoch: the mean over the seeds, and the range between the best and the worst seed as a band"
-    fig, ax = _figure(f'Learning curves, {source}', 'epoch', 'validation RMSE of the log price')
     curves = {m: pd.concat([f.curve.rmse for f in fits if f.model==m], axis=1) for m in models if m in NETWORKS}
+    band = '\nline: mean over the seeds; band: best to worst seed' if max(c.shape[1] for c in curves.values())>1 else ''
+    fig, ax = _figure(f'Learning curves, {source}', f'epoch{band}', 'validation RMSE of the log price')
     for m,c in curves.items():
         ax.fill_between(c.index, c.min(axis=1), c.max(axis=1), color=_colors([m])[m], alpha=.15, lw=0)
         ax.plot(c.index, c.mean(axis=1), 'o-', ms=4, color=_colors([m])[m], label=m)
@@ -388,12 +390,21 @@ class _Job:
         seeds = f'seed{"s" if len(self.seeds)>1 else ""} {", ".join(map(str, self.seeds))}'
         return (f'Data: {self.source}\n{n+k:,} sales: {n:,} before {self.start:%Y-%m-%d} train, the {k:,} from then on validate; {seeds}')
 
-# %% ../nbs/41_cli.ipynb #38ceca28
+# %% ../nbs/41_cli.ipynb #34330dc3
+def _say(text):
+    "Progress: to stderr, at once"
+    sys.stderr.write(text); sys.stderr.flush()
+
 def _seeds(seed, seeds):
     "The list of seeds"
     check_int(seed, 'seed', 0); check_int(seeds, 'seeds', 1)
     if seed+seeds > 2**32: raise ValueError(f'`seed` must be below 2**32, however: seed={seed!r}')
     return list(range(seed, seed+seeds))
+
+def _read(path, test=False):
+    "`read_bulldozers`, announced: a large file takes a while"
+    _say(f'Reading {path}\n')
+    return read_bulldozers(path, test)
 
 def _prepare(data, test, models, weight_p, epochs, bs, layers, seed, seeds, valid_from, out, rows):
     "Read and check everything that can be checked before training"
@@ -403,17 +414,17 @@ def _prepare(data, test, models, weight_p, epochs, bs, layers, seed, seeds, vali
     check_out(out)
     check_int(rows, 'rows', 2)
     source = 'synthetic sales (made up: no --data given)' if data is None else f'{Path(data).name}'
-    df = synthetic_bulldozers(rows, seed=0) if data is None else read_bulldozers(data)
-    new = None if test is None else read_bulldozers(test, test=True)
+    df = synthetic_bulldozers(rows, seed=0) if data is None else _read(data)
+    new = None if test is None else _read(test, test=True)
     to = bulldozers_pandas(df, valid_from=valid_from)
     return _Job(df, to, models, seeds, settings, source, valid_start(df.saledate, valid_from=valid_from), Path(out), new)
 
-# %% ../nbs/41_cli.ipynb #919f4fe8
+# %% ../nbs/41_cli.ipynb #a0ff8c64
 def _writers(job, fits, board):
     "The files of a run: {name: function that writes it}"
     preds, best = valid_predictions(job.df, job.to, fits, list(board.model)), board.model[0]
     fig = lambda f: lambda path: f.savefig(path)
-    source = 'synthetic sales' if 'synthetic' in job.source else job.source
+    source = 'synthetic sales' if job.source.startswith('synthetic sales (') else job.source
     w = {'leaderboard.csv': lambda p: board.round(6).to_csv(p, index=False), 'predictions.csv': lambda p: preds.to_csv(p, index=False),
          'leaderboard.png': fig(plot_leaderboard(board, fits, source)), 'predicted_actual.png': fig(plot_predictions(preds, best, source))}
     if nets := [m for m in board.model if m in NETWORKS]:
@@ -423,11 +434,7 @@ def _writers(job, fits, board):
     if job.test is not None: w['submission.csv'] = lambda p: submission(job.test, fits, best).to_csv(p, index=False)
     return w
 
-# %% ../nbs/41_cli.ipynb #107ab269
-def _say(text):
-    "Progress: to stderr, at once"
-    sys.stderr.write(text); sys.stderr.flush()
-
+# %% ../nbs/41_cli.ipynb #92151635
 def _run(job):
     "Train, write the results, print the leaderboard"
     print(job.head, flush=True)

@@ -83,7 +83,7 @@ def test_kaggles_dates_and_codes(small, tmp_path, kw):
 def test_zip_with_other_files(small, tmp_path):
     path = tmp_path/'all.zip'
     with zipfile.ZipFile(path, 'w') as z:
-        z.writestr('__MACOSX/._Train.csv', b'\0\5\26'); z.writestr('readme.txt', 'hello'); z.writestr('Appendix.csv', 'a,b\n1,2\n')
+        z.writestr('__MACOSX/TrainAndValid.csv', b'\0\5\26'); z.writestr('readme.txt', 'hello'); z.writestr('Appendix.csv', 'a,b\n1,2\n')
         z.writestr('x/Train.csv', small.to_csv(index=False)); z.writestr('x/TrainAndValid.csv', small[:9].to_csv(index=False))
     assert len(read_bulldozers(path)) == 9
 
@@ -197,6 +197,10 @@ def test_split_is_between_days(sales):
     train, valid = time_split(sales.saledate, valid_from='2011-06-01')
     assert (sales.saledate[valid] >= '2011-06-01').all() and (sales.saledate[train] < '2011-06-01').all()
 
+def test_sales_of_one_day_stay_together_whatever_their_hour():
+    days = pd.Series(pd.to_datetime(['2011-01-01 09:00', '2011-01-02 08:00', '2011-01-02 12:00', '2011-01-02 20:00']).astype('datetime64[ns]'))
+    assert time_split(days, valid_share=.3) == ([0], [1, 2, 3])
+
 def test_split_of_few_days():
     two = pd.Series(pd.to_datetime(['2011-01-01 10:00']*9 + ['2011-01-02 09:00']).astype('datetime64[ns]'))
     assert time_split(two) == (list(range(9)), [9])
@@ -251,6 +255,13 @@ def test_a_gap_anywhere_is_filled_with_the_training_median(sales):
     later = t.new(pd.DataFrame(dict(a=[np.nan], b=[1.], c=[1.])))
     later.process()
     assert later.items.a.tolist() == [2.] and later.items.b_na.tolist() == [False] and 'a_na' not in later.items
+
+def test_a_gap_where_training_had_none():
+    full = synthetic_bulldozers(300, seed=5)
+    full = full.assign(YearMade=full.YearMade.where(full.YearMade > 1900, 1999.), MachineHoursCurrentMeter=full.MachineHoursCurrentMeter.fillna(0)+1)
+    to = bulldozers_pandas(full)
+    assert not any(c.endswith('_na') for c in to.cat_names)
+    assert encode_sales(to.train, full.head(3).assign(YearMade=np.nan, MachineHoursCurrentMeter=0.)).xs.notna().all().all()
 
 def test_tiny_data_has_a_batch(small):
     for n in (3, 5, 40):

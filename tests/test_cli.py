@@ -52,7 +52,8 @@ def test_the_head_says_source_split_and_size(all_models):
 
 def test_progress_goes_to_stderr_without_control_characters(all_models):
     _, said, errors, _ = all_models
-    assert len(errors.splitlines()) == 14 and 'RMSE' in errors.splitlines()[0]
+    lines = errors.splitlines()
+    assert lines[0].startswith('Reading ') and len(lines) == 15 and all('RMSE' in l for l in lines[1:])
     assert '[3/14] dropconnect-gaussian, seed 5 (1 of 2) .. RMSE' in errors
     assert not any(c in said+errors for c in '\r\x1b\b') and '[3/14]' not in said
 
@@ -116,7 +117,7 @@ def test_bad_data_ends_with_status_2_and_one_line(tmp_path):
     synthetic_bulldozers(30).drop(columns='Thumb').to_csv(tmp_path/'bad.csv', index=False)
     status, said, errors = run('--data', tmp_path/'bad.csv', '--out', tmp_path/'out', *QUICK)
     assert (status, said) == (2, '')
-    assert errors == f'dropconnect-bulldozers: error: {tmp_path}/bad.csv: 1 needed column missing: Thumb\n'
+    assert errors == f'Reading {tmp_path}/bad.csv\ndropconnect-bulldozers: error: {tmp_path}/bad.csv: 1 needed column missing: Thumb\n'
     assert [p.name for p in tmp_path.iterdir()] == ['bad.csv']
 
 def test_interrupted_by_the_user(tmp_path):
@@ -196,7 +197,7 @@ def test_rows_without_a_price_are_reported(tmp_path, capsys):
     SALES.assign(SalePrice=SALES.SalePrice.mask(SALES.index < 4)).to_csv(tmp_path/'a.csv', index=False)
     assert dropconnect_bulldozers(['--data', str(tmp_path/'a.csv'), '--models', 'extra-trees', '--out', str(tmp_path/'out'), *QUICK]) == 0
     said, errors = capsys.readouterr()
-    assert errors.startswith(f'dropconnect-bulldozers: warning: {tmp_path}/a.csv: 4 of 30 rows have no SalePrice and are left out\n')
+    assert errors.startswith(f'Reading {tmp_path}/a.csv\ndropconnect-bulldozers: warning: {tmp_path}/a.csv: 4 of 30 rows have no SalePrice and are left out\n')
     assert '26 sales' in said
 
 def test_a_disk_that_refuses_leaves_the_earlier_results(tmp_path, capsys, monkeypatch):
