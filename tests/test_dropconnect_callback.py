@@ -239,7 +239,7 @@ script = '''
     torch.distributed.all_gather_object(both, (snapshot(learn), learn.draws.out))
     assert same(both[0][0], both[1][0]) and both[0][1][0]=='NoisyLinear' and both[0][1][1]!=both[1][1][1]
     torch.distributed.destroy_process_group()
-    print('fine', rank)
+    open('fine%d' % rank, 'w').close()
 '''
 
 def test_two_processes(tmp_path):
@@ -247,5 +247,5 @@ def test_two_processes(tmp_path):
     file = tmp_path/'train.py'
     file.write_text(textwrap.dedent(script).format(here=str(Path(__file__).parent)))
     run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(file)],
-                         capture_output=True, text=True, timeout=120)
-    assert run.returncode==0 and 'fine 0' in run.stdout and 'fine 1' in run.stdout, run.stdout+run.stderr
+                         capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert run.returncode==0 and (tmp_path/'fine0').exists() and (tmp_path/'fine1').exists(), run.stdout+run.stderr

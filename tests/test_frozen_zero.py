@@ -458,7 +458,7 @@ script = '''
     if {zero}: assert all((w[m]==0).all() for m,w in zip(*both[rank]))
     assert all(m.float().mean()==.5 for m in both[rank][0])
     torch.distributed.destroy_process_group()
-    print('fine', rank)
+    open('fine%d' % rank, 'w').close()
 '''
 
 @pytest.mark.parametrize('zero', [True,False])
@@ -467,5 +467,5 @@ def test_rank_0_draws_for_all(tmp_path, zero):
     file = tmp_path/'train.py'
     file.write_text(textwrap.dedent(script).format(here=str(Path(__file__).parent), zero=zero))
     run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(file)],
-                         capture_output=True, text=True, timeout=120)
-    assert run.returncode==0 and 'fine 0' in run.stdout and 'fine 1' in run.stdout, run.stdout+run.stderr
+                         capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert run.returncode==0 and (tmp_path/'fine0').exists() and (tmp_path/'fine1').exists(), run.stdout+run.stderr
