@@ -1,4 +1,5 @@
 "What the callback `DropConnect` promises: noise in training batches, and a model that is left as it was whatever happens"
+import os
 import copy, io, contextlib, pickle, subprocess, sys, textwrap, warnings
 from pathlib import Path
 import pytest, torch
@@ -242,6 +243,7 @@ script = '''
     open('fine%d' % rank, 'w').close()
 '''
 
+@pytest.mark.skipif(os.environ.get('TEST_DISTRIBUTED')!='1', reason='two processes that meet on a port of this machine: set TEST_DISTRIBUTED=1')
 def test_two_processes(tmp_path):
     pytest.importorskip('accelerate', reason='fastai trains in several processes through accelerate')
     file = tmp_path/'train.py'
