@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 DATA ?=
 OUT ?= bulldozers_out
+CONSTRAINTS ?= constraints.txt
 
 .PHONY: demo test export readme clean
 
-$(VENV)/.installed: constraints.txt settings.ini setup.py pyproject.toml
+$(VENV)/.installed: $(CONSTRAINTS) settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3,10) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch torchvision
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/.installed
