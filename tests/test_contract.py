@@ -28,6 +28,12 @@ CASES = ([pytest.param(lambda m=m,b=b: case_linear(m, b), id=f'linear-{m}{"-drop
 cases = pytest.mark.parametrize('case', CASES)
 
 
+@pytest.fixture(autouse=True, params=['numba','torch'])
+def _backend(request, monkeypatch):
+    "Everything holds whichever kernel makes the sums"
+    monkeypatch.setenv('FASTAI_DROPCONNECT_BACKEND', request.param)
+
+
 def reseeded(f, *args, seed=5):
     torch.manual_seed(seed)
     return f(*args)
@@ -377,8 +383,12 @@ def test_compiles_without_a_graph_break(mode, drop_bias):
 
 
 def test_operators_are_registered_right():
-    x,w = torch.randn(4, 6, requires_grad=True),torch.randn(3, 6, requires_grad=True)
-    torch.library.opcheck(torch.ops.fastai_dropconnect.example_forward, (x, w, draw_seed(), 1000))
+    ops,(x,w,g) = torch.ops.fastai_dropconnect,[torch.randn(s, requires_grad=True) for s in ((4,6), (3,6), (4,3))]
+    rest = draw_seed(),1000,None
+    torch.library.opcheck(ops.example_forward, (x, w, *rest))
+    g,x,w = g.detach(),x.detach(),w.detach()
+    for op,ts in ((ops.example_grad_input, (g,w)), (ops.example_grad_weight, (g,x)), (ops.example_grads, (g,x,w))):
+        torch.library.opcheck(op, (*ts, *rest))
 
 
 class LargestTensor(TorchDispatchMode):
