@@ -34,7 +34,7 @@ from .masks import check_p
 from .tabular.learner import tabular_learner
 from .tabular.model import tabular_dropconnect_config
 
-# %% ../nbs/41_cli.ipynb #ef37f265
+# %% ../nbs/41_cli.ipynb #8989a11a
 @dataclass(frozen=True)
 class NetSettings:
     "How the networks are trained; raises `TypeError` or `ValueError` naming what is wrong"
@@ -42,7 +42,7 @@ class NetSettings:
     bs:int=256 # Rows in a batch, at least 2
     layers:tuple=(500,250) # Sizes of the hidden layers
     weight_p:float=.1 # Probability that a connection is dropped, `0 <= weight_p < 1`
-    sparsity:float=.5 # Share of the hidden weights that start at zero, `0 <= sparsity < 1`
+    sparsity:float=.7 # Share of the hidden weights that start at zero, `0 <= sparsity < 1`
     lr:float=1e-2 # Highest learning rate of the cycle, above 0
 
     def __post_init__(self):
@@ -452,13 +452,13 @@ def _run(job):
     print(f'\nValidation RMSE of the log price\n{board_text(board)}\n\nWritten to {job.out}: {", ".join(n for n in OUTPUTS if n in writers)}')
     return board
 
-# %% ../nbs/41_cli.ipynb #347c79de
+# %% ../nbs/41_cli.ipynb #791c2e50
 def compare_on_bulldozers(
     data:str=None, # Kaggle's TrainAndValid.csv or Train.csv, or a .zip of it; without it, synthetic sales
     test:str=None, # A file of sales to predict, such as Kaggle's Test.csv: the best model's prices go to submission.csv
     models:str=','.join(DEFAULT_MODELS), # Models to compare, separated by commas
     weight_p:float=.1, # Probability that a connection is dropped by DropConnect
-    sparsity:float=.5, # Share of the hidden weights that frozen-zero and free-zero set to zero at the start
+    sparsity:float=.7, # Share of the hidden weights that frozen-zero and free-zero set to zero at the start
     epochs:int=10, # Epochs of each network
     bs:int=256, # Rows in a batch
     layers:str='500,250', # Sizes of the hidden layers

@@ -170,6 +170,27 @@ def test_with_other_callbacks(cb, mode):
     assert len(seen.train)==8 and all(p.isfinite().all() for p in learn.model.parameters())
 
 
+@pytest.mark.parametrize('weight_p', [.5, SchedLin(0,.5)], ids=['number','schedule'])
+@pytest.mark.parametrize('wrap', [True,False])
+def test_a_compiled_model(wrap, weight_p):
+    "Noise in training and none in validation, with the same random numbers as without compiling"
+    def run(comp, *cbs):
+        learn = make_learn(*cbs)
+        if comp and wrap: learn.model = torch.compile(learn.model, backend='aot_eager')
+        elif comp: learn.model.compile(backend='aot_eager')
+        before = state(learn.model)
+        seeded_fit(learn, 2, 1e-2)
+        assert state(learn.model)==before
+        learn.model.eval()
+        assert same(learn.model(torch.ones(2,4)), learn.model(torch.ones(2,4)))
+        return snapshot(learn)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        plain,eager,comp = run(True),run(False, DropConnect(weight_p, 'gaussian')),run(True, DropConnect(weight_p, 'gaussian'))
+    for a,b in zip(eager, comp): torch.testing.assert_close(a, b)
+    assert not any(torch.equal(a, b) for a,b in zip(plain, comp))
+
+
 def test_lr_find_and_fine_tune(tmp_path):
     learn = make_learn(DropConnect(.5), seen := Seen(), path=tmp_path, splitter=lambda m: [params(m[:2]), params(m[2:])])
     before,weights = state(learn.model),snapshot(learn)

@@ -349,6 +349,34 @@ def test_held_with(cbs):
     assert same(zeros(learn), masked(learn))
 
 
+def compiled(model, wrap):
+    if wrap: return torch.compile(model, backend='aot_eager')
+    model.compile(backend='aot_eager')
+    return model
+
+@pytest.mark.parametrize('wrap', [True,False])
+def test_a_compiled_model(wrap):
+    "Same weights as without compiling; the masks of before are found again when the model is compiled between two fits"
+    def seeded(f):
+        set_seed(1)
+        return f(make_model())
+    for kw in (dict(), dict(mask_grads=False), dict(zero=False)):
+        plain,comp,later = [make_learn(FrozenZeroInit({'0': .5, '3': .25}, seed=3, **kw), model=seeded(f)) for f in (noop, partial(compiled, wrap=wrap), noop)]
+        for l in (plain,comp,later): l.fit(1, 1e-2)
+        later.model = compiled(later.model, wrap)
+        for l in (plain,comp,later): l.fit(1, 1e-2)
+        assert list(comp.frozen_zero_init.record)==list(later.frozen_zero_init.record)==['0.weight','3.weight']
+        assert same(masked(plain), masked(comp)) and same(masked(plain), masked(later))
+        for l in (comp,later):
+            for p,q in zip(plain.model.parameters(), l.model.parameters()): torch.testing.assert_close(p, q)
+            if not kw: assert same([inner_model(l.model)[i].weight==0 for i in (0,3)], masked(l))
+
+
+def test_fp16_that_trains_a_copy_is_refused():
+    learn = make_learn(FrozenZeroInit(.5)).to_non_native_fp16()
+    with pytest.raises(ValueError, match='mask_grads=True'): learn.fit(1)
+
+
 def test_best_model_reloaded_early_stopping_and_interrupts(tmp_path):
     class Stop(Callback):
         def before_batch(self):
