@@ -1,4 +1,5 @@
-import os, torch
+import os, subprocess, sys, textwrap, torch
+from pathlib import Path
 os.environ.setdefault('MPLBACKEND', 'Agg')
 torch.set_num_threads(1)     # small models: two threads on a busy machine wait for each other
 import numpy as np, pandas as pd, pytest
@@ -32,3 +33,39 @@ def dls():
 def _seeded():
     torch.manual_seed(0)
     yield
+
+
+_two_processes = """
+import os, sys, warnings
+sys.path.insert(0, {tests!r})
+warnings.simplefilter('ignore')
+from fastai.distributed import *
+from fastai.tabular.all import *
+from accelerate import Accelerator
+def broadcast(self, t, rank):      # fastai's own wants CUDA
+    t = LongTensor(t)
+    torch.distributed.broadcast(t, rank)
+    return t.tolist()
+DistributedDL._broadcast = broadcast
+Accelerator(cpu=True)
+rank = torch.distributed.get_rank()
+def gather(o):
+    both = [None]*2
+    torch.distributed.all_gather_object(both, o)
+    return both
+{script}
+torch.distributed.destroy_process_group()
+open(f'fine{{rank}}', 'w').close()
+os._exit(0) # all is done and said. Where the interpreter takes torch down by itself, one run in thirty ends with SIGABRT after Python's last line
+"""
+
+@pytest.fixture
+def two_processes(tmp_path):
+    "A function that runs a script in two processes (gloo, on the CPU): it has `rank`, and `gather(o)` for the `o` of both; an error in one of them fails the test"
+    pytest.importorskip('accelerate', reason='fastai trains in several processes through accelerate')
+    def run(script):
+        (tmp_path/'train.py').write_text(_two_processes.format(tests=str(Path(__file__).parent), script=textwrap.dedent(script)))
+        r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py'],
+                           capture_output=True, text=True, timeout=180, cwd=tmp_path)
+        assert r.returncode==0 and (tmp_path/'fine0').exists() and (tmp_path/'fine1').exists(), r.stdout+r.stderr
+    return run

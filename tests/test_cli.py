@@ -1,9 +1,11 @@
 import os, signal, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
-from fastai.learner import load_learner
+import torch
+from fastai.learner import Callback, load_learner
 from fastai_dropconnect import cli
-from fastai_dropconnect.bulldozers import bulldozers_pandas, encode_sales, price_features, synthetic_bulldozers
+from fastai_dropconnect.bulldozers import bulldozers_pandas, encode_sales, price_features, sales_dls, synthetic_bulldozers
+from fastai_dropconnect.callback.core import hidden_linears
 from fastai_dropconnect.cli import *
 
 COMMAND = Path(sys.executable).parent/'dropconnect-bulldozers'
@@ -27,7 +29,7 @@ def all_models(tmp_path_factory):
     new = new.assign(YearMade=new.YearMade.where(new.index > 4), state=new.state.mask(new.index == 7, 'Atlantis')).iloc[::-1]
     new.to_csv(tmp/'Test.csv', index=False)
     status, said, errors = run('--rows', 700, '--models', ' '.join(MODELS), '--epochs', 2, '--layers', '20,10', '--seeds', 2, '--seed', 5,
-                               '--weight_p', .2, '--bs', 128, '--valid_from', '2011-06-01', '--test', tmp/'Test.csv', '--out', tmp/'a'/'out')
+                               '--weight_p', .2, '--sparsity', .4, '--bs', 128, '--valid_from', '2011-06-01', '--test', tmp/'Test.csv', '--out', tmp/'a'/'out')
     assert status == 0, errors
     return tmp/'a'/'out', said, errors, new
 
@@ -53,9 +55,9 @@ def test_the_head_says_source_split_and_size(all_models):
 def test_progress_goes_to_stderr_without_control_characters(all_models):
     _, said, errors, _ = all_models
     lines = errors.splitlines()
-    assert lines[0].startswith('Reading ') and len(lines) == 15 and all('RMSE' in l for l in lines[1:])
-    assert '[3/14] dropconnect-gaussian, seed 5 (1 of 2) .. RMSE' in errors
-    assert not any(c in said+errors for c in '\r\x1b\b') and '[3/14]' not in said
+    assert lines[0].startswith('Reading ') and len(lines) == 19 and all('RMSE' in l for l in lines[1:])
+    assert '[3/18] dropconnect-gaussian, seed 5 (1 of 2) .. RMSE' in errors
+    assert not any(c in said+errors for c in '\r\x1b\b') and '[3/18]' not in said
 
 def test_all_results_are_there(all_models):
     out, said, *_ = all_models
@@ -140,6 +142,9 @@ BAD = { # options (FILE: a file made of what stands in second place), and what t
     'weight_p 1.5': ('--weight_p 1.5', None, '`weight_p` must be a number with 0 <= weight_p < 1, however: weight_p=1.5'),
     'weight_p nan': ('--weight_p nan', None, 'weight_p=nan'),
     'weight_p abc': ('--weight_p abc', None, "argument --weight-p: invalid float value: 'abc'"),
+    'sparsity 1': ('--sparsity 1', None, '`sparsity` must be a number with 0 <= sparsity < 1, however: sparsity=1.0'),
+    'sparsity -.1': ('--sparsity=-.1', None, 'sparsity=-0.1'),
+    'sparsity half': ('--sparsity half', None, "argument --sparsity: invalid float value: 'half'"),
     'unknown model': ('--models fastai,resnet', None, f"`models` must be some of {', '.join(MODELS)}, however: models='fastai,resnet' ('resnet' unknown)"),
     'no model': ('--models ,', None, '`models` must be some of'),
     'epochs 0': ('--epochs 0', None, '`epochs` must be an integer of at least 1, however: epochs=0'),
@@ -237,11 +242,41 @@ def test_the_ensemble_is_the_mean_of_its_members():
     np.testing.assert_allclose(fits[-1].new_preds, np.mean([f.new_preds for f in fits[:-1]], axis=0))
     assert list(leaderboard(fits, ['ensemble']).model) == ['ensemble']
 
-def test_dropconnect_networks_have_dropconnect_layers_of_their_mode():
+def hidden_zeros(learn):
+    "Share of exact zeros in the weights of the hidden layers"
+    return [(m.weight == 0).float().mean().item() for m in hidden_linears(learn.model).values()]
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_each_network_is_what_it_is_called(name):
+    to, mode = bulldozers_pandas(synthetic_bulldozers(200)), name.removeprefix('dropconnect-')
+    learn = network(name, to, NetSettings(layers=(8,6), weight_p=.25, sparsity=.75))
+    noisy = {(m.p, m.mode) for m in learn.model.modules() if hasattr(m, 'mode') and hasattr(m, 'p') and m.p}
+    assert noisy == ({(.25, mode)} if mode != name else set())
+    zeros = []
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Callback(before_train=lambda self: zeros.extend(hidden_zeros(self.learn))))
+    assert zeros == pytest.approx([.75, .75] if 'zero' in name else [0, 0], abs=.01)
+    if name == 'frozen-zero': assert hidden_zeros(learn) == zeros
+    else: assert max(hidden_zeros(learn)) < .5 # not 0: what leads to a unit that ReLU keeps at 0 does not learn
+
+def test_sparsity_changes_the_networks_with_zeros_and_no_other():
     to = bulldozers_pandas(synthetic_bulldozers(200))
-    for name, mode in NETWORKS.items():
-        layers = [m for m in network(name, to, NetSettings(layers=(8,6), weight_p=.25)).model.modules() if hasattr(m, 'mode') and hasattr(m, 'p')]
-        assert {(m.p, m.mode) for m in layers if m.p} == (set() if mode is None else {(.25, mode)}), name
+    rmse = lambda name, sparsity: fit_network(name, to, settings=NetSettings(1, layers=(8,), sparsity=sparsity)).rmse
+    for name in ('fastai','frozen-zero','free-zero'): assert (rmse(name, .2) != rmse(name, .8)) == ('zero' in name), name
+
+@pytest.mark.parametrize('name', ['frozen-zero','free-zero'])
+def test_an_exported_network_with_zeros_predicts_and_trains_on(name, tmp_path, capsys):
+    args = ['--rows', '200', '--models', name, '--sparsity', '.75', '--out', str(tmp_path/'out'), *QUICK]
+    assert dropconnect_bulldozers(args) == 0
+    learn, sales = load_learner(tmp_path/'out'/'export.pkl'), synthetic_bulldozers(200)
+    preds = pd.read_csv(tmp_path/'out'/'predictions.csv', dtype={'SalesID': str})
+    valid = sales.set_index('SalesID').loc[preds.SalesID].reset_index()
+    with learn.no_bar(): logs = learn.get_preds(dl=learn.dls.test_dl(price_features(valid)))[0].squeeze(-1).numpy()
+    np.testing.assert_allclose(np.exp(logs), preds[name], rtol=1e-4)
+    before = learn.model.layers[0][0].weight.detach().clone()
+    learn.dls = sales_dls(bulldozers_pandas(sales))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert not torch.equal(learn.model.layers[0][0].weight, before)
+    assert (abs(hidden_zeros(learn)[0]-.75) < .001) == (name == 'frozen-zero')
 
 def test_python_gets_the_leaderboard(tmp_path, capsys):
     board = compare_on_bulldozers(rows=60, models='extra-trees', seeds=2, out=tmp_path/'out')

@@ -1,7 +1,5 @@
 "What the callback `DropConnect` promises: noise in training batches, and a model that is left as it was whatever happens"
-import os
-import copy, io, contextlib, pickle, subprocess, sys, textwrap, warnings
-from pathlib import Path
+import copy, io, contextlib, pickle, warnings
 import pytest, torch
 import torch.nn.functional as F
 from fastai.callback.fp16 import MixedPrecision
@@ -172,6 +170,27 @@ def test_with_other_callbacks(cb, mode):
     assert len(seen.train)==8 and all(p.isfinite().all() for p in learn.model.parameters())
 
 
+@pytest.mark.parametrize('weight_p', [.5, SchedLin(0,.5)], ids=['number','schedule'])
+@pytest.mark.parametrize('wrap', [True,False])
+def test_a_compiled_model(wrap, weight_p):
+    "Noise in training and none in validation, with the same random numbers as without compiling"
+    def run(comp, *cbs):
+        learn = make_learn(*cbs)
+        if comp and wrap: learn.model = torch.compile(learn.model, backend='aot_eager')
+        elif comp: learn.model.compile(backend='aot_eager')
+        before = state(learn.model)
+        seeded_fit(learn, 2, 1e-2)
+        assert state(learn.model)==before
+        learn.model.eval()
+        assert same(learn.model(torch.ones(2,4)), learn.model(torch.ones(2,4)))
+        return snapshot(learn)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        plain,eager,comp = run(True),run(False, DropConnect(weight_p, 'gaussian')),run(True, DropConnect(weight_p, 'gaussian'))
+    for a,b in zip(eager, comp): torch.testing.assert_close(a, b)
+    assert not any(torch.equal(a, b) for a,b in zip(plain, comp))
+
+
 def test_lr_find_and_fine_tune(tmp_path):
     learn = make_learn(DropConnect(.5), seen := Seen(), path=tmp_path, splitter=lambda m: [params(m[:2]), params(m[2:])])
     before,weights = state(learn.model),snapshot(learn)
@@ -214,40 +233,16 @@ def test_errors_come_from_the_constructor(kw, error, says):
     with pytest.raises(error, match=says): DropConnect(**kw)
 
 
-script = '''
-    import sys, torch, warnings
-    sys.path.insert(0, {here!r})
-    warnings.simplefilter('ignore')
-    from fastai.distributed import *
-    from fastai.tabular.all import *
-    from test_dropconnect_callback import make_learn, state, snapshot, same, DropConnect, Callback
-    def broadcast(self, t, rank):      # fastai's own wants CUDA
-        t = LongTensor(t)
-        torch.distributed.broadcast(t, rank)
-        return t.tolist()
-    DistributedDL._broadcast = broadcast
-    from accelerate import Accelerator
-    Accelerator(cpu=True)
-    rank = torch.distributed.get_rank()
-    class Draws(Callback):
-        def after_pred(self):
-            if self.training: self.out = [type(self.learn.model.module[0]).__name__, self.learn.model.module[0](torch.ones(1,4)).tolist()]
-    learn = make_learn(DropConnect(.5), Draws(), seed=rank)
-    before = state(learn.model)
-    with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2)
-    assert state(learn.model)==before
-    both = [None]*2
-    torch.distributed.all_gather_object(both, (snapshot(learn), learn.draws.out))
-    assert same(both[0][0], both[1][0]) and both[0][1][0]=='NoisyLinear' and both[0][1][1]!=both[1][1][1]
-    torch.distributed.destroy_process_group()
-    open('fine%d' % rank, 'w').close()
-'''
-
-@pytest.mark.skipif(os.environ.get('TEST_DISTRIBUTED')!='1', reason='two processes that meet on a port of this machine: set TEST_DISTRIBUTED=1')
-def test_two_processes(tmp_path):
-    pytest.importorskip('accelerate', reason='fastai trains in several processes through accelerate')
-    file = tmp_path/'train.py'
-    file.write_text(textwrap.dedent(script).format(here=str(Path(__file__).parent)))
-    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(file)],
-                         capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert run.returncode==0 and (tmp_path/'fine0').exists() and (tmp_path/'fine1').exists(), run.stdout+run.stderr
+def test_two_processes(two_processes):
+    two_processes('''
+        from test_dropconnect_callback import make_learn, state, snapshot, same, DropConnect, Callback
+        class Draws(Callback):
+            def after_pred(self):
+                if self.training: self.out = [type(self.learn.model.module[0]).__name__, self.learn.model.module[0](torch.ones(1,4)).tolist()]
+        learn = make_learn(DropConnect(.5), Draws(), seed=rank)
+        before = state(learn.model)
+        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2)
+        assert state(learn.model)==before
+        both = gather((snapshot(learn), learn.draws.out))
+        assert same(both[0][0], both[1][0]) and both[0][1][0]=='NoisyLinear' and both[0][1][1]!=both[1][1][1]
+    ''')

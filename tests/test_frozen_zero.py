@@ -1,8 +1,6 @@
 "What `FrozenZeroInit` promises: after each step of any optimizer the masked weights are exactly what they must be, in this fit and all others"
-import os
-import contextlib, copy, io, pickle, subprocess, sys, textwrap, warnings
+import contextlib, copy, io, pickle, warnings
 from functools import partial
-from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from fastai.callback.fp16 import MixedPrecision
@@ -351,6 +349,34 @@ def test_held_with(cbs):
     assert same(zeros(learn), masked(learn))
 
 
+def compiled(model, wrap):
+    if wrap: return torch.compile(model, backend='aot_eager')
+    model.compile(backend='aot_eager')
+    return model
+
+@pytest.mark.parametrize('wrap', [True,False])
+def test_a_compiled_model(wrap):
+    "Same weights as without compiling; the masks of before are found again when the model is compiled between two fits"
+    def seeded(f):
+        set_seed(1)
+        return f(make_model())
+    for kw in (dict(), dict(mask_grads=False), dict(zero=False)):
+        plain,comp,later = [make_learn(FrozenZeroInit({'0': .5, '3': .25}, seed=3, **kw), model=seeded(f)) for f in (noop, partial(compiled, wrap=wrap), noop)]
+        for l in (plain,comp,later): l.fit(1, 1e-2)
+        later.model = compiled(later.model, wrap)
+        for l in (plain,comp,later): l.fit(1, 1e-2)
+        assert list(comp.frozen_zero_init.record)==list(later.frozen_zero_init.record)==['0.weight','3.weight']
+        assert same(masked(plain), masked(comp)) and same(masked(plain), masked(later))
+        for l in (comp,later):
+            for p,q in zip(plain.model.parameters(), l.model.parameters()): torch.testing.assert_close(p, q)
+            if not kw: assert same([inner_model(l.model)[i].weight==0 for i in (0,3)], masked(l))
+
+
+def test_fp16_that_trains_a_copy_is_refused():
+    learn = make_learn(FrozenZeroInit(.5)).to_non_native_fp16()
+    with pytest.raises(ValueError, match='mask_grads=True'): learn.fit(1)
+
+
 def test_best_model_reloaded_early_stopping_and_interrupts(tmp_path):
     class Stop(Callback):
         def before_batch(self):
@@ -435,39 +461,15 @@ def test_masked_weights_stay_and_the_mask_never_moves(tmp_path_factory, sizes, s
 
 # Two processes
 
-script = '''
-    import sys, torch, warnings
-    sys.path.insert(0, {here!r})
-    warnings.simplefilter('ignore')
-    from fastai.distributed import *
-    from fastai.tabular.all import *
-    from test_frozen_zero import make_learn, masked, hidden, FrozenZeroInit, Watch
-    def broadcast(self, t, rank):      # fastai's own wants CUDA
-        t = LongTensor(t)
-        torch.distributed.broadcast(t, rank)
-        return t.tolist()
-    DistributedDL._broadcast = broadcast
-    from accelerate import Accelerator
-    Accelerator(cpu=True)
-    rank = torch.distributed.get_rank()
-    learn = make_learn(FrozenZeroInit(.5, zero={zero}), Watch(), seed=rank, opt_func=ranger)
-    with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2)
-    both = [None]*2
-    torch.distributed.all_gather_object(both, (masked(learn), [w.detach() for w in hidden(learn)]))
-    for a,b in zip(*both):
-        for x,y in zip(a, b): assert torch.equal(x, y), (rank, x, y)
-    if {zero}: assert all((w[m]==0).all() for m,w in zip(*both[rank]))
-    assert all(m.float().mean()==.5 for m in both[rank][0])
-    torch.distributed.destroy_process_group()
-    open('fine%d' % rank, 'w').close()
-'''
-
-@pytest.mark.skipif(os.environ.get('TEST_DISTRIBUTED')!='1', reason='two processes that meet on a port of this machine: set TEST_DISTRIBUTED=1')
 @pytest.mark.parametrize('zero', [True,False])
-def test_rank_0_draws_for_all(tmp_path, zero):
-    pytest.importorskip('accelerate', reason='fastai trains in several processes through accelerate')
-    file = tmp_path/'train.py'
-    file.write_text(textwrap.dedent(script).format(here=str(Path(__file__).parent), zero=zero))
-    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(file)],
-                         capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert run.returncode==0 and (tmp_path/'fine0').exists() and (tmp_path/'fine1').exists(), run.stdout+run.stderr
+def test_rank_0_draws_for_all(two_processes, zero):
+    two_processes(f'''
+        from test_frozen_zero import make_learn, masked, hidden, FrozenZeroInit, Watch
+        learn = make_learn(FrozenZeroInit(.5, zero={zero}), Watch(), seed=rank, opt_func=ranger)
+        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2)
+        both = gather((masked(learn), [w.detach() for w in hidden(learn)]))
+        for a,b in zip(*both):
+            for x,y in zip(a, b): assert torch.equal(x, y), (rank, x, y)
+        if {zero}: assert all((w[m]==0).all() for m,w in zip(*both[rank]))
+        assert all(m.float().mean()==.5 for m in both[rank][0])
+    ''')

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['noisy', 'check_linear', 'BatchGuard', 'is_schedule', 'DropConnect']
 
-# %% ../../nbs/32_callback.dropconnect.ipynb #3db492b6
+# %% ../../nbs/32_callback.dropconnect.ipynb #78c4571d
 import inspect
 from contextlib import ExitStack, contextmanager
-from fastai.basics import get_model
 from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from .core import LeanCallback, check_layers, check_values, hidden_linears, layer_values
+from .core import LeanCallback, check_layers, check_values, hidden_linears, inner_model, layer_values
 from ..functional import check_mode, linear_dropconnect
 from ..layers import DropConnectLinear
 from ..masks import check_p
@@ -110,11 +109,11 @@ class DropConnect(LeanCallback):
         vars(self)['_learn'] = value
         if value is not None: BatchGuard.add(value, self)
 
-# %% ../../nbs/32_callback.dropconnect.ipynb #0896e1cb
+# %% ../../nbs/32_callback.dropconnect.ipynb #f2da1579
 @patch
 def _select(self:DropConnect) -> list: # Pairs (layer, drop probability)
     "The layers of the model, with the probabilities at this point of the training"
-    model,layers = get_model(self.learn.model),self.layers
+    model,layers = inner_model(self.learn.model),self.layers
     if layers is None: layers = [n for n,m in hidden_linears(model).items() if not _never_called(m)]
     values = layer_values(model, 0. if is_schedule(self.weight_p) else self.weight_p, layers, 'weight_p')
     for n,(m,_) in values.items(): check_linear(n, m)

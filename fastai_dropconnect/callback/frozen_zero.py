@@ -6,12 +6,12 @@
 __all__ = ['as_bits', 'bit_mask', 'put_', 'clean_optimizer', 'MaskRecord', 'zeros_as_mask', 'from_rank0', 'MaskingCallback',
            'FrozenZeroInit']
 
-# %% ../../nbs/31_callback.frozen_zero.ipynb #48fa8fe6
+# %% ../../nbs/31_callback.frozen_zero.ipynb #314bcf46
 import itertools, math, numbers
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.distributed as dist
-from fastai.basics import TrainEvalCallback, ValueMetric, get_model, patch
+from fastai.basics import TrainEvalCallback, ValueMetric, patch
 from torch import Tensor, nn
-from .core import LeanCallback, check_layers, check_values, layer_values, select_weights
+from .core import LeanCallback, check_layers, check_values, inner_model, layer_values, select_weights
 from ..masks import draw_seed, exact_mask
 
 # %% ../../nbs/31_callback.frozen_zero.ipynb #51afec7f
@@ -111,7 +111,7 @@ def from_rank0(
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
-# %% ../../nbs/31_callback.frozen_zero.ipynb #63887d33
+# %% ../../nbs/31_callback.frozen_zero.ipynb #cf0ad7c9
 class MaskingCallback(LeanCallback):
     "A callback with a `record` of masks that is attached to the model of its Learner"
     def __init__(self): self.record = MaskRecord()
@@ -123,9 +123,9 @@ class MaskingCallback(LeanCallback):
     def learn(self, value):
         vars(self)['_learn'] = value
         if value is None: self.record.detach()
-        else: self.record.attach(get_model(value.model))
+        else: self.record.attach(inner_model(value.model))
 
-# %% ../../nbs/31_callback.frozen_zero.ipynb #2d478679
+# %% ../../nbs/31_callback.frozen_zero.ipynb #3c9ad14c
 class FrozenZeroInit(MaskingCallback):
     "Set a random part of the weights to zero at the start of the first fit, and (with `mask_grads`) hold them there in this fit and all others"
     order = TrainEvalCallback.order+1       # after the model is on its device, before all others see weights or gradients
@@ -153,7 +153,7 @@ class FrozenZeroInit(MaskingCallback):
 
     def weights(self) -> dict: # From the full name of each selected parameter to the pair (parameter, sparsity)
         "The weights of the Learner's model that this callback acts on"
-        return select_weights(layer_values(get_model(self.learn.model), self.sparsity, self.layers, 'sparsity'), self.params)
+        return select_weights(layer_values(inner_model(self.learn.model), self.sparsity, self.layers, 'sparsity'), self.params)
 
 # %% ../../nbs/31_callback.frozen_zero.ipynb #f21de8ee
 @patch
@@ -179,7 +179,7 @@ def _plant(self:FrozenZeroInit):
             if self.rescale: p.data.div_(mask.float().mean().sqrt().item())
         self.stds[n] = before,p.data.std(correction=0).item()
 
-# %% ../../nbs/31_callback.frozen_zero.ipynb #8b1e2f03
+# %% ../../nbs/31_callback.frozen_zero.ipynb #8dc4e2eb
 @patch
 def _hold(self:FrozenZeroInit) -> list: # (parameter, bits of its mask, bits that it is held at or `None` for zero)
     "Prepare the weights for a fit in which the masked ones stay as they are"
@@ -197,7 +197,9 @@ def _clean(self:FrozenZeroInit, square:float):
 
 @patch
 def before_fit(self:FrozenZeroInit):
-    self.record.attach(get_model(self.learn.model))
+    if self.mask_grads and hasattr(self.learn, 'non_native_mixed_precision'):
+        raise ValueError('`mask_grads` must be False with `to_non_native_fp16`, whose optimizer trains a copy of the weights (or use `to_fp16`), however: mask_grads=True')
+    self.record.attach(inner_model(self.learn.model))
     self._live,self._finding,self._known = None,hasattr(self.learn, 'lr_finder'),set(self.record)
     if not self._finding: self._plant()
 
