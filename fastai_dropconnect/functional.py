@@ -24,17 +24,16 @@ def dropconnect(
     if check_p(p)==0 or not training: return weight
     return F.dropout(weight, p)
 
-# %% ../nbs/04_functional.ipynb #0ebcab91
+# %% ../nbs/04_functional.ipynb #e972de2d
 _modules = dict(numba='cpu', triton='cuda', torch='torch')
 
 @cache
 def _kernels(
     backend:str # Name of a backend
-): # Its module, or `None` where it can't be used
+): # Its module, or `None` if what it needs is not installed
     "Import a backend when it is first asked for"
-    try: res = import_module(f'fastai_dropconnect.kernels.{_modules[backend]}')
+    try: return import_module(f'fastai_dropconnect.kernels.{_modules[backend]}')
     except ImportError: return None
-    return res if getattr(res, 'usable', lambda: True)() else None
 
 def check_backend(
     backend:str # Name of a backend, or `None`
@@ -48,14 +47,12 @@ def choose_backend(
     device, # Device of the tensors
     backend:str=None # The one wanted; else that of the environment variable, else the fastest
 ) -> str: # 'numba', 'triton' or 'torch'
-    "The backend for `device`; raises `ValueError` if `backend` is unknown, `RuntimeError` if it can't run there"
+    "The backend for `device`; raises `ValueError` if `backend` is unknown, `RuntimeError` if it can't be used there"
+    device = torch.device(device)
     wanted = check_backend(backend) or check_backend(os.environ.get('FASTAI_DROPCONNECT_BACKEND') or None)
-    best = {'cpu': 'numba', 'cuda': 'triton'}.get(torch.device(device).type)
-    if wanted not in (None, 'torch', best): raise RuntimeError(f'`backend` {wanted!r} does not run on {device}')
-    if (wanted or best) in (None, 'torch'): return 'torch'
-    if _kernels(best): return best
-    if wanted: raise RuntimeError(f'`backend` {wanted!r} is not installed or switched off')
-    return 'torch'
+    for name in [wanted] if wanted else ['triton' if device.type=='cuda' else 'numba', 'torch']:
+        if _kernels(name) and _kernels(name).usable(device): return name
+    raise RuntimeError(f'`backend` {wanted!r} is not installed, is switched off, or does not run on {device}')
 
 def _sums(t:Tensor, backend): return _kernels(choose_backend(t.device, backend))
 

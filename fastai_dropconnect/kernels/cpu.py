@@ -23,10 +23,10 @@ def _jit(fastmath=_exact, **kw):
         except RuntimeError: return numba.njit(f, **opts)
     return wrap
 
-# %% ../../nbs/02_kernels.cpu.ipynb #a90c0f7e
-def usable() -> bool:
-    "Does numba compile? Not with `NUMBA_DISABLE_JIT=1`"
-    return not numba.config.DISABLE_JIT
+# %% ../../nbs/02_kernels.cpu.ipynb #779bad12
+def usable(device:torch.device) -> bool:
+    "Does this run there? On the CPU, but not with `NUMBA_DISABLE_JIT=1`"
+    return device.type=='cpu' and not numba.config.DISABLE_JIT
 
 # %% ../../nbs/02_kernels.cpu.ipynb #130d620c
 _u = np.uint32
