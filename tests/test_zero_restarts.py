@@ -26,7 +26,7 @@ def data(n=96, bs=16, target=None, shuffle=True):
     g = torch.Generator().manual_seed(1)
     x = torch.randn(n, 4, generator=g)
     ds = TensorDataset(x, x.prod(1, keepdim=True)+x[:,:1] if target is None else target(x))
-    return DataLoaders.from_dsets(ds, ds, bs=bs, shuffle_train=shuffle, device='cpu', num_workers=0)
+    return DataLoaders.from_dsets(ds, ds, bs=bs, shuffle=(shuffle,False), device='cpu', num_workers=0)
 
 def make_model(n_out=1): return nn.Sequential(nn.Linear(4,12), nn.Tanh(), nn.BatchNorm1d(12), nn.Linear(12,8), nn.Tanh(), nn.Linear(8,n_out))
 def quiet(learn):
@@ -283,8 +283,8 @@ def test_the_table_shows_each_snapshot_and_the_average():
     assert report.index.tolist()==[0,1,2] and report.valid_loss.tolist()==rows.valid_loss[1::2].tolist()
     assert report.average_mae.iloc[0] == pytest.approx(report.mae.iloc[0])
     for c in range(3):
-        with ensemble(learn).using(c): assert learn.validate() == pytest.approx(report.loc[c, ['valid_loss','mae']].tolist(), rel=1e-4)
-    assert learn.validate() == pytest.approx(report.loc[2, ['average_loss','average_mae']].tolist(), rel=1e-4)
+        with ensemble(learn).using(c): assert list(learn.validate()) == pytest.approx(report.loc[c, ['valid_loss','mae']].tolist(), rel=1e-4)
+    assert list(learn.validate()) == pytest.approx(report.loc[2, ['average_loss','average_mae']].tolist(), rel=1e-4)
     assert len(learn.metrics)==1
 
 
