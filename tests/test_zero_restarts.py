@@ -153,6 +153,12 @@ def test_the_optimizer_remembers_all_but_the_slow_copies(opt):
     if opt is ranger: assert [(w==0).sum().item() for w in s.state['slow_weights'][0] if w.dim()>1] == [14, 29, 0]
 
 
+def test_bars_and_logging_make_no_difference():
+    learn = make_learn(metrics=mae)
+    with learn.no_mbar(),learn.no_logging(),learn.no_bar(): learn.fit_zero_restarts(2, 1)
+    assert list(ensemble(learn).record)==[0,1] and ensemble(learn).use=='average'
+
+
 def test_the_learning_rate_falls_to_zero_in_each_cycle():
     for n in (1, 3, 7):
         learn = make_learn()

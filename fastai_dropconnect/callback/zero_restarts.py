@@ -391,7 +391,7 @@ class ZeroRestarts(LeanCallback):
         "The weights of the Learner's model that get zeros"
         return restart_weights(get_model(self.learn.model), self.sparsity, self.embed_sparsity, self.layers, self.params)
 
-# %% ../../nbs/33_callback.zero_restarts.ipynb #810813af
+# %% ../../nbs/33_callback.zero_restarts.ipynb #bf9e47b0
 def folder_of(
     learn:Learner,
     path # Absolute, or within `learn.path/learn.model_dir`, or `None`
@@ -402,7 +402,7 @@ def folder_of(
 @patch
 def before_fit(self:ZeroRestarts):
     self._ensemble = self._seed = self._trained = None
-    if hasattr(self.learn, 'lr_finder') or not self.learn.create_mbar: return
+    if hasattr(self.learn, 'lr_finder') or self.learn.lock.locked(): return
     self.weights()                          # what is wrong is said now
     self._ensemble = snapshot_ensemble(self.learn)
     self._ensemble.show_columns(True)
