@@ -230,6 +230,11 @@ def test_mean_of_probabilities_for_any_logits(k, rows, n, scale, seed):
         torch.testing.assert_close(act(got), torch.stack([act(l) for l in logits]).mean(0), rtol=1e-6, atol=1e-9)
 
 
+def test_log_probabilities_stay_log_probabilities():
+    logs = [torch.randn(5,3).log_softmax(1) for _ in range(4)]
+    torch.testing.assert_close(mean_prediction(logs, nn.NLLLoss()).exp().sum(1), torch.ones(5))
+
+
 def test_own_loss_functions_are_understood_by_their_activation():
     class Loss:
         def __init__(self, act): self.activation = act
@@ -438,6 +443,7 @@ def test_lr_find_leaves_no_trace(tmp_path, path):
     before,avg = state(learn),preds(learn)
     learn.lr_find(show_plot=False, num_it=8, suggest_funcs=None)
     assert same(before, state(learn)) and torch.equal(preds(learn), avg) and ensemble(learn).use=='average'
+    assert ensemble(learn).record.progress and (path is None or all(isinstance(s, Path) for s in ensemble(learn).record.states.values()))
 
 
 def test_the_callback_in_a_learner_serves_every_fit_and_no_validation():
@@ -507,6 +513,8 @@ def test_more_errors():
     with pytest.raises(ValueError, match='needs snapshots'): ensemble(learn).average_weights()
     with pytest.raises(ValueError, match='n_cycles=0'): learn.fit_zero_restarts(0)
     with pytest.raises(ValueError, match='must be names of modules'): learn.fit_zero_restarts(2, 1, layers=['x'])
+    with pytest.raises(ValueError, match='no hidden nn.Linear and no nn.Embedding'): make_learn(model=nn.Linear(4, 1)).fit_zero_restarts(2, 1)
+    make_learn(model=nn.Linear(4, 1)).fit_zero_restarts(2, 1, sparsity=0, embed_sparsity=0)
     learn.fit_zero_restarts(2, 1)
     with pytest.raises(ValueError, match=r"\(0, 1\).*use=7"): ensemble(learn).use = 7
 

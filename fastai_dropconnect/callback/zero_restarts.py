@@ -7,8 +7,8 @@ __all__ = ['model_tensors', 'snapshot', 'restore', 'mean_state', 'Snapshots', 'o
            'activation_of', 'prediction_mean', 'mean_prediction', 'check_use', 'SnapshotEnsemble', 'AverageMetric',
            'restart_weights', 'zero_at_random', 'snapshot_ensemble', 'ZeroRestarts', 'folder_of', 'cosine_cycles']
 
-# %% ../../nbs/33_callback.zero_restarts.ipynb #b8be4110
-import itertools, math, random
+# %% ../../nbs/33_callback.zero_restarts.ipynb #09b161de
+import itertools, math, random, uuid
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from functools import partial
@@ -52,12 +52,12 @@ def mean_state(
     "The mean of floating point tensors (SWA, [Izmailov et al. 2018](https://arxiv.org/abs/1803.05407)); the others are those of the last of `states`"
     return {n: torch.stack([s[n] for s in states]).mean(0) if t.is_floating_point() else t for n,t in states[-1].items()}
 
-# %% ../../nbs/33_callback.zero_restarts.ipynb #d1780105
+# %% ../../nbs/33_callback.zero_restarts.ipynb #2ae1fb86
 class Snapshots(ModelRecord):
     "Networks at the ends of cycles, by the number of the cycle, in memory or in files; with what was measured for each (`rows`)"
     key = 'fastai_dropconnect.snapshots'
     def __init__(self): self.path,self.n_last = None,None; self.clear()
-    def clear(self): self.states,self.rows,self.progress,self.weights,self.use = {},{},None,None,'last'
+    def clear(self): self.states,self.rows,self.progress,self.weights,self.use,self.version = {},{},None,None,'last',None
     def __len__(self): return len(self.states)
     def __iter__(self): return iter(self.states)
     def __getitem__(self, cycle:int) -> dict:
@@ -65,21 +65,24 @@ class Snapshots(ModelRecord):
         return torch.load(state, weights_only=True) if isinstance(state, Path) else state
 
     def write(self, metadata):
-        if self.states: metadata[self.key] = dict(states={c:self[c] for c in self}, rows=self.rows, weights=self.weights, use=self.use)
+        if self.states: metadata[self.key] = dict(states={c:self[c] for c in self}, rows=self.rows, weights=self.weights, use=self.use, version=self.version)
 
     def read(self, metadata):
-        self.clear()
+        "Snapshots that are those of now stay where they are, with the optimizer's state"
         notes = dict(metadata.get(self.key, {}))
-        for c,state in notes.pop('states', {}).items(): self.add(c, state)
+        states = notes.pop('states', {})
+        if notes.get('version')!=self.version or not states:
+            self.clear()
+            for c,state in states.items(): self.add(c, state)
         vars(self).update(notes)
 
     def __getstate__(self): return vars(self) | dict(states={c:self[c] for c in self}, path=None, progress=None)
 
-# %% ../../nbs/33_callback.zero_restarts.ipynb #19b9a505
+# %% ../../nbs/33_callback.zero_restarts.ipynb #5f53f8ac
 @patch
 def add(self:Snapshots, cycle:int, state:dict, progress:dict=None):
     "Keep `state` as that of `cycle`, and the newest `n_last` altogether"
-    self.states[cycle],self.progress = self._put(f'cycle_{cycle:03}.pth', state),progress
+    self.states[cycle],self.progress,self.version = self._put(f'cycle_{cycle:03}.pth', state),progress,uuid.uuid4().hex
     if self.path and progress: self._put('progress.pth', progress | dict(rows=self.rows))
     if self.n_last: self.drop(sorted(self)[:-self.n_last])
 
@@ -331,7 +334,7 @@ def average_weights(self:SnapshotEnsemble):
     self.use = 'weights'
     return self
 
-# %% ../../nbs/33_callback.zero_restarts.ipynb #0d788ed3
+# %% ../../nbs/33_callback.zero_restarts.ipynb #7faf436d
 def restart_weights(
     model:nn.Module,
     sparsity=0.3, # A number, a dictionary {layer name: number}, or a function of (name, module)
@@ -343,7 +346,9 @@ def restart_weights(
     named = layers is not None or isinstance(sparsity, dict)
     values = layer_values(model, sparsity, layers, 'sparsity') if named or hidden_linears(model) else {}
     embeds = {n:(m, embed_sparsity) for n,m in model.named_modules() if isinstance(m, nn.Embedding) and n not in values}
-    return {n:(p,s) for n,(p,s) in select_weights(values | embeds, params).items() if s and p.requires_grad}
+    if values or embeds: return {n:(p,s) for n,(p,s) in select_weights(values | embeds, params).items() if s and p.requires_grad}
+    if sparsity or embed_sparsity: raise ValueError('`layers` must select layers of the model if there are to be zeros, however: it has no hidden nn.Linear and no nn.Embedding')
+    return {}
 
 # %% ../../nbs/33_callback.zero_restarts.ipynb #7e012b4d
 def zero_at_random(
