@@ -78,7 +78,7 @@ class Snapshots(ModelRecord):
 
     def __getstate__(self): return vars(self) | dict(states={c:self[c] for c in self}, path=None, progress=None)
 
-# %% ../../nbs/33_callback.zero_restarts.ipynb #5f53f8ac
+# %% ../../nbs/33_callback.zero_restarts.ipynb #b2f3e100
 @patch
 def add(self:Snapshots, cycle:int, state:dict, progress:dict=None):
     "Keep `state` as that of `cycle`, and the newest `n_last` altogether"
@@ -110,7 +110,7 @@ def find(self:Snapshots, path:Path):
     "Take the files in `path` for the snapshots, if there are any"
     files = sorted(path.glob('cycle_*.pth')) if path else []
     self.states = {int(f.stem.split('_')[1]): f for f in files}
-    if not files: return
+    if not files or not (path/'progress.pth').exists(): return
     self.progress = torch.load(path/'progress.pth', weights_only=False)
     self.rows = self.progress['rows']
 
@@ -396,7 +396,7 @@ class ZeroRestarts(LeanCallback):
         "The weights of the Learner's model that get zeros"
         return restart_weights(get_model(self.learn.model), self.sparsity, self.embed_sparsity, self.layers, self.params)
 
-# %% ../../nbs/33_callback.zero_restarts.ipynb #bf9e47b0
+# %% ../../nbs/33_callback.zero_restarts.ipynb #e7f06b20
 def folder_of(
     learn:Learner,
     path # Absolute, or within `learn.path/learn.model_dir`, or `None`
@@ -434,7 +434,7 @@ def before_validate(self:ZeroRestarts):
     cycle,epoch = divmod(self.epoch+1, self.cycle_len)
     if self._trained!=self.epoch or epoch: return
     self._trained = None
-    self._ensemble.take(cycle-1, dict(seed=self._seed, opt=deepcopy(to_device(self.learn.opt.state_dict(), 'cpu'))))
+    self._ensemble.take(cycle-1, dict(cycle=cycle-1, seed=self._seed, opt=deepcopy(to_device(self.learn.opt.state_dict(), 'cpu'))))
     self._ensemble.record.use = 'last' if self.use=='last' else 'average'
 
 @patch
@@ -443,7 +443,7 @@ def after_fit(self:ZeroRestarts):
     self._ensemble.show_columns(False)
     if self.use=='weights' and self._ensemble.record: self._ensemble.average_weights()
 
-# %% ../../nbs/33_callback.zero_restarts.ipynb #3c08f8a1
+# %% ../../nbs/33_callback.zero_restarts.ipynb #3ab75dd0
 def cosine_cycles(
     lr_max, # Highest learning rate, or an array with one for each parameter group
     n_cycles:int # Cycles of the same length
@@ -462,8 +462,8 @@ def resume(self:SnapshotEnsemble,
     if not record: return 0
     model = get_model(learn.model)
     restore(model, record[max(record)])
-    opt = record.progress and deepcopy(record.progress.get('opt'))
-    if opt: learn.opt.load_state_dict(to_device(opt, next(model.parameters()).device))
+    if record.progress and record.progress['cycle']==max(record):      # not so if the process was killed while it wrote
+        learn.opt.load_state_dict(to_device(deepcopy(record.progress['opt']), next(model.parameters()).device))
     return max(record)+1
 
 @patch
