@@ -217,7 +217,7 @@ class SnapshotEnsemble(RecordingCallback):
         try: yield self
         finally: self.record.use = old
 
-# %% ../../nbs/33_callback.zero_restarts.ipynb #7eb93654
+# %% ../../nbs/33_callback.zero_restarts.ipynb #bc029a41
 @patch
 def _states(self:SnapshotEnsemble) -> list:
     "The snapshots that a validation asks for"
@@ -233,7 +233,7 @@ def before_fit(self:SnapshotEnsemble):
 @patch
 def before_train(self:SnapshotEnsemble):
     self._training,self.showing = True,False
-    if not hasattr(self.learn, 'lr_finder'): self.record.use = 'last'
+    self.record.use = 'last'
 
 @patch
 def before_validate(self:SnapshotEnsemble):
