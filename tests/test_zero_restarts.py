@@ -9,7 +9,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.collab import CollabDataLoaders, collab_learner
 from fastai.tabular.all import (Adam, BCEWithLogitsLossFlat, Callback, CancelFitException, CSVLogger, CrossEntropyLossFlat, DataLoaders, Learner,
-                                LabelSmoothingCrossEntropyFlat, ProgressCallback, SaveModelCallback, SGD, accuracy, load_learner, mae, noop, params,
+                                LabelSmoothingCrossEntropyFlat, ProgressCallback, get_model, SaveModelCallback, SGD, accuracy, load_learner, mae, noop, params,
                                 ranger, set_seed)
 from fastcore.foundation import L
 from hypothesis import given, settings, strategies as st
@@ -55,7 +55,7 @@ class Zeros(Callback):
     order = ZeroRestarts.order+1
     def before_fit(self): self.counts,self.masks = [],[]
     def before_train(self):
-        ps = dict(self.learn.model.named_parameters())
+        ps = dict(get_model(self.learn.model).named_parameters())
         self.counts.append({n:(p==0).sum().item() for n,p in ps.items() if p.dim()>1})
         self.masks.append({n:(p==0) for n,p in ps.items() if p.dim()>1})
 
@@ -290,6 +290,7 @@ def test_the_table_shows_each_snapshot_and_the_average():
     assert list(names) == ['epoch','train_loss','valid_loss','mae','average_loss','average_mae','time']
     rows = pd.DataFrame(list(learn.recorder.values), columns=names[1:-1])
     assert rows.average_loss.isna().tolist() == [True]+[False]*5 and rows.average_loss[2]==rows.average_loss[1]!=rows.average_loss[3]
+    assert abs(rows.valid_loss[2]-rows.average_loss[2])>1e-4                 # within a cycle it is the network that is validated
     report = ensemble(learn).report()
     assert report.index.tolist()==[0,1,2] and report.valid_loss.tolist()==rows.valid_loss[1::2].tolist()
     assert report.average_mae.iloc[0] == pytest.approx(report.mae.iloc[0])
@@ -344,6 +345,8 @@ def test_start_epoch_keeps_the_cycles_before():
     first = members(learn)[0]
     learn.fit_zero_restarts(3, 2, start_epoch=2)
     assert list(ensemble(learn).record)==[0,1,2] and same(members(learn)[0], first)
+    learn.fit_zero_restarts(3, 2, start_epoch=2, cbs=StopAt(3, CancelFitException))
+    assert list(ensemble(learn).record)==[0] and list(ensemble(learn).report().index)==[0]
 
 
 def test_files(tmp_path):
@@ -447,6 +450,10 @@ def test_lr_find_leaves_no_trace(tmp_path, path):
 
 
 def test_the_callback_in_a_learner_serves_every_fit_and_no_validation():
+    with pytest.raises(TypeError, match='cycle_len=None'): ZeroRestarts(None)
+    every = make_learn(ZeroRestarts(1), metrics=mae)
+    every.validate()
+    assert not every._grab_cbs(SnapshotEnsemble)
     learn = make_learn(ZeroRestarts(2), metrics=mae)
     learn.fit(4, 1e-2)
     assert list(ensemble(learn).record)==[0,1]
@@ -519,21 +526,37 @@ def test_more_errors():
     with pytest.raises(ValueError, match=r"\(0, 1\).*use=7"): ensemble(learn).use = 7
 
 
-@pytest.mark.skipif('TEST_DISTRIBUTED' not in os.environ, reason='two processes that meet on a port of this machine: set TEST_DISTRIBUTED=1')
-def test_two_processes(tmp_path):
-    (file := tmp_path/'train.py').write_text(textwrap.dedent(f'''
-        import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import torch.distributed as dist
-        from test_zero_restarts import *
-        dist.init_process_group('gloo')
-        learn = make_learn(seed=dist.get_rank(), path=Path({str(tmp_path)!r}))
-        for p in learn.model.parameters(): dist.broadcast(p.data, 0)
+script = '''
+    import sys, warnings
+    sys.path.insert(0, {here!r})
+    warnings.simplefilter('ignore')
+    from fastai.distributed import *
+    from test_zero_restarts import *
+    def broadcast(self, t, rank):      # fastai's own wants CUDA
+        t = torch.LongTensor(t)
+        torch.distributed.broadcast(t, rank)
+        return t.tolist()
+    DistributedDL._broadcast = broadcast
+    from accelerate import Accelerator
+    Accelerator(cpu=True)
+    rank = torch.distributed.get_rank()
+    learn = make_learn(seed=rank, path=Path('.'))
+    for path in (None, 'snaps'):
         zeros = Zeros()
-        learn.add_cb(zeros)
-        learn.fit_zero_restarts(2, 1, path='snaps')
-        torch.save((zeros.masks[1]['3.weight'], preds(learn).shape), Path({str(tmp_path)!r})/f'{{dist.get_rank()}}.pth')'''))
-    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(file)], capture_output=True, text=True,
-                         env=os.environ | dict(OMP_NUM_THREADS='1'))
-    assert run.returncode==0, run.stderr
-    a,b = [torch.load(tmp_path/f'{i}.pth', weights_only=False)[0] for i in (0,1)]
-    assert torch.equal(a, b)
+        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit_zero_restarts(2, 1, path=path, cbs=zeros)
+        both = [None]*2
+        states = [{{n:t for n,t in s.items() if path or 'running' not in n}} for s in members(learn)]      # batch norm has seen other rows
+        torch.distributed.all_gather_object(both, (zeros.masks[1]['3.weight'], states))
+        assert both[0][0].sum()==29 and torch.equal(both[0][0], both[1][0])
+        for a,b in zip(both[0][1], both[1][1]): assert same(a, b), (path, rank)
+    torch.distributed.destroy_process_group()
+    open('fine%d' % rank, 'w').close()
+'''
+
+@pytest.mark.skipif(os.environ.get('TEST_DISTRIBUTED')!='1', reason='two processes that meet on a port of this machine: set TEST_DISTRIBUTED=1')
+def test_two_processes_draw_the_same_zeros(tmp_path):
+    pytest.importorskip('accelerate', reason='fastai trains in several processes through accelerate')
+    (file := tmp_path/'train.py').write_text(textwrap.dedent(script).format(here=str(Path(__file__).parent)))
+    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(file)],
+                         capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert run.returncode==0 and (tmp_path/'fine0').exists() and (tmp_path/'fine1').exists(), run.stdout+run.stderr

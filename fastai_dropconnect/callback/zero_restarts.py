@@ -258,12 +258,11 @@ def after_pred(self:SnapshotEnsemble):
 @patch
 def after_validate(self:SnapshotEnsemble): self._live = self._mean = None
 
-# %% ../../nbs/33_callback.zero_restarts.ipynb #1b04ccfd
+# %% ../../nbs/33_callback.zero_restarts.ipynb #f90bdae5
 class AverageMetric(Metric):
     "Another metric of the mean prediction of the snapshots so far"
     def __init__(self, metric:Metric, ensemble:SnapshotEnsemble): self.metric,self.ensemble,self.last = copy(metric),ensemble,math.nan
-    def reset(self):
-        if self.ensemble.showing: self.metric.reset()
+    def reset(self): self.metric.reset()
 
     def accumulate(self, learn):
         if learn.training or self.ensemble._mean is None: return
@@ -443,15 +442,16 @@ def after_fit(self:ZeroRestarts):
     self._ensemble.show_columns(False)
     if self.use=='weights' and self._ensemble.record: self._ensemble.average_weights()
 
-# %% ../../nbs/33_callback.zero_restarts.ipynb #3ab75dd0
+# %% ../../nbs/33_callback.zero_restarts.ipynb #30a9d9e7
 def cosine_cycles(
     lr_max, # Highest learning rate, or an array with one for each parameter group
     n_cycles:int # Cycles of the same length
 ): # Function from the position in training, 0 to 1, to the learning rate
     "Half a cosine from `lr_max` to 0 in each cycle (SGDR, [Loshchilov and Hutter 2017](https://arxiv.org/abs/1608.03983), without growing cycles)"
     cos = SchedCos(lr_max, 0)
-    return lambda pos: cos((pos*n_cycles+1e-9)%1)
+    return lambda pos: cos((pos*n_cycles+1e-9)%1)      # 1/49*49 is less than 1
 
+# %% ../../nbs/33_callback.zero_restarts.ipynb #f7ecc103
 @patch
 def resume(self:SnapshotEnsemble,
     path=None # Folder of snapshots to take, if there are none in memory
