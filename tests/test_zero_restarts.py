@@ -230,6 +230,12 @@ def test_mean_of_probabilities_for_any_logits(k, rows, n, scale, seed):
         torch.testing.assert_close(act(got), torch.stack([act(l) for l in logits]).mean(0), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_is_averaged_in_full(dtype):
+    halves = [torch.full((2,1), v, dtype=dtype) for v in (1., 1., 1.0078125)]
+    torch.testing.assert_close(mean_prediction(halves, F.mse_loss), torch.full((2,1), 1+.0078125/3), rtol=1e-7, atol=0)
+
+
 def test_log_probabilities_stay_log_probabilities():
     logs = [torch.randn(5,3).log_softmax(1) for _ in range(4)]
     torch.testing.assert_close(mean_prediction(logs, nn.NLLLoss()).exp().sum(1), torch.ones(5))
