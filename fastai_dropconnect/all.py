@@ -2,6 +2,7 @@
 from fastai_dropconnect.masks import *
 from fastai_dropconnect.functional import *
 from fastai_dropconnect.layers import *
+from fastai_dropconnect.ensemble import *
 from fastai_dropconnect.tabular.core import *
 from fastai_dropconnect.tabular.model import *
 from fastai_dropconnect.tabular.learner import *
