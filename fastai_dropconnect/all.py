@@ -4,6 +4,7 @@ from fastai_dropconnect.functional import *
 from fastai_dropconnect.layers import *
 from fastai_dropconnect.ensemble import *
 from fastai_dropconnect.tabular.core import *
+from fastai_dropconnect.tabular.embeddings import *
 from fastai_dropconnect.tabular.model import *
 from fastai_dropconnect.tabular.learner import *
 from fastai_dropconnect.callback.batchnorm import *

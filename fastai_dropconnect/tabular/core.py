@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['QuantileNormalize']
 
-# %% ../../nbs/20_tabular.core.ipynb #78120a01
+# %% ../../nbs/20_tabular.core.ipynb #39ae1eb5
 import numbers
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, torch
 from fastai.data.transforms import Normalize
 from fastai.tabular.core import TabularProc
 from fastcore.basics import store_attr
-from scipy.special import ndtr, ndtri
 from sklearn.preprocessing import QuantileTransformer
 
 # %% ../../nbs/20_tabular.core.ipynb #2db2a381
@@ -23,7 +22,7 @@ def _break_ties(
     apart = (df.rank(method='first') - df.rank())/len(df)       # 0 for a value that occurs once
     return (df + apart*1e-10*df.abs().max().replace(0, 1)).to_numpy()
 
-# %% ../../nbs/20_tabular.core.ipynb #6959282c
+# %% ../../nbs/20_tabular.core.ipynb #8b76d2ce
 def _check_int(v, name, least):
     if isinstance(v, bool) or not isinstance(v, numbers.Integral): raise TypeError(f'`{name}` must be an integer, however: {name}={v!r}')
     if v < least: raise ValueError(f'`{name}` must be at least {least}, however: {name}={v!r}')
@@ -48,8 +47,8 @@ class QuantileNormalize(TabularProc):
         self.quantiles = QuantileTransformer(n_quantiles=n, subsample=self.subsample, random_state=self.seed)
         self.quantiles.fit(_break_ties(x))
 
-    def encodes(self, to): return self._put(to, lambda x: ndtri(self.quantiles.transform(x).clip(1e-7, 1-1e-7)))
-    def decodes(self, to): return self._put(to, lambda z: self.quantiles.inverse_transform(ndtr(z)))
+    def encodes(self, to): return self._put(to, lambda x: torch.special.ndtri(torch.from_numpy(self.quantiles.transform(x)).clip(1e-7, 1-1e-7)).numpy())
+    def decodes(self, to): return self._put(to, lambda z: self.quantiles.inverse_transform(torch.special.ndtr(torch.from_numpy(z)).numpy()))
 
     def _put(self, to, f):
         x = to.conts.to_numpy(float, na_value=np.nan)
