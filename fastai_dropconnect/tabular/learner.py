@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['TabularLearner', 'tabular_learner']
 
-# %% ../../nbs/21_tabular.learner.ipynb #240f8e34
+# %% ../../nbs/21_tabular.learner.ipynb #9a4fbc01
 import fastai.tabular.all     # gives every Learner `no_bar`, `fit_one_cycle`, `lr_find`
 import pandas as pd
-from fastai.basics import Learner, Recorder, get_c, get_model
+from fastai.basics import Learner, get_c, get_model
 from fastai.tabular import learner as fastai_learner
 from fastai.tabular.model import TabularModel, get_emb_sz, tabular_config
-from fastcore.basics import ifnone, patch, risinstance
+from fastcore.basics import ifnone, patch
 from fastcore.meta import delegates
 from ..ensemble import EnsembleLoss, average_for
 from .embeddings import quantile_bins
@@ -80,10 +80,12 @@ def tabular_learner(
     if getattr(model, 'n_members', None) is not None: loss_func = EnsembleLoss(loss_func)
     return TabularLearner(dls, model, loss_func=loss_func, **kwargs)
 
-# %% ../../nbs/21_tabular.learner.ipynb #f517293c
+# %% ../../nbs/21_tabular.learner.ipynb #653e576b
 @patch
 @delegates(Learner.get_preds)
 def get_member_preds(self:TabularLearner, ds_idx:int=1, dl=None, **kwargs) -> tuple: # As from `get_preds`, with predictions of shape `(n, n_members, n_out)`
     "`get_preds` of each member of an ensemble; raises `TypeError` if the model is none"
-    recorders = self.cbs.filter(risinstance(Recorder))      # their metrics are made for the average
-    with each_member(get_model(self.model)), self.removed_cbs(recorders): return self.get_preds(ds_idx, dl, **kwargs)
+    metrics,self.metrics = self.metrics,[]      # they are made for the average
+    try:
+        with each_member(get_model(self.model)): return self.get_preds(ds_idx, dl, **kwargs)
+    finally: self.metrics = metrics
