@@ -30,7 +30,7 @@ def unpack_masks(
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device).view(8, *[1]*(bits.ndim-1))
     return (bits[:,None] >> shifts).bitwise_and_(1).flatten(0, 1)[:n_members]
 
-# %% ../nbs/11_ensemble.ipynb #bcb51189
+# %% ../nbs/11_ensemble.ipynb #af3aedcc
 def member_linear(
     x:Tensor, # Shape `(*, n_members*n_in)`, or `(*, n_in)` if all members have the same input
     weight:Tensor, # Shape `(n_members, n_out, n_in)`
@@ -41,9 +41,9 @@ def member_linear(
     k,n_out,n_in = weight.shape
     if shared_input: return F.linear(x, weight.flatten(0, 1), bias)
     rows = x.shape[:-1]
-    y = torch.bmm(x.reshape(rows.numel(), k, n_in).transpose(0, 1), weight.transpose(1, 2))
-    y = y.transpose(0, 1).reshape(*rows, k*n_out)
-    return y if bias is None else y + bias.to(y.dtype)
+    x,weight = x.reshape(rows.numel(), k, n_in).transpose(0, 1),weight.transpose(1, 2)
+    y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.view(k, 1, n_out), x, weight)
+    return y.transpose(0, 1).reshape(*rows, k*n_out)
 
 # %% ../nbs/11_ensemble.ipynb #6283ac66
 def check_count(
