@@ -187,7 +187,10 @@ def test_shapes_and_gradients(kind):
     m = model(kind)
     assert m.n_cont == 3 and m.bn_cont.num_features == 18 and m.layers[0][0].in_features == 7+18
     for n in (0, 1, 2): assert m.eval()(*args(n)).shape == (n,2)
-    m.train()(*args()).square().sum().backward()
+    cats,conts = args()
+    conts.requires_grad_()
+    m.train()(cats, conts).square().sum().backward()
+    assert (conts.grad.abs().sum(0) > 0).all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in m.num_embeds.parameters())
     assert TabularDropConnectModel([], 3, 2, [20], num_embeddings=kind, bins=quantile_bins(torch.randn(100, 3)))(torch.empty(4, 0).long(), torch.randn(4, 3)).shape == (4,2)
     none = TabularDropConnectModel([(10,4)], 0, 2, [20], num_embeddings=kind)
@@ -222,6 +225,7 @@ def test_piecewise_linear_vectors_bend_at_the_edges_only():
     bins = [torch.tensor([-2.,-.5,.25,3])]
     m,x = numeric_embeddings('ple', 1, 4, bins),torch.linspace(-4, 5, 901, dtype=torch.float64)[:,None]
     m.double()
+    assert m(x).detach().diff(n=2, dim=0).abs().max() < 1e-6       # straight lines at the start
     nn.init.normal_(m[0].module.linear.weight)
     bend = m(x).detach().diff(n=2, dim=0).abs().sum(1)
     edges = x[1:-1,0][bend > 1e-6]
