@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['noisy', 'check_linear', 'BatchGuard', 'is_schedule', 'DropConnect']
 
-# %% ../../nbs/32_callback.dropconnect.ipynb #78c4571d
+# %% ../../nbs/32_callback.dropconnect.ipynb #7700678c
 import inspect
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .core import LeanCallback, check_layers, check_values, hidden_linears, inner_model, layer_values
-from ..functional import check_mode, linear_dropconnect
+from ..ensemble import EnsembleLinear
+from ..functional import check_mode
 from ..layers import DropConnectLinear
 from ..masks import check_p
 
-# %% ../../nbs/32_callback.dropconnect.ipynb #1ce9e9de
+# %% ../../nbs/32_callback.dropconnect.ipynb #10bb6071
 class _Noisy:
     "Mixed into the class of a linear layer: `forward` with DropConnect, with the arguments in `_dropconnect`"
-    def forward(self, x): return linear_dropconnect(x, self.weight, self.bias, training=self.training, **self._dropconnect)
+    def forward(self, x): return getattr(super(), 'dropconnect', partial(DropConnectLinear.dropconnect, self))(x, **self._dropconnect)
 
     def __reduce_ex__(self, protocol):
         return object.__new__, (self._plain,), {k:v for k,v in vars(self).items() if k!='_dropconnect'}
@@ -46,7 +48,7 @@ def noisy(
             m.__class__ = _noisy_class(type(m))
         yield
 
-# %% ../../nbs/32_callback.dropconnect.ipynb #89844a86
+# %% ../../nbs/32_callback.dropconnect.ipynb #93effc9c
 def _never_called(m) -> bool: return isinstance(m, NonDynamicallyQuantizableLinear)
 
 def check_linear(
@@ -54,7 +56,7 @@ def check_linear(
     m:nn.Module
 ):
     "Raise `TypeError` unless DropConnect in `m.forward` is DropConnect of the layer `m`"
-    ok = isinstance(m, nn.Linear) and type(m).forward in (nn.Linear.forward, DropConnectLinear.forward)
+    ok = isinstance(m, nn.Linear) and type(m).forward in (nn.Linear.forward, DropConnectLinear.forward, EnsembleLinear.forward)
     if not ok or _never_called(m):
         raise TypeError(f'the layers must be nn.Linear (or a subclass with the same `forward`, not the output of an attention), however: {name} is {type(m).__name__}')
 

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['TabularLearner', 'tabular_learner']
 
-# %% ../../nbs/21_tabular.learner.ipynb #75015e26
+# %% ../../nbs/21_tabular.learner.ipynb #9a4fbc01
 import fastai.tabular.all     # gives every Learner `no_bar`, `fit_one_cycle`, `lr_find`
 import pandas as pd
-from fastai.basics import Learner, get_c
+from fastai.basics import Learner, get_c, get_model
 from fastai.tabular import learner as fastai_learner
 from fastai.tabular.model import TabularModel, get_emb_sz, tabular_config
 from fastcore.basics import ifnone, patch
 from fastcore.meta import delegates
-from .model import TabularDropConnectModel, is_dropconnect_config, tabular_dropconnect_config
+from ..ensemble import EnsembleLoss, average_for
+from .embeddings import quantile_bins
+from .model import TabularDropConnectModel, each_member, is_dropconnect_config, tabular_dropconnect_config
 
 # %% ../../nbs/21_tabular.learner.ipynb #c3fa9a38
 class TabularLearner(fastai_learner.TabularLearner):
@@ -41,7 +43,20 @@ def export(self:TabularLearner, fname='export.pkl', **kwargs):
     finally:
         if hps is not None: noted['hps'] = hps
 
-# %% ../../nbs/21_tabular.learner.ipynb #afa2bd55
+# %% ../../nbs/21_tabular.learner.ipynb #a5f19cf2
+def _complete_config(
+    config:dict, # Not changed
+    dls, # `TabularDataLoaders`
+    loss_func
+) -> dict:
+    "`config` with the edges of the bins, if there are bins, and with the `average` of an ensemble that fits `loss_func`"
+    res = dict(config)
+    if res.get('num_embeddings')=='ple' and isinstance(res.get('bins'), int):
+        res['bins'] = quantile_bins(dls.train_ds.conts.to_numpy('float32', na_value=float('nan')), res['bins'])
+    if res.get('n_members') is not None: res['average'] = ifnone(res.get('average'), average_for(loss_func))
+    return res
+
+# %% ../../nbs/21_tabular.learner.ipynb #e83484fb
 @delegates(Learner.__init__)
 def tabular_learner(
     dls, # `TabularDataLoaders`
@@ -50,14 +65,27 @@ def tabular_learner(
     config:dict=None, # From `tabular_dropconnect_config`, or fastai's `tabular_config`
     n_out:int=None, # Final output size of the model
     y_range:tuple=None, # Low and high for the final sigmoid function
+    loss_func=None, # By default that of `dls`
     **kwargs
 ) -> TabularLearner:
     "A `Learner` for `dls` with a `TabularDropConnectModel` if `config` asks for it, else with fastai's `TabularModel`"
-    config = dict(ifnone(config, {}))
+    loss_func = ifnone(loss_func, getattr(dls.train_ds, 'loss_func', None))
+    config = _complete_config(ifnone(config, {}), dls, loss_func)
     y_range = ifnone(y_range, config.pop('y_range', None))
     n_out = ifnone(n_out, get_c(dls))
     if not n_out: raise ValueError('`n_out` could not be inferred from the data: set `dls.c` or pass `n_out`')
     model_cls = TabularDropConnectModel if is_dropconnect_config(config) else TabularModel
     model = model_cls(get_emb_sz(dls.train_ds, ifnone(emb_szs, {})), len(dls.cont_names), n_out, ifnone(layers, [200,100]),
                       y_range=y_range, **config)
-    return TabularLearner(dls, model, **kwargs)
+    if getattr(model, 'n_members', None) is not None: loss_func = EnsembleLoss(loss_func)
+    return TabularLearner(dls, model, loss_func=loss_func, **kwargs)
+
+# %% ../../nbs/21_tabular.learner.ipynb #653e576b
+@patch
+@delegates(Learner.get_preds)
+def get_member_preds(self:TabularLearner, ds_idx:int=1, dl=None, **kwargs) -> tuple: # As from `get_preds`, with predictions of shape `(n, n_members, n_out)`
+    "`get_preds` of each member of an ensemble; raises `TypeError` if the model is none"
+    metrics,self.metrics = self.metrics,[]      # they are made for the average
+    try:
+        with each_member(get_model(self.model)): return self.get_preds(ds_idx, dl, **kwargs)
+    finally: self.metrics = metrics
