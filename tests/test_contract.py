@@ -1,5 +1,5 @@
 "What every layer and model promises, run over every public class and mode"
-import copy, io, pickle
+import copy, importlib.util, io, os, pickle
 import pytest, torch, torch.nn.functional as F
 from fastai.tabular.all import Embedding, TabularModel
 from scipy import stats
@@ -38,7 +38,20 @@ EXTRAS = ([pytest.param(lambda c=c,m=m: case_ensemble(c, m), id=f'{c.__name__}-{
 more_cases = pytest.mark.parametrize('case', CASES+EXTRAS)
 
 
-@pytest.fixture(autouse=True, params=['numba','torch'])
+# Triton's interpreter takes milliseconds for what a GPU does in microseconds, so it goes through those tests only that make few passes
+INTERPRETED = '''test_shapes test_small_layers test_non_contiguous_inputs test_dtypes test_autocast test_p_0_is_plain_in_training test_training_is_noisy
+    test_example_equals_the_dense_expression_with_the_same_mask test_only_the_gradients_that_are_asked_for test_a_row_of_zeros_has_finite_gradients
+    test_a_dropped_infinite_weight_does_no_harm_and_backward_uses_the_forward_mask test_torch_manual_seed_repeats_a_pass
+    test_activation_checkpointing test_copies_train_on_their_own_weights test_train_eval_train'''.split()
+BACKENDS = [b for b in ('numba','triton','torch') if importlib.util.find_spec(b)]
+
+
+def pytest_generate_tests(metafunc):
+    interpreted = os.environ.get('TRITON_INTERPRET')=='1' and metafunc.function.__name__ in INTERPRETED
+    metafunc.parametrize('_backend', [b for b in BACKENDS if b!='triton' or interpreted], indirect=True)
+
+
+@pytest.fixture(autouse=True)
 def _backend(request, monkeypatch):
     "Everything holds whichever kernel makes the sums"
     monkeypatch.setenv('FASTAI_DROPCONNECT_BACKEND', request.param)

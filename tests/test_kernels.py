@@ -1,0 +1,176 @@
+"The kernels under conditions that the contract does not make: threads, forks, missing packages, memory, other processors"
+import importlib.util, os, subprocess, sys, threading
+import pytest, torch
+
+from fastai_dropconnect.functional import choose_backend, linear_dropconnect
+from fastai_dropconnect.kernels import cpu, torch as reference
+from fastai_dropconnect.masks import draw_seed
+
+
+def run(code, **env):
+    "What a new Python process prints"
+    res = subprocess.run([sys.executable, '-c', code], env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
+    assert res.returncode==0, res.stderr
+    return res.stdout.strip()
+
+
+def tensors(n=70, n_in=90, n_out=33, dtype=torch.float32): return [torch.randn(s, dtype=dtype) for s in ((n,n_in), (n_out,n_in), (n,n_out))]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('threshold', [1, 700, 32768, 65535])
+@pytest.mark.parametrize('n', range(1, 10))
+def test_every_tail_of_a_block(n, threshold, dtype):
+    for n_in,n_out in ((1,1), (15,2), (16,3), (33,1), (513,129)):
+        (x,w,g),seed,tol = tensors(n, n_in, n_out, dtype),draw_seed(),dict(rtol=1e-4, atol=1e-3 if dtype==torch.float32 else 1e-10)
+        torch.testing.assert_close(cpu.forward(x, w, seed, threshold), reference.forward(x, w, seed, threshold), **tol)
+        torch.testing.assert_close(cpu.grads(g, x, w, seed, threshold), reference.grads(g, x, w, seed, threshold), **tol)
+
+
+def test_the_number_of_threads_changes_nothing(monkeypatch):
+    (x,w,g),seed,res = tensors(300, 700, 150),draw_seed(),[]
+    for k in (1, 2, 3, 7):
+        monkeypatch.setattr(cpu, '_n_threads', lambda work: k)
+        res.append((cpu.forward(x, w, seed, 9000), *cpu.grads(g, x, w, seed, 9000), cpu.grad_input(g, w, seed, 9000), cpu.grad_weight(g, x, seed, 9000)))
+    for other in res[1:]:
+        for a,b in zip(res[0], other): assert torch.equal(a, b)
+
+
+def test_an_error_in_a_thread_is_raised(monkeypatch):
+    def fails(first, last):
+        if first: raise RuntimeError('in a thread')
+    with pytest.raises(RuntimeError, match='in a thread'): cpu._spread(fails, (), 4, 2)
+
+
+def train(steps=5):
+    torch.manual_seed(3)
+    (x,w,_),losses = tensors(64),[]
+    w.requires_grad_()
+    for _ in range(steps):
+        loss = (linear_dropconnect(x, w, p=0.3) - 1).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+    return losses
+
+
+def test_two_threads_train_at_the_same_time(monkeypatch):
+    "torch's generator is shared, so only the sums are compared: each thread has a seed of its own"
+    monkeypatch.setattr(cpu, '_n_threads', lambda work: 2)
+    work = [(tensors(200, 300, 90),draw_seed()) for _ in range(2)]
+    alone = [[cpu.forward(x, w, s, 9000), *cpu.grads(g, x, w, s, 9000)] for (x,w,g),s in work]
+    wrong = []
+    def many(j):
+        (x,w,g),s = work[j]
+        for _ in range(20):
+            res = [cpu.forward(x, w, s, 9000), *cpu.grads(g, x, w, s, 9000)]
+            if not all(torch.equal(a, b) for a,b in zip(res, alone[j])): wrong.append(j)
+    threads = [threading.Thread(target=many, args=(j,)) for j in range(2)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_a_fork_after_the_first_use_works():
+    code = '''
+import os, torch
+from fastai_dropconnect.kernels import cpu
+from fastai_dropconnect.masks import draw_seed
+cpu._n_threads = lambda work: 2
+x,w,seed = torch.randn(64, 300),torch.randn(90, 300),draw_seed()
+want = cpu.forward(x, w, seed, 9000)
+pid = os.fork()
+if pid==0: os._exit(0 if torch.equal(cpu.forward(x, w, seed, 9000), want) and torch.equal(cpu.forward(x, w, seed, 9000), want) else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))'''
+    assert run(code)=='0'
+
+
+def test_training_is_the_same_with_and_without_numba():
+    code = f'''
+import sys, torch
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from fastai_dropconnect.functional import choose_backend
+from test_kernels import train
+print(choose_backend('cpu'), train())'''
+    def losses(**env):
+        backend,rest = run(code, **env).split(' ', 1)
+        return backend,torch.tensor(eval(rest))
+    numba,a = losses()
+    torch_,b = losses(NUMBA_DISABLE_JIT='1')
+    assert (numba,torch_)==('numba','torch')
+    torch.testing.assert_close(a, b)
+
+
+def test_without_numba_the_package_works():
+    code = '''
+import sys
+sys.modules['numba'] = None     # as if it were not installed
+from fastai_dropconnect.functional import choose_backend
+import torch
+from fastai_dropconnect.layers import DropConnectLinear
+DropConnectLinear(3, 2)(torch.randn(4, 3)).sum().backward()
+print(choose_backend('cpu'))
+try: choose_backend('cpu', 'numba')
+except RuntimeError as e: print('not installed' in str(e))'''
+    assert run(code).split()==['torch','True']
+
+
+def test_numba_is_imported_when_it_is_needed_only():
+    assert run("import sys, fastai_dropconnect.all; print('numba' in sys.modules)")=='False'
+
+
+def test_the_environment_names_a_backend(monkeypatch):
+    monkeypatch.setenv('FASTAI_DROPCONNECT_BACKEND', 'torch')
+    assert choose_backend('cpu')=='torch' and choose_backend('cpu', 'numba')=='numba'
+    monkeypatch.setenv('FASTAI_DROPCONNECT_BACKEND', 'fortran')
+    with pytest.raises(ValueError, match="backend='fortran'"): linear_dropconnect(*tensors()[:2])
+    monkeypatch.setenv('FASTAI_DROPCONNECT_BACKEND', '')
+    assert choose_backend('cpu')=='numba'
+
+
+def test_memory_is_that_of_the_inputs():
+    "n*out*in is 512 million: the mask would take 512 MB as bytes"
+    code = '''
+import resource, torch
+from fastai_dropconnect.kernels import cpu
+from fastai_dropconnect.masks import draw_seed
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+args = torch.randn(1024, 1000),torch.randn(500, 1000),torch.randn(1024, 500)
+def step(x, w, g):
+    seed = draw_seed()
+    cpu.forward(x, w, seed, 9000), cpu.grads(g, x, w, seed, 9000)
+step(*[t[:4] if len(t)==1024 else t for t in args])     # compiles
+before = peak()
+step(*args)
+print(peak()-before)'''
+    assert float(run(code)) < 60
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('triton'), reason='needs Triton')
+def test_the_cuda_kernels_compile_for_real_processors():
+    "Triton's compiler makes machine code for GPUs that are not there"
+    code = '''
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastai_dropconnect.kernels import cuda as K
+for f,sums in ((K._forward, 'y'), (K._grad_input, 'gx'), (K._grad_weight, 'gw')):
+    for ptr,dtype in (('fp32',tl.float32), ('bf16',tl.float32), ('fp64',tl.float64)):
+        kinds = dict(seed='*i64', O='constexpr', I='constexpr', dtype='constexpr', **{k: 'i32' for k in ('n','n_out','n_in','limit','blocks')})
+        if ptr=='bf16': kinds['gw'] = '*fp32'
+        sig = {a: kinds.get(a, '*'+ptr) for a in f.arg_names}
+        res = triton.compile(ASTSource(fn=f, signature=sig, constexprs=dict(O=K._O, I=K._I, dtype=dtype)), target=GPUTarget('cuda', 90, 32))
+        assert '.local' not in res.asm['ptx'] and len(res.asm['cubin'])>1000
+print('compiled')'''
+    env = {'TRITON_INTERPRET': '0', 'PYTHONWARNINGS': 'ignore'}
+    assert run(code, **env)=='compiled'
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_gpu_makes_the_same_sums_as_the_cpu(dtype):
+    from fastai_dropconnect.kernels import cuda
+    (x,w,g),seed,tol = tensors(70, 90, 33, dtype),draw_seed(),dict(rtol=2e-2, atol=1e-1) if dtype!=torch.float32 else dict(rtol=1e-4, atol=1e-3)
+    gpu = [t.cuda() for t in (x,w,g,seed)]
+    torch.testing.assert_close(cuda.forward(gpu[0], gpu[1], gpu[3], 9000).cpu(), cpu.forward(x, w, seed, 9000), **tol)
+    for a,b in zip(cuda.grads(gpu[2], gpu[0], gpu[1], gpu[3], 9000), cpu.grads(g, x, w, seed, 9000)): torch.testing.assert_close(a.cpu(), b, **tol)
