@@ -150,7 +150,7 @@ def check_mode(
         raise ValueError(f"`mode` must be one of {', '.join(map(repr, _modes))}, however: mode={mode!r}")
     return mode
 
-# %% ../nbs/04_functional.ipynb #c6c39da0
+# %% ../nbs/04_functional.ipynb #35747523
 def _autocast(*ts:Tensor):
     "Cast as autocast does for `F.linear`: to its type where it is on, but `float64` never"
     dev = ts[0].device.type
@@ -166,11 +166,13 @@ def linear_dropconnect(
     mode:str='example', # 'example': a mask for each row, 'batch': one mask, 'gaussian': noise of the same mean and variance
     training:bool=True, # With `False` this is `F.linear`
     drop_bias:bool=False, # Drop entries of `bias` too?
-    backend:str=None # Kernel for 'example': 'numba', 'triton' or 'torch'; the fastest that runs by default
+    backend:str=None, # Kernel for 'example': 'numba', 'triton' or 'torch'; the fastest that runs by default
+    sample_eval:bool=False # With `training=False`: draw from the Gaussian of 'gaussian', instead of its mean
 ) -> Tensor: # `(*, n_out)`, of the type that `F.linear` returns
     "A linear layer with DropConnect (Wan et al. 2013, eq. 3): kept connections are multiplied by `1/(1-p)`"
     check_mode(mode), check_backend(backend)
-    if check_p(p)==0 or not training: return F.linear(x, weight, bias)
+    if check_p(p)==0 or not (training or sample_eval): return F.linear(x, weight, bias)
+    if not training: mode = 'gaussian'
     if x.shape[-1:] != weight.shape[1:]:
         raise ValueError(f'`x` must have {weight.shape[1]} values in its last dimension, however: x.shape={tuple(x.shape)}')
     x,weight,bias = _autocast(x, weight, bias)

@@ -33,7 +33,7 @@ def _view_as(
     res.__dict__.update({k:v for k,v in module.__dict__.items() if k not in drop}, **attrs)
     return res
 
-# %% ../nbs/10_layers.ipynb #08ff6d47
+# %% ../nbs/10_layers.ipynb #71084eb4
 class DropConnectLinear(nn.Linear):
     "`nn.Linear` with DropConnect (Wan et al. 2013) in training: `(*, in_features)` to `(*, out_features)`; in eval it is `nn.Linear`"
     def __init__(self,
@@ -44,19 +44,20 @@ class DropConnectLinear(nn.Linear):
         mode:str='example', # 'example': a mask for each row, 'batch': one for all, 'gaussian': noise of the same mean and variance
         drop_bias:bool=False, # Drop entries of the bias too?
         device=None, # As in `nn.Linear`
-        dtype=None # As in `nn.Linear`
+        dtype=None, # As in `nn.Linear`
+        sample_eval:bool=False # Draw from the Gaussian in eval, as Wan et al. do (section 3.2), instead of its mean?
     ):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.p,self.mode,self.drop_bias = check_p(p),check_mode(mode),bool(drop_bias)
+        self.p,self.mode,self.drop_bias,self.sample_eval = check_p(p),check_mode(mode),bool(drop_bias),bool(sample_eval)
 
     def forward(self, x:Tensor) -> Tensor: return self.dropconnect(x, self.p, self.mode, self.drop_bias)
 
     def dropconnect(self, x:Tensor, p:float, mode:str, drop_bias:bool) -> Tensor:
         "`forward` with these settings instead of the layer's own"
-        return linear_dropconnect(x, self.weight, self.bias, p, mode, self.training, drop_bias)
+        return linear_dropconnect(x, self.weight, self.bias, p, mode, self.training, drop_bias, sample_eval=self.sample_eval)
 
     def extra_repr(self) -> str:
-        return f'{super().extra_repr()}, p={self.p}, mode={self.mode!r}' + (', drop_bias=True' if self.drop_bias else '')
+        return f'{super().extra_repr()}, p={self.p}, mode={self.mode!r}' + ''.join(f', {a}=True' for a in ('drop_bias','sample_eval') if getattr(self, a))
 
     @classmethod
     def from_linear(cls,
@@ -66,11 +67,11 @@ class DropConnectLinear(nn.Linear):
         drop_bias:bool=False # Drop entries of the bias too?
     ): # `DropConnectLinear`
         "`linear` seen as a DropConnect layer, with the same parameters; raises `TypeError` if it is no plain `nn.Linear`"
-        return _view_as(cls, linear, nn.Linear, p=check_p(p), mode=check_mode(mode), drop_bias=bool(drop_bias))
+        return _view_as(cls, linear, nn.Linear, p=check_p(p), mode=check_mode(mode), drop_bias=bool(drop_bias), sample_eval=False)
 
     def to_linear(self) -> nn.Linear:
         "This layer seen as a plain `nn.Linear`, with the same parameters"
-        return _view_as(nn.Linear, self, DropConnectLinear, drop=('p','mode','drop_bias'))
+        return _view_as(nn.Linear, self, DropConnectLinear, drop=('p','mode','drop_bias','sample_eval'))
 
 # %% ../nbs/10_layers.ipynb #4e30effc
 class DropConnectEmbedding(nn.Embedding):

@@ -302,6 +302,20 @@ def test_a_dropped_infinite_weight_does_no_harm_and_backward_uses_the_forward_ma
     y.sum().backward()
     assert torch.equal(y, x.grad)
 
+def test_inference_by_sampling_is_asked_for_explicitly():
+    "Wan et al. 2013, section 3.2: draws from the Gaussian of the training noise, in eval"
+    x,n = torch.randn(1, 12),4000
+    for mode in MODES:
+        layer = linear(mode).eval()
+        mean,var = layer(x)[0],0.3/0.7*(x[0]**2 @ layer.weight.T**2)
+        assert torch.equal(layer(x)[0], mean)
+        layer.sample_eval = True
+        with torch.no_grad(): draws = layer(x.expand(n, -1))
+        assert ((draws.mean(0)-mean).abs() < 5*(var/n).sqrt()).all()
+        torch.testing.assert_close(draws.var(0)/var, torch.ones(5), rtol=0, atol=5*(2/n)**.5)
+        assert torch.equal(layer.to_linear()(x)[0], mean) and 'sample_eval' not in vars(layer.to_linear())
+
+
 # 6. Statistics
 
 @pytest.mark.parametrize('p', [0.01, 0.1, 0.5, 0.9, 0.99])
