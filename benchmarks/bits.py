@@ -59,7 +59,7 @@ def philox(seed, c0, c1, c2):
         k0,k1 = add(k0, W0),add(k1, W1)
     return c0,c1,c2,c3
 
-@njit(nogil=True)
+@njit(nogil=True, cache=True)
 def fill(kind, t, seeds, b0, o0, i0, res):
     "Write the 16-bit numbers of the lanes to `res`, uint16 of shape `(seeds, blocks, 4, outputs, inputs)`; `t`: counters of the inputs"
     S,B,_,O,I = res.shape
@@ -126,13 +126,13 @@ def chi2(counts, probs):
     x,dof = ((counts-want)**2/want).sum(),len(want)-1
     return x,dof,stats.chi2.sf(x, dof)
 
-@njit(nogil=True)
+@njit(nogil=True, cache=True)
 def _count2(a, b, res):
     for i in range(len(a)): res[a[i],b[i]] += 1
-@njit(nogil=True)
+@njit(nogil=True, cache=True)
 def _count3(a, b, c, res):
     for i in range(len(a)): res[a[i],b[i],c[i]] += 1
-@njit(nogil=True)
+@njit(nogil=True, cache=True)
 def _count4(a, b, c, d, res):
     for i in range(len(a)): res[a[i],b[i],c[i],d[i]] += 1
 _counts = {2:_count2, 3:_count3, 4:_count4}
@@ -272,7 +272,7 @@ def sums(kind, total):
     return [Row(kind, 'sum', f'over {n} {name} p={p}', int(h.sum()), *chi2(h, stats.binom.pmf(range(n+1), n, masks.drop_probability(masks.drop_threshold(p)))))
             for (name,p,n),h in hist.items()]
 
-@njit(nogil=True)
+@njit(nogil=True, cache=True)
 def ranks(m, res):
     "Count the ranks over GF(2) of 32x32 matrices, given as 32 words each"
     for k in range(len(m)):
@@ -355,19 +355,19 @@ def runs(kind, total):
 def all_pairs(kind, total, n=1024):
     "Correlation of the masks of each pair of `n` inputs, and of each pair of 512 outputs, at p=0.5"
     rng,rows,N = rng_of(kind, 'all pairs'),[],max(4096, min(2**17, round(total/(4*n))//4096*4096))
-    x = np.zeros((4, n, n))
+    like = (0,0),(1,1),(2,2),(3,3),(0,1),(2,3)      # rows that share a key
+    x = np.zeros((6, n, n))
     for _ in range(N//4096):
         u = make(kind, draw(rng, 64), 1, 64, n)[:,0]
-        for j in range(4):
-            d = torch.from_numpy(np.where(dropped(u[:,j], .5), np.float32(1), np.float32(-1)).reshape(4096, n))
-            x[j] += (d.T@d).numpy()
+        d = [torch.from_numpy(np.where(dropped(u[:,j], .5), np.float32(1), np.float32(-1)).reshape(4096, n)) for j in range(4)]
+        for c,(j,k) in zip(x, like): c += (d[j].T@d[k]).numpy()
     y,M = np.zeros((512, 512)),N//8
     for _ in range(M//1024):
         d = torch.from_numpy(np.where(dropped(make(kind, draw(rng, 1), 4, 512, 64)[0], .5), np.float32(1), np.float32(-1)))
         d = d.permute(0, 1, 3, 2).reshape(1024, 512)
         y += (d.T@d).numpy()
-    for name,c,N in [(f'{n} inputs, row {j}', x[j], N) for j in range(4)]+[('512 outputs', y, M)]:
-        z = c[np.triu_indices(len(c), 1)]/math.sqrt(N)
+    for name,c,N in [(f'{n} inputs, rows {j},{k}', c, N) for (j,k),c in zip(like, x)]+[('512 outputs', y, M)]:
+        z = (c[np.triu_indices(len(c), 1)] if (c==c.T).all() else c.ravel())/math.sqrt(N)
         rows.append(Row(kind, 'all pairs', f'{name}, sum of squares', N, (z**2).sum(), len(z), stats.chi2.sf((z**2).sum(), len(z))))
         worst = np.abs(z).max()
         rows.append(Row(kind, 'all pairs', f'{name}, largest', N, worst, 1, -math.expm1(len(z)*math.log1p(-min(.999999, 2*stats.norm.sf(worst))))))
@@ -392,7 +392,7 @@ def stream(kind, order, first=1, n_bytes=math.inf):
 
 # ---- exact results ----------------------------------------------------------------------------------------------------------
 
-@njit(nogil=True)
+@njit(nogil=True, cache=True)
 def _exhaustive(k1, k2, cls, res):
     for n in range(2**32):
         x = u32(n)
@@ -417,7 +417,7 @@ def exhaustive(cases):
             exact &= all(c.sum(tuple(k for k in range(4) if k!=a))[0]==round(t*2**32) for a in range(4))
         print(f'{k1:08x} {k2:08x} {((res-want)**2/want).sum()/2**32:9.1e} ' + ' '.join(f'{w:9.1e}' for w in worst), '  ', exact, flush=True)
 
-@njit(nogil=True)
+@njit(nogil=True, cache=True)
 def _overlap(ds, K, start, L, M, res):
     "Mean over `K` states and all values of the second key: both of two inputs whose counters differ by `d` are dropped"
     one = 4294967296.
@@ -437,13 +437,17 @@ def correlations(ds, M, K, p=.5, start=9):
     _overlap(np.ascontiguousarray(ds, np.uint32), K, start, t*2**32, M, res)
     return (res-t*t)/(t*(1-t))
 
-def worst(ds, M, steps=((2**11, 20000), (2**14, 100), (2**20, 4))):
+def worst(ds, M, steps=((2**10, 50000), (2**14, 100), (2**20, 4))):
     "The differences with the largest correlation, found in steps of more and more states"
     for K,n in steps:
         c = correlations(ds, M, K, start=K)
         best = np.argsort(-abs(c))[:n]
         ds,c = ds[best],c[best]
     return ds,c
+
+def zero_bits(d):
+    "Number of zero bits at the end of each of `d`"
+    return np.log2(d & -d.astype(np.int64)).astype(int)
 
 def differences(n):
     "Worst pairs among `n` inputs, and worst of all differences by the number of zero bits at their end"
