@@ -17,12 +17,12 @@ from fastai_dropconnect import masks
 
 Row = namedtuple('Row', 'generator test detail samples statistic dof p_value')
 ps = (.01, .1, .3, .5, .9)
-kinds = ('ours', 'philox', 'no_xorshift', 'distinct_low')
+kinds = ('ours', 'philox', 'no_xorshift', 'repaired')
 u32,u64 = np.uint32,np.uint64
 
 # ---- generators -------------------------------------------------------------------------------------------------------------
 
-M1,M2,M3,G = u32(0x7feb352d),u32(0x846ca68b),u32(0x915f77f5),u32(0x9e3779b9)
+M1,M2,G = u32(0x7feb352d),u32(0x846ca68b),u32(0x9e3779b9)      # of the hash `masks._mix`
 S0,S1,S2 = u32(0x85ebca6b),u32(0xc2b2ae35),u32(0x27d4eb2f)
 P0,P1,W0,W1 = u64(0xD2511F53),u64(0xCD9E8D57),u32(0x9E3779B9),u32(0xBB67AE85)
 low = u64(0xffffffff)
@@ -60,8 +60,8 @@ def philox(seed, c0, c1, c2):
     return c0,c1,c2,c3
 
 @njit(nogil=True, cache=True)
-def fill(kind, t, seeds, b0, o0, i0, res):
-    "Write the 16-bit numbers of the lanes to `res`, uint16 of shape `(seeds, blocks, 4, outputs, inputs)`; `t`: counters of the inputs"
+def fill(kind, m, t, seeds, b0, o0, i0, res):
+    "Write the 16-bit numbers of the lanes to `res`, uint16 of shape `(seeds, blocks, 4, outputs, inputs)`; `m`: last two multipliers; `t`: counters"
     S,B,_,O,I = res.shape
     for s in range(S):
         seed = u64(seeds[s])
@@ -76,20 +76,24 @@ def fill(kind, t, seeds, b0, o0, i0, res):
                 for i in range(I):
                     x = mul(k0 ^ t[i], M1)
                     if kind!=2: x = shr(x, 15)
-                    y,z = add(mul(x, M2), k1),add(mul(x, M3), k2)
+                    y,z = add(mul(x, m[0]), k1),add(mul(x, m[1]), k2)
                     res[s,b,0,o,i],res[s,b,1,o,i] = shl16(y) >> u32(16),y >> u32(16)
                     res[s,b,2,o,i],res[s,b,3,o,i] = shl16(z) >> u32(16),z >> u32(16)
+
+def multipliers(kind):
+    "Those that make the two words of a block"
+    return (u32(0x2c1b3c6d),u32(0xdba3322d)) if kind=='repaired' else (u32(masks._M2%2**32),u32(masks._M3%2**32))
 
 def counters(kind, n):
     "Of the first `n` inputs"
     t = masks.mask_counters(n).numpy().view(np.uint32)
-    if kind=='distinct_low': t = t & 0xffff0000 | np.arange(1, n+1, dtype=np.uint32) & 0xffff
+    if kind=='repaired': t = t & 0xffff0000 | np.arange(1, n+1, dtype=np.uint32) & 0xffff
     return t.astype(np.uint32)
 
 def make(kind, seeds, B, O, I, b0=0, o0=0, i0=0):
     "16-bit numbers, shape `(seeds, blocks, 4, outputs, inputs)`"
     res = np.empty((len(seeds), B, 4, O, I), np.uint16)
-    fill(kinds.index(kind), counters(kind, i0+I)[i0:], np.asarray(seeds, np.int64).view(np.uint64), b0, o0, i0, res)
+    fill(kinds.index(kind), multipliers(kind), counters(kind, i0+I)[i0:], np.asarray(seeds, np.int64).view(np.uint64), b0, o0, i0, res)
     return res
 
 def check_twins():
@@ -393,20 +397,21 @@ def stream(kind, order, first=1, n_bytes=math.inf):
 # ---- exact results ----------------------------------------------------------------------------------------------------------
 
 @njit(nogil=True, cache=True)
-def _exhaustive(k1, k2, cls, res):
+def _exhaustive(m, k1, k2, cls, res):
     for n in range(2**32):
         x = u32(n)
-        y,z = add(mul(x, M2), k1),add(mul(x, M3), k2)
+        y,z = add(mul(x, m[0]), k1),add(mul(x, m[1]), k2)
         res[cls[shl16(y) >> u32(16)],cls[y >> u32(16)],cls[shl16(z) >> u32(16)],cls[z >> u32(16)]] += 1
 
-def exhaustive(cases):
+def exhaustive(kind, cases):
     "All 2**32 states of a pair of keys: joint classes of the four rows of a block, for random keys"
     rng = np.random.default_rng(3)
+    print(kind, *map(hex, multipliers(kind)))
     print(f'{"k1":>8} {"k2":>8} {"chi2/N":>9} ' + ' '.join(f'{f"p={p}":>9}' for p in ps) + '   largest |correlation| of two rows;  marginals exact')
     for _ in range(cases):
         k1,k2 = rng.integers(0, 2**32, 2, dtype=np.uint32)
         res = np.zeros((len(q),)*4, np.int64)
-        _exhaustive(k1, k2, classes, res)
+        _exhaustive(multipliers(kind), k1, k2, classes, res)
         want = np.einsum('a,b,c,d->abcd', q, q, q, q)*2**32
         worst,exact = [],True
         for j,t in enumerate(thresholds):
@@ -449,20 +454,29 @@ def zero_bits(d):
     "Number of zero bits at the end of each of `d`"
     return np.log2(d & -d.astype(np.int64)).astype(int)
 
-def differences(n):
-    "Worst pairs among `n` inputs, and worst of all differences by the number of zero bits at their end"
-    for kind in 'ours','distinct_low':
-        t = counters(kind, n)
-        a,b = np.triu_indices(n, 1)
-        where = {}
-        for i,j in zip(a, b): where.setdefault(int(t[i]^t[j]), (int(i), int(j)))
-        for row,M in (1,M2),(3,M3):
-            ds,c = worst(t[a]^t[b], M)
-            print(f'{kind:>13} row {row}: ' + ', '.join(f'inputs {where[int(d)]} d={d:08x} {v:+.4f}' for d,v in zip(ds, c)), flush=True)
-    print('zero bits at the end of d: largest |correlation| at p=0.5 in rows 1 and 3, over all such d')
+def pairs(kind, n, at_least=0):
+    "Differences of the counters of all pairs of `n` inputs that end in `at_least` zero bits, and the inputs: shape `(3, n_pairs)`"
+    t,res = counters(kind, n),[]
+    for i in range(n-1):
+        d = t[i] ^ t[i+1:]
+        j = np.flatnonzero(d & u32(2**at_least-1)==0)
+        res.append(np.stack([d[j], np.full(len(j), i), i+1+j]).astype(np.uint32))
+    return np.concatenate(res, 1)
+
+def differences(kind, n):
+    "Correlation of the masks of pairs of `n` inputs, and of all differences of counters by the number of zero bits at their end"
+    print(f'{kind}: largest |correlation| at p=0.5 in rows 0,1 and rows 2,3; pairs of counters that differ in upper bits only are weak')
+    for at_least in (0, 10) if n<=1024 else (10,):
+        d,i,j = pairs(kind, n, at_least)
+        for row,M in enumerate(multipliers(kind)):
+            ds,c = worst(d, M, ((2**11, 50000), (2**14, 300), (2**18, 300))) if len(d) else (d, d)
+            first = np.flatnonzero(d==ds[0])[0] if len(d) else 0
+            what = f'inputs {i[first]} and {j[first]}, d={ds[0]:08x}: {c[0]:+.4f}' if len(d) else 'none'
+            print(f'rows {2*row},{2*row+1}, {len(d)} of the {n*(n-1)//2} pairs (zero bits at the end >= {at_least}): {what}; {(np.abs(c)>.01).sum()} above 0.01', flush=True)
+    print('zero bits at the end of d, largest correlation over all such d')
     for k in range(31, 13, -1):
         ds = ((np.arange(2**(31-k), dtype=np.uint64)*2+1) << u64(k)).astype(np.uint32)
-        print(f'{k:>13} ' + ' '.join(f'{abs(worst(ds, M)[1][0]):.4f}' for M in (M2, M3)), flush=True)
+        print(f'{k:>3} ' + ' '.join(f'{abs(worst(ds, M)[1][0]):.4f}' for M in multipliers(kind)), flush=True)
 
 # ---- the report -------------------------------------------------------------------------------------------------------------
 
@@ -505,8 +519,12 @@ def main():
     a = p.parse_args()
     check_twins()
     if a.stream: return stream(a.stream, a.order)
-    if a.exhaustive: return exhaustive(a.exhaustive)
-    if a.differences: return differences(a.differences)
+    if a.exhaustive:
+        for kind in a.generators: exhaustive(kind, a.exhaustive)
+        return
+    if a.differences:
+        for kind in a.generators: differences(kind, a.differences)
+        return
     old = list(map(lambda r: Row(*r[:3], int(r[3]), float(r[4]), int(r[5]), float(r[6])), list(csv.reader(open(a.out)))[1:])) if os.path.exists(a.out) else []
     rows = []
     for kind in a.generators:
