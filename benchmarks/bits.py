@@ -1,11 +1,11 @@
 """Quality of the random bits of `fastai_dropconnect.masks`: statistical tests of the mask generator, of Philox4x32 as the
-control, and of two weakened copies of the generator that the tests must find
+control, of a weakened copy of the generator that the tests must find, and of a repaired one
 
     python benchmarks/bits.py                         # all tests of all generators, writes results/bits.csv
     python benchmarks/bits.py --quick                 # a hundredth of the samples
     python benchmarks/bits.py --exhaustive 3          # every 2**32 state for 3 random pairs of keys
-    python benchmarks/bits.py --differences 1024      # exact correlation of the masks of each pair of 1024 inputs
-    python benchmarks/bits.py --stream ours --order inputs | dieharder -g 200 -a
+    python benchmarks/bits.py --differences 1024      # correlation, over all keys, of the masks of pairs of 1024 inputs
+    python benchmarks/bits.py --stream ours --order inputs | dieharder -g 200 -d 2 -k 2 -Y 1
 """
 import argparse, csv, math, os, sys, time, zlib
 from collections import namedtuple
