@@ -1,5 +1,5 @@
 """Quality of the random bits of `fastai_dropconnect.masks`: statistical tests of the mask generator, of Philox4x32 as the
-control, of a weakened copy of the generator that the tests must find, and of a repaired one
+control, of a weakened copy of the generator that the tests must find, and of one whose counters are plain hashes
 
     python benchmarks/bits.py                         # all tests of all generators, writes results/bits.csv
     python benchmarks/bits.py --quick                 # a hundredth of the samples
@@ -17,7 +17,7 @@ from fastai_dropconnect import masks
 
 Row = namedtuple('Row', 'generator test detail samples statistic dof p_value')
 ps = (.01, .1, .3, .5, .9)
-kinds = ('ours', 'philox', 'no_xorshift', 'repaired')
+kinds = ('ours', 'philox', 'no_xorshift', 'hashed_counters')
 u32,u64 = np.uint32,np.uint64
 
 # ---- generators -------------------------------------------------------------------------------------------------------------
@@ -82,13 +82,12 @@ def fill(kind, m, t, seeds, b0, o0, i0, res):
 
 def multipliers(kind):
     "Those that make the two words of a block"
-    return (u32(0x2c1b3c6d),u32(0xdba3322d)) if kind=='repaired' else (u32(masks._M2%2**32),u32(masks._M3%2**32))
+    return (u32(0x846ca68b),u32(0x915f77f5)) if kind=='hashed_counters' else tuple(u32(m%2**32) for m in masks._words)
 
 def counters(kind, n):
     "Of the first `n` inputs"
-    t = masks.mask_counters(n).numpy().view(np.uint32)
-    if kind=='repaired': t = t & 0xffff0000 | np.arange(1, n+1, dtype=np.uint32) & 0xffff
-    return t.astype(np.uint32)
+    if kind!='hashed_counters': return masks.mask_counters(n).numpy().view(np.uint32).astype(np.uint32)
+    return masks._mix(torch.arange(1, n+1, dtype=torch.int32)*masks._golden).numpy().view(np.uint32).astype(np.uint32)
 
 def make(kind, seeds, B, O, I, b0=0, o0=0, i0=0):
     "16-bit numbers, shape `(seeds, blocks, 4, outputs, inputs)`"

@@ -44,14 +44,15 @@ def draw_seed(
     "Draw a seed for one forward pass from torch's random number generator"
     return torch.randint(-2**63, 2**63-1, (), dtype=torch.int64, device=device)
 
-# %% ../nbs/00_masks.ipynb #fe494c20
+# %% ../nbs/00_masks.ipynb #0ecd1bec
 def _i32(x:int) -> int:
     "`x` modulo 2**32, as the signed number with the same bits"
     return (x + 2**31) % 2**32 - 2**31
 
-_M1,_M2,_M3 = _i32(0x7feb352d),_i32(0x846ca68b),_i32(0x915f77f5)
+_M1,_M2 = _i32(0x7feb352d),_i32(0x846ca68b)
 _golden = _i32(0x9e3779b9)
 _salts = _i32(0x85ebca6b),_i32(0xc2b2ae35),_i32(0x27d4eb2f)
+_words = _i32(0x2c1b3c6d),_i32(0xdba3322d)   # multipliers of the two words that four rows share
 
 def _xorshift_(x:Tensor, k:int) -> Tensor:
     "In place: `x ^= x >> k` with a logical shift"
@@ -62,7 +63,7 @@ def _mix(x:Tensor) -> Tensor:
     x = _xorshift_(x.clone(), 16).mul_(_M1)
     return _xorshift_(_xorshift_(x, 15).mul_(_M2), 16)
 
-# %% ../nbs/00_masks.ipynb #782866b2
+# %% ../nbs/00_masks.ipynb #727cd335
 def _key(seed:Tensor, blocks:Tensor, outs:Tensor, salt:int) -> Tensor:
     "One 32-bit key for each of `blocks` and `outs`, from the 64 bits of `seed`"
     lo,hi = (seed << 32 >> 32).to(torch.int32),(seed >> 32).to(torch.int32)
@@ -83,8 +84,9 @@ def mask_counters(
     n_in:int, # Inputs of the layer
     device=None # Where the mask will lie
 ) -> Tensor: # int32, shape `(n_in,)`
-    "A fixed hash of the number of each input"
-    return _mix(torch.arange(1, n_in+1, dtype=torch.int32, device=device)*_golden)
+    "A fixed number for each input: its own lower 16 bits, so that any two differ there, below 16 bits of a hash"
+    i = torch.arange(1, n_in+1, dtype=torch.int32, device=device)
+    return (_mix(i*_golden) & -2**16) | (i & 2**16-1)
 
 def mask_lanes(
     keys:Tensor, # From `mask_keys`, or a part of it
@@ -95,7 +97,7 @@ def mask_lanes(
     x = keys[0,...,None] ^ counters
     x = _xorshift_(x.mul_(_M1), 15)
     res = x.new_empty((len(x), lanes, *x.shape[1:])) if out is None else out.view(len(x), lanes, *x.shape[1:])
-    for j,m in enumerate((_M2, _M3)):
+    for j,m in enumerate(_words):
         word,other = res[:,2*j+1],res[:,2*j]                        # an upper half decides over one row,
         torch.mul(x, m, out=word).add_(keys[j+1,...,None])
         torch.bitwise_left_shift(word, 16, out=other).bitwise_xor_(word)  # the sum of both halves over the other

@@ -33,7 +33,6 @@ def weak_pairs(bits, kind, n=2048):
 
 bound = .015     # six times the standard error
 
-@pytest.mark.xfail(strict=True, reason='inputs 230 and 963 have counters that differ by c4011000: a correlation of 0.043 in one row of four')
-def test_no_two_inputs_have_similar_masks(bits): assert weak_pairs(bits, 'ours').max()<bound
+def test_no_two_inputs_have_similar_masks(bits): assert weak_pairs(bits, 'ours').max(initial=0)<bound
 
-def test_repaired_counters_and_multipliers_have_no_such_pair(bits): assert weak_pairs(bits, 'repaired').max()<bound
+def test_hashed_counters_have_pairs_with_similar_masks(bits): assert weak_pairs(bits, 'hashed_counters').max()>2*bound

@@ -12,14 +12,14 @@ from torch import Tensor
 from ..masks import lane_bits, lanes
 from .torch import widen
 
-# %% ../../nbs/02_kernels.cpu.ipynb #93e37d5f
+# %% ../../nbs/02_kernels.cpu.ipynb #faee1543
 _exact,_sums = {'contract','nsz'},{'contract','nsz','reassoc'}
 
 def _jit(fastmath=_exact, **kw):
     "`numba.njit` without Python's lock, and with a cache on disk where numba finds a place for it"
     def wrap(f):
         opts = dict(nogil=True, fastmath=fastmath, error_model='numpy', **kw)
-        try: return numba.njit(f, cache=True, **opts)
+        try: return numba.njit(f, cache=os.path.isfile(f.__code__.co_filename), **opts)
         except RuntimeError: return numba.njit(f, **opts)
     return wrap
 
@@ -28,9 +28,10 @@ def usable(device:torch.device) -> bool:
     "Does this run there? On the CPU, but not with `NUMBA_DISABLE_JIT=1`"
     return device.type=='cpu' and not numba.config.DISABLE_JIT
 
-# %% ../../nbs/02_kernels.cpu.ipynb #130d620c
+# %% ../../nbs/02_kernels.cpu.ipynb #1af6dd66
 _u = np.uint32
-_M1,_M2,_M3,_golden = _u(0x7feb352d),_u(0x846ca68b),_u(0x915f77f5),_u(0x9e3779b9)
+_M1,_M2,_golden = _u(0x7feb352d),_u(0x846ca68b),_u(0x9e3779b9)
+_word0,_word1 = _u(0x2c1b3c6d),_u(0xdba3322d)
 _salts = _u(0x85ebca6b),_u(0xc2b2ae35),_u(0x27d4eb2f)
 
 @_jit()
@@ -43,7 +44,7 @@ def _mix(x):
 def _counters(n_in):
     "`mask_counters`"
     res = np.empty(n_in, np.uint32)
-    for i in range(n_in): res[i] = _mix(_u(_u(i+1)*_golden))
+    for i in range(n_in): res[i] = _u(_mix(_u(_u(i+1)*_golden)) & _u(0xffff0000)) | _u(_u(i+1) & _u(0xffff))
     return res
 
 @_jit()
@@ -54,13 +55,13 @@ def _fill_keys(lo, hi, block, first, keys):
         k = _mix(_u(k + _u(_u(block)*_golden)))
         for o in range(keys.shape[1]): keys[j,o] = _mix(_u(k ^ _u(_u(first+o)*_golden)))
 
-# %% ../../nbs/02_kernels.cpu.ipynb #f7cb65b8
+# %% ../../nbs/02_kernels.cpu.ipynb #482c0d6d
 @_jit()
 def _kept(k, counter, limit):
     "Which of the four rows of a block keep a weight"
     x = _u(_u(k[0] ^ counter)*_M1)
     x = _u(x ^ _u(x>>_u(15)))
-    a,b = _u(_u(x*_M2) + k[1]),_u(_u(x*_M3) + k[2])
+    a,b = _u(_u(x*_word0) + k[1]),_u(_u(x*_word1) + k[2])
     return (np.int32(_u(a ^ _u(a<<_u(16)))) < limit, np.int32(a) < limit,
             np.int32(_u(b ^ _u(b<<_u(16)))) < limit, np.int32(b) < limit)
 

@@ -10,8 +10,8 @@ import torch, triton, triton.language as tl
 from torch import Tensor
 from ..masks import lane_bits, lanes
 
-# %% ../../nbs/03_kernels.cuda.ipynb #c82c0a2a
-_M1,_M2,_M3,_golden = [tl.constexpr(c) for c in (0x7feb352d, 0x846ca68b, 0x915f77f5, 0x9e3779b9)]
+# %% ../../nbs/03_kernels.cuda.ipynb #6a2e0b74
+_M1,_M2,_golden,_word0,_word1 = [tl.constexpr(c) for c in (0x7feb352d, 0x846ca68b, 0x9e3779b9, 0x2c1b3c6d, 0xdba3322d)]
 _salt0,_salt1,_salt2 = [tl.constexpr(c) for c in (0x85ebca6b, 0xc2b2ae35, 0x27d4eb2f)]
 
 @triton.jit
@@ -26,7 +26,8 @@ def _mix(x):
 @triton.jit
 def _counters(i):
     "`mask_counters` for the inputs `i`"
-    return _mix((i.to(tl.uint32)+1) * tl.full((), _golden, tl.uint32))
+    c = i.to(tl.uint32)+1
+    return (_mix(c * tl.full((), _golden, tl.uint32)) & tl.full((), 0xffff0000, tl.uint32)) | (c & 0xffff)
 
 @triton.jit
 def _key(lo, hi, block, o, salt: tl.constexpr):
@@ -41,8 +42,8 @@ def _kept(lo, hi, block, o, counters, limit):
     "Which of the four rows of a block keep a weight, for outputs `o` by inputs: four masks"
     x = (_key(lo, hi, block, o, _salt0)[:,None] ^ counters[None,:]) * tl.full((), _M1, tl.uint32)
     x = x ^ (x >> 15)
-    a = x*tl.full((), _M2, tl.uint32) + _key(lo, hi, block, o, _salt1)[:,None]
-    b = x*tl.full((), _M3, tl.uint32) + _key(lo, hi, block, o, _salt2)[:,None]
+    a = x*tl.full((), _word0, tl.uint32) + _key(lo, hi, block, o, _salt1)[:,None]
+    b = x*tl.full((), _word1, tl.uint32) + _key(lo, hi, block, o, _salt2)[:,None]
     m0 = (a ^ (a << 16)).to(tl.int32, bitcast=True) < limit
     m1 = a.to(tl.int32, bitcast=True) < limit
     m2 = (b ^ (b << 16)).to(tl.int32, bitcast=True) < limit
