@@ -58,7 +58,7 @@ class NetSettings:
         check_p(self.sparsity, 'sparsity')
         if not 0 < self.lr < np.inf: raise ValueError(f'`lr` must be above 0, however: lr={self.lr!r}')
 
-# %% ../nbs/41_cli.ipynb #fec486c9
+# %% ../nbs/41_cli.ipynb #7349559e
 def _one_cycle(learn, s, cbs): learn.fit_one_cycle(s.epochs, s.lr, cbs=cbs)
 def _zero_restarts(learn, s, cbs): learn.fit_zero_restarts(s.cycles, lr_max=s.lr, cbs=cbs)
 
@@ -84,7 +84,7 @@ FORESTS = {
         max_leaf_nodes=63, early_stopping=False, random_state=seed)}
 ENSEMBLE = ['random-forest', 'extra-trees', 'hist-gradient-boosting', 'fastai']
 MODELS = [*NETWORKS, *FORESTS, 'ensemble']
-DEFAULT_MODELS = ['fastai', 'dropconnect-example', 'frozen-zero', 'zero-restarts', 'masked-ensemble', *FORESTS, 'ensemble']
+DEFAULT_MODELS = ['fastai', 'dropconnect-example', 'frozen-zero', 'zero-restarts', *FORESTS, 'ensemble']
 
 # %% ../nbs/41_cli.ipynb #af4fdaeb
 def parse_models(
@@ -479,7 +479,7 @@ def _run(job):
     print(f'\nValidation RMSE of the log price\n{board_text(board)}\n\nWritten to {job.out}: {", ".join(n for n in OUTPUTS if n in writers)}')
     return board
 
-# %% ../nbs/41_cli.ipynb #64d5c2fc
+# %% ../nbs/41_cli.ipynb #5d7428c5
 def compare_on_bulldozers(
     data:str=None, # Kaggle's TrainAndValid.csv or Train.csv, or a .zip of it; without it, synthetic sales
     test:str=None, # A file of sales to predict, such as Kaggle's Test.csv: the best model's prices go to submission.csv
@@ -494,7 +494,7 @@ def compare_on_bulldozers(
     seeds:int=3, # How many seeds: seed, seed+1, ...
     valid_from:str=None, # First day of the validation period, such as 2011-10-01; by default the last fifth of the sales
     out:str='bulldozers_out', # Folder for the results
-    rows:int=8000 # Number of synthetic sales
+    rows:int=10000 # Number of synthetic sales
 ) -> pd.DataFrame: # The leaderboard
     "Compare fastai's tabular model as it is, with DropConnect, with random zeros and as a masked ensemble to scikit-learn's forests on prices of bulldozers"
     return _run(_prepare(data, test, models, weight_p, sparsity, epochs, bs, layers, cycles, seed, seeds, valid_from, out, rows))
