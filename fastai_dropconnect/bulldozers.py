@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KAGGLE_COLUMNS', 'MACHINE_SIZES', 'SYNTHETIC_NOISE', 'LOG_PRICE', 'columns_of', 'synthetic_bulldozers', 'DataError',
            'read_bulldozers', 'price_features', 'feature_names', 'check_date', 'valid_start', 'time_split',
-           'FillMissingAnywhere', 'bulldozers_pandas', 'encode_sales', 'bulldozers_dls', 'sales_dls', 'check_int']
+           'FillMissingAnywhere', 'bulldozers_pandas', 'encode_sales', 'bulldozers_dls', 'sales_dls']
 
-# %% ../nbs/40_bulldozers.ipynb #e93351be
+# %% ../nbs/40_bulldozers.ipynb #fa03604e
 import io, warnings, zipfile
 from datetime import date
 from functools import lru_cache
@@ -19,9 +19,7 @@ from fastcore.basics import store_attr
 from fastai.tabular.core import (Categorify, FillMissing, FillStrategy, Normalize, TabularPandas, add_datepart)
 from fastai.data.block import RegressionBlock
 from fastai.tabular import data # makes `TabularPandas.dataloaders` give TabularDataLoaders, which can make a `test_dl`
-from .callback.core import check_int
-
-_all_ = ['check_int']
+from .masks import check_int
 
 # %% ../nbs/40_bulldozers.ipynb #a1062a5a
 _kaggle_columns = """

@@ -12,7 +12,7 @@ COMMAND = Path(sys.executable).parent/'dropconnect-bulldozers'
 REAL = Path(__file__).parents[2]/'shared'/'data'/'bulldozers'
 needs_real = pytest.mark.skipif(not (REAL/'TrainAndValid.csv').exists(), reason=f'Kaggle\'s file is not at {REAL}')
 ENV = dict(os.environ, OMP_NUM_THREADS='1') # on so few rows threads only wait for each other, above all on a busy machine
-QUICK = '--epochs 1 --layers 20 --seeds 1'.split()
+QUICK = '--epochs 1 --cycles 2 --layers 20 --seeds 1'.split()
 
 
 def run(*args, cwd=None):
@@ -28,7 +28,7 @@ def all_models(tmp_path_factory):
     new = synthetic_bulldozers(60, seed=9).drop(columns='SalePrice')
     new = new.assign(YearMade=new.YearMade.where(new.index > 4), state=new.state.mask(new.index == 7, 'Atlantis')).iloc[::-1]
     new.to_csv(tmp/'Test.csv', index=False)
-    status, said, errors = run('--rows', 700, '--models', ' '.join(MODELS), '--epochs', 2, '--layers', '20,10', '--seeds', 2, '--seed', 5,
+    status, said, errors = run('--rows', 700, '--models', ' '.join(MODELS), '--epochs', 2, '--cycles', 2, '--layers', '20,10', '--seeds', 2, '--seed', 5,
                                '--weight_p', .2, '--sparsity', .4, '--bs', 128, '--valid_from', '2011-06-01', '--test', tmp/'Test.csv', '--out', tmp/'a'/'out')
     assert status == 0, errors
     return tmp/'a'/'out', said, errors, new
@@ -55,9 +55,9 @@ def test_the_head_says_source_split_and_size(all_models):
 def test_progress_goes_to_stderr_without_control_characters(all_models):
     _, said, errors, _ = all_models
     lines = errors.splitlines()
-    assert lines[0].startswith('Reading ') and len(lines) == 19 and all('RMSE' in l for l in lines[1:])
-    assert '[3/18] dropconnect-gaussian, seed 5 (1 of 2) .. RMSE' in errors
-    assert not any(c in said+errors for c in '\r\x1b\b') and '[3/18]' not in said
+    assert lines[0].startswith('Reading ') and len(lines) == 23 and all('RMSE' in l for l in lines[1:])
+    assert '[3/22] dropconnect-gaussian, seed 5 (1 of 2) .. RMSE' in errors and '] zero-restarts, seed 6 (2 of 2) .... RMSE' in errors
+    assert not any(c in said+errors for c in '\r\x1b\b') and '[3/22]' not in said
 
 def test_all_results_are_there(all_models):
     out, said, *_ = all_models
@@ -92,13 +92,13 @@ def test_the_exported_learner_is_the_best_network(all_models):
 
 def test_same_seed_same_leaderboard(all_models, tmp_path):
     out, *_ = all_models
-    models = ['dropconnect-gaussian','dropconnect-batch','ensemble']
-    status, said, errors = run('--rows', 700, '--models', ','.join(models), '--epochs', 2, '--layers', '20 10', '--seeds', 2, '--seed=5',
+    models = ['dropconnect-gaussian','zero-restarts','masked-ensemble','ensemble']
+    status, said, errors = run('--rows', 700, '--models', ','.join(models), '--epochs', 2, '--cycles', 2, '--layers', '20 10', '--seeds', 2, '--seed=5',
                                '--weight-p', .2, '--bs', 128, '--valid_from=2011-06-01', '--out', tmp_path/'out')
     assert status == 0, errors
     a, b = (pd.read_csv(o/'leaderboard.csv').set_index('model').loc[models, ['rmse','spread']] for o in (out, tmp_path/'out'))
     pd.testing.assert_frame_equal(a, b)
-    assert len(pd.read_csv(tmp_path/'out'/'leaderboard.csv')) == 3 and not (tmp_path/'out'/'submission.csv').exists()
+    assert len(pd.read_csv(tmp_path/'out'/'leaderboard.csv')) == 4 and not (tmp_path/'out'/'submission.csv').exists()
 
 @needs_real
 def test_the_real_file(tmp_path):
@@ -149,6 +149,7 @@ BAD = { # options (FILE: a file made of what stands in second place), and what t
     'no model': ('--models ,', None, '`models` must be some of'),
     'epochs 0': ('--epochs 0', None, '`epochs` must be an integer of at least 1, however: epochs=0'),
     'epochs 1.5': ('--epochs 1.5', None, "argument --epochs: invalid int value: '1.5'"),
+    'cycles 0': ('--cycles 0', None, '`cycles` must be an integer of at least 1, however: cycles=0'),
     'bs 1': ('--bs 1', None, '`bs` must be an integer of at least 2, however: bs=1'),
     'layers': ('--layers 500,x', None, "`layers` must be sizes of at least 1 such as '500,250', however: layers='500,x'"),
     'layer 0': ('--layers 0', None, "layers='0'"),
@@ -254,7 +255,8 @@ def test_each_network_is_what_it_is_called(name):
     assert noisy == ({(.25, mode)} if mode != name else set())
     zeros = []
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Callback(before_train=lambda self: zeros.extend(hidden_zeros(self.learn))))
-    assert zeros == pytest.approx([.75, .75] if 'zero' in name else [0, 0], abs=.01)
+    assert zeros == pytest.approx([.75, .75] if name in ('frozen-zero','free-zero') else [0, 0], abs=.01)
+    assert getattr(learn.model, 'n_members', None) == (8 if name == 'masked-ensemble' else None)
     if name == 'frozen-zero': assert hidden_zeros(learn) == zeros
     else: assert max(hidden_zeros(learn)) < .5 # not 0: what leads to a unit that ReLU keeps at 0 does not learn
 
@@ -263,8 +265,29 @@ def test_sparsity_changes_the_networks_with_zeros_and_no_other():
     rmse = lambda name, sparsity: fit_network(name, to, settings=NetSettings(1, layers=(8,), sparsity=sparsity)).rmse
     for name in ('fastai','frozen-zero','free-zero'): assert (rmse(name, .2) != rmse(name, .8)) == ('zero' in name), name
 
-@pytest.mark.parametrize('name', ['frozen-zero','free-zero'])
-def test_an_exported_network_with_zeros_predicts_and_trains_on(name, tmp_path, capsys):
+def test_zero_restarts_train_in_cycles_and_predict_with_the_average():
+    to = bulldozers_pandas(synthetic_bulldozers(300))
+    fit = lambda epochs, cycles, name='zero-restarts': fit_network(name, to, 1, settings=NetSettings(epochs, layers=(8,), cycles=cycles))
+    f, other, longer = fit(1, 3), fit(2, 3), fit(1, 4)
+    assert f.curve.index.tolist() == list(range(1, 7)) and len(longer.curve) == 8 and f.per_epoch == pytest.approx(f.seconds/6)
+    assert f.curve.columns.tolist() == ['train_loss','valid_loss','rmse','average_loss','average_rmse']
+    assert f.rmse == pytest.approx(f.curve.average_rmse[6], abs=1e-5) and abs(f.rmse-f.curve.rmse[6]) > 1e-4
+    np.testing.assert_array_equal(f.preds, other.preds)
+    np.testing.assert_allclose(f.learn.snapshot_ensemble.member_preds()[0].mean(0).squeeze(-1), f.preds, rtol=1e-5)
+    assert fit(2, 3, 'fastai').curve.columns.tolist() == ['train_loss','valid_loss','rmse']
+
+def test_learning_curves_show_the_average_of_zero_restarts():
+    to = bulldozers_pandas(synthetic_bulldozers(200))
+    fits = fit_models(to, ['fastai','zero-restarts'], [0,1], NetSettings(3, layers=(8,), cycles=2))
+    lines = {l.get_label(): l.get_ydata() for l in plot_curves(fits, ['fastai','zero-restarts'], 'here').axes[0].lines}
+    of = lambda m: np.mean([f.curve.get('average_rmse', f.curve.rmse) for f in fits if f.model == m], axis=0)
+    for m in ('fastai','zero-restarts'): np.testing.assert_allclose(lines[m], of(m))
+    assert np.isnan(lines['zero-restarts']).tolist() == [True, False, False, False]
+
+def test_each_model_has_a_colour_of_its_own(): assert len(set(cli._colors(MODELS).values())) == len(MODELS)
+
+@pytest.mark.parametrize('name', ['frozen-zero','free-zero','zero-restarts','masked-ensemble'])
+def test_an_exported_network_predicts_and_trains_on(name, tmp_path, capsys):
     args = ['--rows', '200', '--models', name, '--sparsity', '.75', '--out', str(tmp_path/'out'), *QUICK]
     assert dropconnect_bulldozers(args) == 0
     learn, sales = load_learner(tmp_path/'out'/'export.pkl'), synthetic_bulldozers(200)

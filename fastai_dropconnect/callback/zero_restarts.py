@@ -7,7 +7,7 @@ __all__ = ['model_tensors', 'snapshot', 'restore', 'mean_state', 'Snapshots', 'o
            'activation_of', 'prediction_mean', 'mean_prediction', 'check_use', 'SnapshotEnsemble', 'AverageMetric',
            'restart_weights', 'zero_at_random', 'snapshot_ensemble', 'ZeroRestarts', 'folder_of', 'cosine_cycles']
 
-# %% ../../nbs/33_callback.zero_restarts.ipynb #09b161de
+# %% ../../nbs/33_callback.zero_restarts.ipynb #70687a33
 import itertools, math, random, uuid
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -21,10 +21,10 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.func import functional_call
 from .batchnorm import recalibrate_bn
-from .core import (LeanCallback, ModelRecord, RecordingCallback, check_int, check_layers, check_seed, check_values, from_rank0,
+from .core import (LeanCallback, ModelRecord, RecordingCallback, check_layers, check_seed, check_values, from_rank0,
                                               hidden_linears, inner_model, layer_values, select_weights)
 from .frozen_zero import as_bits, bit_mask, clean_slow_weights
-from ..masks import check_p, draw_seed, exact_mask
+from ..masks import check_int, check_p, draw_seed, exact_mask
 
 # %% ../../nbs/33_callback.zero_restarts.ipynb #2f5fc47c
 def model_tensors(

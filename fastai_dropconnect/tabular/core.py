@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['QuantileNormalize']
 
-# %% ../../nbs/20_tabular.core.ipynb #b15e1320
+# %% ../../nbs/20_tabular.core.ipynb #a9c84865
 import numpy as np, pandas as pd, torch
 from fastai.data.transforms import Normalize
 from fastai.tabular.core import TabularProc
 from fastcore.basics import store_attr
 from sklearn.preprocessing import QuantileTransformer
-from ..ensemble import check_count
+from ..masks import check_int
 
 # %% ../../nbs/20_tabular.core.ipynb #2db2a381
 def _break_ties(
@@ -22,7 +22,7 @@ def _break_ties(
     apart = (df.rank(method='first') - df.rank())/len(df)       # 0 for a value that occurs once
     return (df + apart*1e-10*df.abs().max().replace(0, 1)).to_numpy()
 
-# %% ../../nbs/20_tabular.core.ipynb #e300d68a
+# %% ../../nbs/20_tabular.core.ipynb #1810e2ec
 class QuantileNormalize(TabularProc):
     "Continuous columns to a standard normal distribution, by their ranks in the training rows (float32; a value beyond theirs becomes -5.2 or 5.2, NaN stays NaN)"
     order = Normalize.order
@@ -31,8 +31,8 @@ class QuantileNormalize(TabularProc):
         subsample:int=None, # Rows that the quantiles are computed from, drawn at random, at most; `None`: all
         seed:int=0 # Of the rows drawn
     ):
-        check_count(n_quantiles, 'n_quantiles', 2), check_count(seed, 'seed', 0)
-        if subsample is not None: check_count(subsample, 'subsample', n_quantiles)
+        check_int(n_quantiles, 'n_quantiles', 2), check_int(seed, 'seed', 0)
+        if subsample is not None: check_int(subsample, 'subsample', n_quantiles)
         store_attr()
 
     def setups(self, to):

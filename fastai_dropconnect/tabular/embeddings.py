@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['num_embedding_kinds', 'quantile_bins', 'check_bins', 'check_num_embeddings', 'numeric_embeddings']
 
-# %% ../../nbs/20_tabular.embeddings.ipynb #0e784de0
+# %% ../../nbs/20_tabular.embeddings.ipynb #23ae999e
 import numbers, warnings
 import torch
 from rtdl_num_embeddings import PeriodicEmbeddings, PiecewiseLinearEmbeddings, compute_bins
 from torch import Tensor, nn
-from ..ensemble import check_count
 from ..layers import WeightDropout
+from ..masks import check_int
 
-# %% ../../nbs/20_tabular.embeddings.ipynb #e54860c3
+# %% ../../nbs/20_tabular.embeddings.ipynb #aeb077e3
 def quantile_bins(
     x, # Training rows, shape `(n, n_cont)`, tensor or array
     n_bins:int=48 # Bins for each column, at most
 ) -> list: # A tensor of ascending edges for each column
     "Edges of bins with equally many rows each; raises `ValueError` if there are no rows"
-    check_count(n_bins, 'n_bins', 2)
+    check_int(n_bins, 'n_bins', 2)
     x = torch.as_tensor(x, dtype=torch.float32)
     if not len(x): raise ValueError('`x` must have rows to find bins in, however: it has none')
     return [_column_bins(c[c.isfinite()], n_bins) for c in x.T]
@@ -32,7 +32,7 @@ def _column_bins(c:Tensor, n_bins:int) -> Tensor:
         warnings.filterwarnings('ignore', message='The .* feature has just two bin edges')
         return compute_bins(c[:,None], n_bins=n_bins)[0]
 
-# %% ../../nbs/20_tabular.embeddings.ipynb #4771b290
+# %% ../../nbs/20_tabular.embeddings.ipynb #fd625d30
 num_embedding_kinds = 'ple','periodic'
 
 def check_bins(
@@ -52,7 +52,7 @@ def check_num_embeddings(
 ):
     "Raise `ValueError` or `TypeError` for arguments that `numeric_embeddings` would not take"
     if num_embeddings not in num_embedding_kinds: raise ValueError(f'`num_embeddings` must be None or one of {num_embedding_kinds}, however: num_embeddings={num_embeddings!r}')
-    check_count(num_embed_dim, 'num_embed_dim')
+    check_int(num_embed_dim, 'num_embed_dim')
     if isinstance(frequency_scale, bool) or not isinstance(frequency_scale, numbers.Real): raise TypeError(f'`frequency_scale` must be a number, however: frequency_scale={frequency_scale!r}')
     if not frequency_scale > 0: raise ValueError(f'`frequency_scale` must be a positive number, however: frequency_scale={frequency_scale!r}')
 

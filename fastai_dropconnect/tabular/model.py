@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TabularDropConnectModel', 'each_member', 'tabular_dropconnect_config', 'is_dropconnect_config']
 
-# %% ../../nbs/20_tabular.model.ipynb #3396afd9
+# %% ../../nbs/20_tabular.model.ipynb #4cdd1afa
 import inspect
 from contextlib import contextmanager
 from fastai.tabular.model import TabularModel, tabular_config
@@ -13,10 +13,10 @@ from fastcore.basics import ifnone
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn
-from ..ensemble import average_members, averages, check_count, masked_ensemble_
+from ..ensemble import average_members, averages, masked_ensemble_
 from ..functional import check_mode
 from ..layers import DropConnectEmbedding, DropConnectLinear
-from ..masks import check_p
+from ..masks import check_int, check_p
 from .embeddings import check_num_embeddings, numeric_embeddings
 
 # %% ../../nbs/20_tabular.model.ipynb #c7fa2ed8
@@ -30,14 +30,14 @@ def _hidden_ps(
     if len(ps) != n: raise ValueError(f'`weight_p` must be a number or a list of one per hidden layer ({n}), however: weight_p={weight_p!r}')
     return ps
 
-# %% ../../nbs/20_tabular.model.ipynb #a80824a6
+# %% ../../nbs/20_tabular.model.ipynb #d4ebb1aa
 def _default_p(weight_p, n_members): return ifnone(weight_p, 0.3 if n_members is None else 0.)
 
 def _check_args(mode, embed_weight_p, num_embeddings, num_embed_dim, frequency_scale, num_embed_weight_p, n_members, member_sparsity, average):
     "Raise `TypeError` or `ValueError` for what a `TabularDropConnectModel` would not take"
     check_mode(mode), check_p(embed_weight_p, 'embed_weight_p'), check_p(num_embed_weight_p, 'num_embed_weight_p')
     if num_embeddings is not None: check_num_embeddings(num_embeddings, num_embed_dim, frequency_scale)
-    if n_members is not None: check_count(n_members, 'n_members')
+    if n_members is not None: check_int(n_members, 'n_members')
     check_p(member_sparsity, 'member_sparsity')
     if average is not None and average not in averages: raise ValueError(f'`average` must be None or one of {averages}, however: average={average!r}')
 
@@ -109,7 +109,7 @@ def each_member(
     try: yield
     finally: model.average = average
 
-# %% ../../nbs/20_tabular.model.ipynb #cea8dece
+# %% ../../nbs/20_tabular.model.ipynb #ed0f1f94
 def _arguments(cls) -> list: return [k for k,v in inspect.signature(cls.__init__).parameters.items() if v.default is not v.empty]
 
 _dropconnect_args = [k for k in _arguments(TabularDropConnectModel) if k not in _arguments(TabularModel)]
@@ -137,7 +137,7 @@ def tabular_dropconnect_config(
     weight_p = _default_p(weight_p, n_members)
     _hidden_ps(weight_p, len(weight_p) if isinstance(weight_p, (list,tuple,L)) else 0)
     check_p(out_p, 'out_p')
-    if not isinstance(bins, (list,tuple)): check_count(bins, 'bins', 2)
+    if not isinstance(bins, (list,tuple)): check_int(bins, 'bins', 2)
     _check_args(mode, embed_weight_p, num_embeddings, num_embed_dim, frequency_scale, num_embed_weight_p, n_members, member_sparsity, average)
     return dict(weight_p=weight_p, out_p=out_p, mode=mode, embed_weight_p=embed_weight_p, num_embeddings=num_embeddings, num_embed_dim=num_embed_dim, bins=bins,
                 frequency_scale=frequency_scale, num_embed_weight_p=num_embed_weight_p, n_members=n_members, member_sparsity=member_sparsity, average=average, **kwargs)
