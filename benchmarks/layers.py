@@ -1,0 +1,183 @@
+"""Time and memory of DropConnect layers next to `nn.Linear`'s: `make bench`, or
+
+    OMP_NUM_THREADS=1 python benchmarks/layers.py [--quick] [--device cuda] [--only 'example, numba'] [--out DIR]
+
+prints three tables, writes each of them as a CSV with the machine it was made on, and draws a figure of them.
+"""
+import json, os, platform, subprocess, sys
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+import pandas as pd
+from fastcore.script import call_parse
+
+here = Path(__file__).parent
+results = here/'results'
+reference,packaged = 'nn.Linear','PyPI dropconnect'
+contestants = [reference, 'example, numba', 'example, triton', 'example, torch', 'gaussian', 'batch', 'fastai WeightDropout', 'Flipout', 'dense einsum', packaged]
+ours = contestants[:6]
+shapes = [(64,200,100), (256,200,100), (1024,500,250), (1024,1000,500), (128,1024,1024)]     # (n, n_in, n_out)
+growth = [512*f for f in (1,2,4,8)]
+
+def runs_on(name, device): return name != {'cpu': 'example, triton', 'cuda': 'example, numba'}[device]
+
+def bound(
+    name:str, # Of the contestant
+    device:str, # 'cpu' or 'cuda'
+    n:int=None # Rows of the batch; of an epoch if `None`
+): # The ratio to `nn.Linear` that must not be exceeded, or `None`
+    "What is promised for one thread of a CPU"
+    if device!='cpu': return None
+    if n is None: return 2. if name=='example, numba' else None
+    return {'example, numba': 3., 'example, torch': 30., 'gaussian': 2.5, 'batch': 1.5 if n>=512 else None}.get(name)
+
+def alone(job, limit, memory_gb, **kw):
+    "The result of a job of `contestants.py` in a process of its own, or a note why there is none"
+    cap = f'import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_DATA, (int({memory_gb}*2**30),)*2); ' if sys.platform=='linux' else 'import runpy, sys; '
+    code = cap + "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
+    env = dict(os.environ, OMP_NUM_THREADS='1')
+    try: res = subprocess.run([sys.executable, '-c', code, str(here/'contestants.py'), job, json.dumps(kw)], capture_output=True, text=True, timeout=limit, env=env)
+    except subprocess.TimeoutExpired: return dict(note=f'takes more than {limit:.0f} s')
+    if res.returncode: return dict(note=(res.stderr.strip().splitlines() or [f'ended with {res.returncode}'])[-1])
+    return json.loads(res.stdout.splitlines()[-1])
+
+def machine(device):
+    "Where and when, for the first lines of a CSV"
+    cpu = next((o.split(':')[1].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else ''
+    where = f'{cpu or platform.processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}, load {os.getloadavg()[0]:.1f}'
+    if device=='cuda':
+        import torch
+        where = f'{torch.cuda.get_device_name()}; {where}'
+    def has(p):
+        try: return f'{p} {version(p)}'
+        except PackageNotFoundError: return f'no {p}'
+    return [where, f'{date.today()}, Python {platform.python_version()}, ' + ', '.join(map(has, ['torch','numba','fastai','fastai_dropconnect']))]
+
+def save(df, path, about):
+    "Write a table with comments on top; `pd.read_csv(path, comment='#')` reads it"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rounded = df.round({c:4 for c in df.select_dtypes('float')})
+    path.write_text(''.join(f'# {o}\n' for o in about) + rounded.to_csv(index=False))
+
+def judged(row, device):
+    "A result with its bound and whether it keeps it"
+    b = bound(row['name'], device, row.get('n'))
+    return {**row, 'bound': b, 'kept': None if b is None or 'ratio' not in row else row['ratio']<=b}
+
+def measure_layers(names, shapes, ps, device, run, seconds):
+    "One row for each contestant, shape and `p`"
+    rows = []
+    for n,n_in,n_out in shapes:
+        for name in names:
+            for p in ps[:1] if name==reference else ps:
+                row = dict(name=name, n=n, n_in=n_in, n_out=n_out, p=p)
+                rows.append(judged({**row, **run('step', **row, device=device, seconds=seconds)}, device))
+                show_progress(rows[-1])
+    df = with_columns(rows, ['peak_mb','ratio','ratio_wall','ratio_best','ms','ms_plain','pairs','bound','kept','note'])
+    plain = df[df.name==reference].set_index(['n','n_in','n_out']).peak_mb
+    df.insert(5, 'extra_mb', [r.peak_mb - plain.get((r.n,r.n_in,r.n_out), float('nan')) for r in df.itertuples()])
+    return df
+
+def measure_growth(name, sizes, device, run, seconds):
+    "Time and memory of one contestant when the batch, the inputs and the outputs get longer, one after the other"
+    base,rows = sizes[0],[]
+    for i,axis in enumerate(['n','n_in','n_out']):
+        for sz in sizes:
+            shape = dict(n=base, n_in=base, n_out=base) | {axis: sz}
+            rows.append(dict(name=name, axis=axis, **shape, **run('step', name=name, **shape, p=.5, device=device, seconds=seconds)))
+            show_progress(rows[-1])
+    df = with_columns(rows, ['peak_mb','ratio','ms','note'])[['name','axis','n','n_in','n_out','ms','ratio','peak_mb','note']]
+    df.insert(6, 'ps_per_product', 1e9*df.ms/(df.n*df.n_in*df.n_out))
+    df.insert(9, 'bytes_per_number', 2**20*df.peak_mb/(df.n*df.n_in + df.n_out*df.n_in + df.n*df.n_out))
+    return df
+
+def measure_epochs(names, device, run, **kw):
+    "An epoch of `tabular_learner` in each mode"
+    rows = []
+    for name in names:
+        rows.append(judged(dict(name=name, **run('epoch', name=name, device=device, **kw)), device))
+        show_progress(rows[-1])
+    return with_columns(rows, ['ratio','ratio_wall','ratio_best','ms','ms_plain','pairs','bound','kept','note'])
+
+def with_columns(rows, columns):
+    df = pd.DataFrame(rows)
+    return df.assign(**{c: None for c in columns if c not in df})
+
+def show_progress(row): print(' '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k,v in row.items() if v is not None), file=sys.stderr)
+
+def cell(r):
+    "Ratio and memory of one result, as text; `!` marks a bound that is missed"
+    if pd.isna(r.ratio): return '-'
+    return f'{r.ratio:.{1 if r.ratio<100 else 0}f}x' + ('!' if r.kept==False else ' ') + ('' if pd.isna(r.extra_mb) else f'{r.extra_mb:+6.0f} MB')
+
+def layers_table(df):
+    "The results with a line for each contestant and `p` and a column for each shape"
+    d = df.assign(cell=[cell(r) for r in df.itertuples()], shape=[f'({r.n},{r.n_in},{r.n_out})' for r in df.itertuples()])
+    res = d.pivot(index=['name','p'], columns='shape', values='cell')
+    return res.reindex(index=pd.MultiIndex.from_frame(d[['name','p']].drop_duplicates().sort_values('name', key=lambda s: s.map(contestants.index), kind='stable')),
+                       columns=d['shape'].unique()).fillna('')
+
+def report(layers, grown, epochs):
+    "Print the three tables"
+    print('\nForward and backward: CPU time as a ratio to nn.Linear\'s, and MB of memory beyond nn.Linear\'s. !: over the bound. (n, n_in, n_out):')
+    print(layers_table(layers).to_string())
+    print('\nBounds: example 3x with numba, 30x without; gaussian 2.5x; batch 1.5x from 512 rows on')
+    print('\nGrowth: picoseconds for each of n*n_in*n_out products, bytes for each of n*n_in + n_out*n_in + n*n_out numbers')
+    print(grown.drop(columns='note').to_string(index=False, float_format='{:.3g}'.format))
+    print('\nOne epoch of tabular_learner(layers=[500,250]) on 100,000 rows of 20 columns, bs 1024; bound for example with numba: 2x')
+    print(epochs[['name','ratio','ratio_wall','ms','ms_plain','pairs','kept']].to_string(index=False, float_format='{:.3g}'.format))
+    notes = pd.concat([d[d.note.notna()] for d in (layers,grown,epochs)])[['name','note']].drop_duplicates()
+    for r in notes.itertuples(): print(f'{r.name}: {r.note}')
+    missed = sum((d.kept==False).sum() for d in (layers,epochs))
+    print(f'\n{missed} of {sum(d.kept.notna().sum() for d in (layers,epochs))} bounds missed')
+
+def draw(
+    path=results, # Where the tables are
+    stem:str='' # What their names begin with
+): # matplotlib figure
+    "Ratios and memory of each contestant at `p=0.5`, and growth"
+    import matplotlib.pyplot as plt
+    layers,grown = (pd.read_csv(Path(path)/f'{stem}{o}.csv', comment='#') for o in ('layers','growth'))
+    half = layers[(layers.p==layers.p.max()) & (layers.name!=reference)]
+    fig,axs = plt.subplots(1, 3, figsize=(14,4), gridspec_kw=dict(width_ratios=(1.2,1.2,1)), layout='constrained')
+    names = [o for o in contestants if o in half[half.ratio.notna()].name.values][::-1]
+    for shape,d in half.groupby(['n','n_in','n_out']):
+        d = d[d.ratio.notna()]
+        ys = [names.index(o) for o in d.name]
+        axs[0].plot(d.ratio, ys, 'o', alpha=.7, label=str(shape).replace(' ', ''))
+        axs[1].plot(d.extra_mb.clip(lower=1), ys, 'o', alpha=.7)
+    for b,d in half[half.bound.notna()].groupby(['name','bound']):
+        if b[0] in names: axs[0].plot(b[1], names.index(b[0]), 'k|', ms=14)
+    axs[0].axvline(1, color='gray', lw=1)
+    axs[0].set(xscale='log', yticks=range(len(names)), yticklabels=names, xlabel="time / nn.Linear's  (|: bound)")
+    axs[1].set(xscale='log', yticks=range(len(names)), yticklabels=[], xlabel="MB beyond nn.Linear's (at least 1)")
+    axs[0].legend(title='n, n_in, n_out', fontsize=8)
+    for axis,d in grown.groupby('axis', sort=False): axs[2].plot(d.n*d.n_in*d.n_out/1e9, d.ms, 'o-', label=f'{axis} grows')
+    axs[2].set(xscale='log', yscale='log', xlabel='n * n_in * n_out / 1e9', ylabel='ms', title=grown.name[0])
+    axs[2].legend()
+    return fig
+
+@call_parse
+def main(
+    quick:bool=False, # Tiny shapes, to see that everything runs
+    device:str='cpu', # 'cpu' or 'cuda'
+    only:str='', # Contestants, parted by semicolons; all by default
+    seconds:float=4., # Time for each contestant and shape
+    limit:float=300., # A contestant that takes more seconds is ended
+    memory_gb:float=12., # A contestant that takes more memory is ended
+    out:str=str(results) # Directory for the tables and the figure
+):
+    "Measure, print and save"
+    names = [o for o in contestants if (o in only.split(';') if only else runs_on(o, device))]
+    example = 'example, numba' if device=='cpu' else 'example, triton'
+    run = lambda job,**kw: alone(job, limit, memory_gb, **kw)
+    about,stem = machine(device),'' if device=='cpu' else f'{device}_'
+    if quick: layers = measure_layers(names, [(8,16,8)], [.5], device, run, .1)
+    else: layers = measure_layers(names, shapes, [.1,.5], device, run, seconds)
+    grown = measure_growth(example, growth[:2] if not quick else [16,32], device, run, seconds) if quick else measure_growth(example, growth, device, run, seconds)
+    epochs = measure_epochs([o for o in ours if o in names], device, run, **(dict(rows=512, bs=64, layers=[16,8], seconds=.1) if quick else dict(seconds=20*seconds)))
+    for name,df in dict(layers=layers, growth=grown, epochs=epochs).items(): save(df, Path(out)/f'{stem}{name}.csv', about)
+    print('\n'.join(about))
+    report(layers, grown, epochs)
+    os.environ.setdefault('MPLBACKEND', 'Agg')
+    draw(out, stem).savefig(Path(out)/f'{stem}layers.png', dpi=110)
