@@ -6,6 +6,7 @@ prints three tables, writes each of them as a CSV with the machine it was made o
 """
 import json, os, platform, subprocess, sys
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import pandas as pd
@@ -59,51 +60,44 @@ def save(df, path, about):
     rounded = df.round({c:4 for c in df.select_dtypes('float')})
     path.write_text(''.join(f'# {o}\n' for o in about) + rounded.to_csv(index=False))
 
-def judged(row, device):
-    "A result with its bound and whether it keeps it"
-    b = bound(row['name'], device, row.get('n'))
-    return {**row, 'bound': b, 'kept': None if b is None or 'ratio' not in row else row['ratio']<=b}
+def judge(df, device):
+    "The results with their bounds and whether they keep them; `None` where there is no bound or no result"
+    bounds = [bound(r.name, device, getattr(r, 'n', None)) for r in df.itertuples(index=False)]
+    kept = [None if b is None or pd.isna(ratio) else bool(ratio<=b) for b,ratio in zip(bounds, df.ratio)]
+    return df.assign(bound=pd.Series(bounds, dtype=float), kept=pd.Series(kept, dtype=object))
 
-def measure_layers(names, shapes, ps, device, run, seconds):
+def table(rows, columns):
+    "A frame that has these columns even if no row does"
+    df = pd.DataFrame(rows)
+    return df.assign(**{c: float('nan') if c!='note' else None for c in columns if c not in df})
+
+def measured(run, job, row, **kw):
+    "`row` with the results of a job"
+    res = row | run(job, **row, **kw)
+    print(' '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k,v in res.items() if v is not None), file=sys.stderr, flush=True)
+    return res
+
+times = ['ratio','ratio_wall','ratio_best','ms','ms_plain','pairs','note']
+
+def measure_layers(names, shapes, ps, run):
     "One row for each contestant, shape and `p`"
-    rows = []
-    for n,n_in,n_out in shapes:
-        for name in names:
-            for p in ps[:1] if name==reference else ps:
-                row = dict(name=name, n=n, n_in=n_in, n_out=n_out, p=p)
-                rows.append(judged({**row, **run('step', **row, device=device, seconds=seconds)}, device))
-                show_progress(rows[-1])
-    df = with_columns(rows, ['peak_mb','ratio','ratio_wall','ratio_best','ms','ms_plain','pairs','bound','kept','note'])
+    jobs = [dict(name=name, n=n, n_in=n_in, n_out=n_out, p=p) for n,n_in,n_out in shapes for name in names for p in (ps[-1:] if name==reference else ps)]
+    df = table([measured(run, 'step', job) for job in jobs], ['peak_mb', *times])
     plain = df[df.name==reference].set_index(['n','n_in','n_out']).peak_mb
     df.insert(5, 'extra_mb', [r.peak_mb - plain.get((r.n,r.n_in,r.n_out), float('nan')) for r in df.itertuples()])
     return df
 
-def measure_growth(name, sizes, device, run, seconds):
+def measure_growth(name, sizes, run):
     "Time and memory of one contestant when the batch, the inputs and the outputs get longer, one after the other"
-    base,rows = sizes[0],[]
-    for i,axis in enumerate(['n','n_in','n_out']):
-        for sz in sizes:
-            shape = dict(n=base, n_in=base, n_out=base) | {axis: sz}
-            rows.append(dict(name=name, axis=axis, **shape, **run('step', name=name, **shape, p=.5, device=device, seconds=seconds)))
-            show_progress(rows[-1])
-    df = with_columns(rows, ['peak_mb','ratio','ms','note'])[['name','axis','n','n_in','n_out','ms','ratio','peak_mb','note']]
-    df.insert(6, 'ps_per_product', 1e9*df.ms/(df.n*df.n_in*df.n_out))
-    df.insert(9, 'bytes_per_number', 2**20*df.peak_mb/(df.n*df.n_in + df.n_out*df.n_in + df.n*df.n_out))
-    return df
+    jobs = [(axis, dict(n=sizes[0], n_in=sizes[0], n_out=sizes[0]) | {axis: sz}) for axis in ('n','n_in','n_out') for sz in sizes]
+    df = table([dict(axis=axis) | measured(run, 'step', dict(name=name, p=.5, **shape)) for axis,shape in jobs], ['peak_mb', *times])
+    numbers = df.n*df.n_in + df.n_out*df.n_in + df.n*df.n_out
+    df = df.assign(ps_per_product=1e9*df.ms/(df.n*df.n_in*df.n_out), bytes_per_number=2**20*df.peak_mb/numbers)
+    return df[['name','axis','n','n_in','n_out','ms','ps_per_product','ratio','peak_mb','bytes_per_number','note']]
 
-def measure_epochs(names, device, run, **kw):
+def measure_epochs(names, run):
     "An epoch of `tabular_learner` in each mode"
-    rows = []
-    for name in names:
-        rows.append(judged(dict(name=name, **run('epoch', name=name, device=device, **kw)), device))
-        show_progress(rows[-1])
-    return with_columns(rows, ['ratio','ratio_wall','ratio_best','ms','ms_plain','pairs','bound','kept','note'])
-
-def with_columns(rows, columns):
-    df = pd.DataFrame(rows)
-    return df.assign(**{c: None for c in columns if c not in df})
-
-def show_progress(row): print(' '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k,v in row.items() if v is not None), file=sys.stderr)
+    return table([measured(run, 'epoch', dict(name=name)) for name in names], times)
 
 def cell(r):
     "Ratio and memory of one result, as text; `!` marks a bound that is missed"
@@ -162,7 +156,7 @@ def main(
     quick:bool=False, # Tiny shapes, to see that everything runs
     device:str='cpu', # 'cpu' or 'cuda'
     only:str='', # Contestants, parted by semicolons; all by default
-    seconds:float=4., # Time for each contestant and shape
+    seconds:float=2., # Time for each contestant and shape
     limit:float=300., # A contestant that takes more seconds is ended
     memory_gb:float=12., # A contestant that takes more memory is ended
     out:str=str(results) # Directory for the tables and the figure
@@ -170,13 +164,16 @@ def main(
     "Measure, print and save"
     names = [o for o in contestants if (o in only.split(';') if only else runs_on(o, device))]
     example = 'example, numba' if device=='cpu' else 'example, triton'
-    run = lambda job,**kw: alone(job, limit, memory_gb, **kw)
     about,stem = machine(device),'' if device=='cpu' else f'{device}_'
-    if quick: layers = measure_layers(names, [(8,16,8)], [.5], device, run, .1)
-    else: layers = measure_layers(names, shapes, [.1,.5], device, run, seconds)
-    grown = measure_growth(example, growth[:2] if not quick else [16,32], device, run, seconds) if quick else measure_growth(example, growth, device, run, seconds)
-    epochs = measure_epochs([o for o in ours if o in names], device, run, **(dict(rows=512, bs=64, layers=[16,8], seconds=.1) if quick else dict(seconds=20*seconds)))
-    for name,df in dict(layers=layers, growth=grown, epochs=epochs).items(): save(df, Path(out)/f'{stem}{name}.csv', about)
+    run = lambda job,**kw: alone(job, limit, memory_gb, device=device, **kw)
+    def saved(name, df):
+        save(df, Path(out)/f'{stem}{name}.csv', about)
+        return df
+    if quick: args,seconds = dict(shapes=[(8,16,8)], ps=[.5], sizes=[16], rows=512, bs=64, layers=[16,8]),.1
+    else: args = dict(shapes=shapes, ps=[.1,.5], sizes=growth, rows=100_000, bs=1024, layers=[500,250])
+    layers = saved('layers', judge(measure_layers(names, args.pop('shapes'), args.pop('ps'), partial(run, seconds=seconds)), device))
+    grown = saved('growth', measure_growth(example, args.pop('sizes'), partial(run, seconds=seconds)))
+    epochs = saved('epochs', judge(measure_epochs([o for o in ours if o in names], partial(run, seconds=20*seconds, **args)), device))
     print('\n'.join(about))
     report(layers, grown, epochs)
     os.environ.setdefault('MPLBACKEND', 'Agg')

@@ -1,5 +1,5 @@
 "The contestants of the benchmarks do the same thing, and the tables have a line for each of them"
-import importlib.util, json, subprocess, sys
+import importlib.util, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest, torch
 from torch import nn
@@ -52,7 +52,7 @@ def test_even_the_slowest_takes_its_turn():
 @pytest.mark.parametrize('p', [.1,.5])
 @pytest.mark.parametrize('name', [o for o in layers.contestants if o != 'example, triton'])
 def test_contestants_have_the_mean_of_a_linear_layer_and_the_variance_of_dropconnect(name, p):
-    n,n_in,n_out,draws = 2,5,3,4000
+    n,n_in,n_out,draws = 2,5,3,2000
     try: layer = contestants.contestants[name](n_in, n_out, p=p)
     except ImportError as e: pytest.skip(str(e))
     weights = dict(layer.named_parameters())
@@ -62,8 +62,7 @@ def test_contestants_have_the_mean_of_a_linear_layer_and_the_variance_of_dropcon
     want = nn.functional.linear(x, weight, bias)
     var = p/(1-p)*(x**2 @ (weight**2).t()) if name != layers.reference else torch.zeros_like(want)
     assert ((ys.mean(0)-want).abs() <= 5*(var/draws).sqrt() + 1e-5).all()
-    # the squares of a sum of n_in independent terms have a kurtosis that one term (1/(p(1-p))-3) does not exceed
-    spread = ((1/(p*(1-p)) + 3)/draws)**.5
+    spread = ((2 + max(1/(p*(1-p))-6, 0))/draws)**.5     # a sum has less excess kurtosis than a term of it, 1/(p(1-p))-6
     assert ((ys.var(0)-var).abs() <= 5*spread*var + 1e-8).all()
 
 
@@ -74,9 +73,9 @@ def test_each_contestant_has_a_line():
 def test_bounds():
     assert layers.bound('example, numba', 'cpu', 64) == 3 and layers.bound('example, numba', 'cpu') == 2 and layers.bound('example, torch', 'cpu', 64) == 30
     assert layers.bound('batch', 'cpu', 256) is None and layers.bound('batch', 'cpu', 512) == 1.5 and layers.bound('Flipout', 'cpu', 512) is None
-    row = dict(name='gaussian', n=64)
-    assert layers.judged({**row, 'ratio': 2.6}, 'cpu')['kept'] is False and layers.judged({**row, 'ratio': 2.4}, 'cpu')['kept'] is True
-    assert layers.judged({**row, 'note': 'x'}, 'cpu')['kept'] is None and layers.judged({**row, 'ratio': 9.}, 'cuda')['kept'] is None
+    rows = layers.table([dict(name='gaussian', n=64, ratio=2.6), dict(name='gaussian', n=64, ratio=2.4), dict(name='gaussian', n=64, note='x'),
+                         dict(name='Flipout', n=64, ratio=9.)], ['ratio','note'])
+    assert list(layers.judge(rows, 'cpu').kept) == [False,True,None,None] and layers.judge(rows, 'cuda').kept.isna().all()
 
 
 def test_a_process_that_cannot_finish_leaves_a_note():
@@ -92,7 +91,7 @@ def test_quick_run_makes_tables_and_a_figure(tmp_path):
     steps,grown,epochs = (pd.read_csv(tmp_path/f'{o}.csv', comment='#') for o in ('layers','growth','epochs'))
     assert list(steps.name) == names and steps.ratio.notna().all() and (steps.pairs>0).all() and (steps.n==8).all()
     assert set(steps) == {'name','n','n_in','n_out','p','extra_mb','peak_mb','ratio','ratio_wall','ratio_best','ms','ms_plain','pairs','bound','kept','note'}
-    assert list(grown.axis) == ['n']*2 + ['n_in']*2 + ['n_out']*2 and grown.ms.notna().all()
+    assert list(grown.axis) == ['n','n_in','n_out'] and grown.ms.notna().all()
     assert list(epochs.name) == names[:2] and (epochs.ms>0).all()
     first = (tmp_path/'layers.csv').read_text().splitlines()
     assert first[0].startswith('# ') and 'torch' in first[1]
