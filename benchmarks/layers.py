@@ -4,7 +4,7 @@
 
 prints three tables, writes each of them as a CSV with the machine it was made on, and draws a figure of them.
 """
-import json, os, platform, subprocess, sys
+import json, os, platform, resource, subprocess, sys
 from datetime import date
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -14,11 +14,12 @@ from fastcore.script import call_parse
 
 here = Path(__file__).parent
 results = here/'results'
-reference,packaged = 'nn.Linear','PyPI dropconnect'
-contestants = [reference, 'example, numba', 'example, triton', 'example, torch', 'gaussian', 'batch', 'fastai WeightDropout', 'Flipout', 'dense einsum', packaged]
+reference = 'nn.Linear'
+contestants = [reference, 'example, numba', 'example, triton', 'example, torch', 'gaussian', 'batch', 'fastai WeightDropout', 'Flipout', 'dense einsum', 'PyPI dropconnect']
 ours = contestants[:6]
-shapes = [(64,200,100), (256,200,100), (1024,500,250), (1024,1000,500), (128,1024,1024)]     # (n, n_in, n_out)
-growth = [512*f for f in (1,2,4,8)]
+full = dict(shapes=[(64,200,100), (256,200,100), (1024,500,250), (1024,1000,500), (128,1024,1024)], ps=[.1,.5],    # (n, n_in, n_out)
+            growth=[512,1024,2048,4096], epoch=dict(rows=100_000, bs=1024, layers=[500,250]))
+tiny = dict(shapes=[(8,16,8)], ps=[.5], growth=[16], epoch=dict(rows=512, bs=64, layers=[16,8]))
 
 def runs_on(name, device): return name != {'cpu': 'example, triton', 'cuda': 'example, numba'}[device]
 
@@ -34,17 +35,18 @@ def bound(
 
 def alone(job, limit, memory_gb, **kw):
     "The result of a job of `contestants.py` in a process of its own, or a note why there is none"
-    cap = f'import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_DATA, (int({memory_gb}*2**30),)*2); ' if sys.platform=='linux' else 'import runpy, sys; '
-    code = cap + "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
-    env = dict(os.environ, OMP_NUM_THREADS='1')
-    try: res = subprocess.run([sys.executable, '-c', code, str(here/'contestants.py'), job, json.dumps(kw)], capture_output=True, text=True, timeout=limit, env=env)
+    def cap():
+        if memory_gb: resource.setrlimit(resource.RLIMIT_DATA, (int(memory_gb*2**30),)*2)
+    try: res = subprocess.run([sys.executable, here/'contestants.py', job, json.dumps(kw)], capture_output=True, text=True, timeout=limit,
+                              preexec_fn=cap, env=dict(os.environ, OMP_NUM_THREADS='1'))
     except subprocess.TimeoutExpired: return dict(note=f'takes more than {limit:.0f} s')
     if res.returncode: return dict(note=(res.stderr.strip().splitlines() or [f'ended with {res.returncode}'])[-1])
     return json.loads(res.stdout.splitlines()[-1])
 
 def machine(device):
     "Where and when, for the first lines of a CSV"
-    cpu = next((o.split(':')[1].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else ''
+    info = Path('/proc/cpuinfo')
+    cpu = next((o.split(': ')[1] for o in info.read_text().splitlines() if o.startswith('model name')), None) if info.exists() else None
     where = f'{cpu or platform.processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}, load {os.getloadavg()[0]:.1f}'
     if device=='cuda':
         import torch
@@ -158,7 +160,7 @@ def main(
     only:str='', # Contestants, parted by semicolons; all by default
     seconds:float=2., # Time for each contestant and shape
     limit:float=300., # A contestant that takes more seconds is ended
-    memory_gb:float=12., # A contestant that takes more memory is ended
+    memory_gb:float=12., # A contestant that takes more memory is ended; 0 for no bound
     out:str=str(results) # Directory for the tables and the figure
 ):
     "Measure, print and save"
@@ -169,11 +171,10 @@ def main(
     def saved(name, df):
         save(df, Path(out)/f'{stem}{name}.csv', about)
         return df
-    if quick: args,seconds = dict(shapes=[(8,16,8)], ps=[.5], sizes=[16], rows=512, bs=64, layers=[16,8]),.1
-    else: args = dict(shapes=shapes, ps=[.1,.5], sizes=growth, rows=100_000, bs=1024, layers=[500,250])
-    layers = saved('layers', judge(measure_layers(names, args.pop('shapes'), args.pop('ps'), partial(run, seconds=seconds)), device))
-    grown = saved('growth', measure_growth(example, args.pop('sizes'), partial(run, seconds=seconds)))
-    epochs = saved('epochs', judge(measure_epochs([o for o in ours if o in names], partial(run, seconds=20*seconds, **args)), device))
+    sizes,seconds = (tiny,.1) if quick else (full,seconds)
+    layers = saved('layers', judge(measure_layers(names, sizes['shapes'], sizes['ps'], partial(run, seconds=seconds)), device))
+    grown = saved('growth', measure_growth(example, sizes['growth'], partial(run, seconds=seconds)))
+    epochs = saved('epochs', judge(measure_epochs([o for o in ours if o in names], partial(run, seconds=20*seconds, **sizes['epoch'])), device))
     print('\n'.join(about))
     report(layers, grown, epochs)
     os.environ.setdefault('MPLBACKEND', 'Agg')
