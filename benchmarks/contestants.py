@@ -1,0 +1,179 @@
+"""What `benchmarks/layers.py` measures, one contestant in each process
+
+    python benchmarks/contestants.py step '{"name": "Flipout", "n": 64, "n_in": 200, "n_out": 100, "p": 0.5}'
+    python benchmarks/contestants.py epoch '{"name": "gaussian"}'
+
+prints one line of JSON. Every contestant takes turns with the plain layer or Learner in the same process. A ratio is the median over
+the pairs of turns: what else the machine does meets both halves of a pair, or few pairs.
+"""
+import json, os, sys, time, warnings
+from functools import partial
+from pathlib import Path
+from statistics import median
+import torch, torch.nn.functional as F
+from torch import nn
+from fastai_dropconnect.functional import choose_backend, linear_dropconnect
+from fastai_dropconnect.layers import DropConnectLinear
+
+packages = Path(__file__).parent.parent/'build'/'bench_packages'
+
+class Example(DropConnectLinear):
+    "Mode 'example' in the kernel of one backend"
+    def __init__(self, n_in, n_out, p, backend):
+        super().__init__(n_in, n_out, p=p)
+        self.backend = backend
+    def forward(self, x): return linear_dropconnect(x, self.weight, self.bias, self.p, backend=self.backend)
+
+class Dense(nn.Linear):
+    "A mask for each row, as a tensor `(n, n_out, n_in)`"
+    def __init__(self, n_in, n_out, p):
+        super().__init__(n_in, n_out)
+        self.p = p
+    def forward(self, x):
+        mask = torch.rand(len(x), *self.weight.shape, device=x.device) >= self.p
+        return torch.einsum('ni,noi->no', x, self.weight*mask)/(1-self.p) + self.bias
+
+def signs(*shape, device): return torch.empty(*shape, device=device).bernoulli_(.5).mul_(2).sub_(1)
+
+class Flipout(nn.Linear):
+    """Flipout (Wen et al. 2018, eq. 4): one perturbation of the weights, turned for each row by random signs of its inputs and outputs
+
+    The perturbation is `±w*sqrt(p/(1-p))`, of the variance of DropConnect; with `p=0.5` it is DropConnect's own. Rows are not independent."""
+    def __init__(self, n_in, n_out, p):
+        super().__init__(n_in, n_out)
+        self.std = (p/(1-p))**.5
+    def forward(self, x):
+        n_out,n_in = self.weight.shape
+        change = self.weight*signs(n_out, n_in, device=x.device).mul_(self.std)
+        return F.linear(x, self.weight, self.bias) + F.linear(x*signs(len(x), n_in, device=x.device), change)*signs(len(x), n_out, device=x.device)
+
+def fastai_weight_dropout(n_in, n_out, p):
+    from fastai.text.models.awdlstm import WeightDropout
+    return WeightDropout(nn.Linear(n_in, n_out), p, 'weight')
+
+def pypi_dropconnect(n_in, n_out, p):
+    sys.path.append(str(packages))
+    from dropconnect.nn import Dropconnect
+    return Dropconnect(n_in, n_out, p=p)
+
+reference = 'nn.Linear'
+contestants = {
+    reference: lambda n_in,n_out,p: nn.Linear(n_in, n_out),
+    'example, numba': partial(Example, backend='numba'),
+    'example, triton': partial(Example, backend='triton'),
+    'example, torch': partial(Example, backend='torch'),
+    'gaussian': partial(DropConnectLinear, mode='gaussian'),
+    'batch': partial(DropConnectLinear, mode='batch'),
+    'fastai WeightDropout': fastai_weight_dropout,
+    'Flipout': Flipout,
+    'dense einsum': Dense,
+    'PyPI dropconnect': pypi_dropconnect}
+
+def turn(
+    f, # Called without arguments
+    calls:int, # How often
+    clock # Returns the times of several hands
+) -> list: # Median time of a call by each hand
+    "The time of `f` in one turn"
+    times = []
+    for _ in range(calls):
+        start = clock()
+        f()
+        times.append([b-a for a,b in zip(start, clock())])
+    return [median(t) for t in zip(*times)]
+
+def in_turns(
+    f, # Called without arguments
+    ref, # What to compare with
+    clock, # Returns seconds of CPU time and of wall time
+    seconds:float, # Start no further pair after this time
+    turn_sz:float=.01 # Seconds of a turn; one call if that takes longer
+) -> list: # For each pair of turns the times of `f` and of `ref`, each by both hands of the clock
+    "Let `f` and `ref` take turns, either one first in every second pair"
+    calls = [max(1, min(100, round(turn_sz/max(turn(o, 1, clock)[1], 1e-9)))) for o in (f,ref)]
+    pairs,stop = [],clock()[1]+seconds
+    while not pairs or clock()[1]<stop:
+        pair = [None,None]
+        for i in ((0,1), (1,0))[len(pairs)%2]: pair[i] = turn((f,ref)[i], calls[i], clock)
+        pairs.append(pair)
+    return pairs
+
+def summary(
+    pairs:list # From `in_turns`
+) -> dict:
+    "Medians of the ratios by CPU time and by wall time, the ratio of the fastest turns, and times of a call"
+    cpu,wall = ([(f[hand],ref[hand]) for f,ref in pairs] for hand in (0,1))
+    ratio = lambda times: median(f/ref for f,ref in times)
+    best = lambda times: min(f for f,_ in times)/min(ref for _,ref in times)
+    return dict(ratio=ratio(cpu), ratio_wall=ratio(wall), ratio_best=best(cpu), ms=1e3*median(f for f,_ in cpu), ms_plain=1e3*median(ref for _,ref in cpu), pairs=len(pairs))
+
+def clock_of(device):
+    "CPU time of this thread and wall time; on a GPU wall time twice, when its work is done"
+    if device=='cpu': return lambda: (time.thread_time(), time.perf_counter())
+    def clock():
+        torch.cuda.synchronize()
+        return (time.perf_counter(),)*2
+    return clock
+
+def _status_mb(key):
+    line = next(o for o in Path('/proc/self/status').read_text().splitlines() if o.startswith(key+':'))
+    return int(line.split()[1])/1024
+
+def peak_mb(f, device):
+    "MB of memory that the process takes while `f` runs, beyond those it had; `None` where the system does not tell"
+    if device!='cpu':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        return (torch.cuda.max_memory_allocated()-before)/2**20
+    try: Path('/proc/self/clear_refs').write_text('5')     # sets the peak, VmHWM, back to what is in use now
+    except OSError: return f()
+    before = _status_mb('VmRSS')
+    f()
+    return max(0., _status_mb('VmHWM')-before)
+
+def training_step(layer, n, n_in, n_out, device):
+    "A function that runs forward and backward, down to the input, on a batch of `n`"
+    x,g = torch.randn(n, n_in, device=device, requires_grad=True),torch.randn(n, n_out, device=device)
+    layer.to(device)
+    def f():
+        for t in (x,*layer.parameters()): t.grad = None
+        layer(x).backward(g)
+    return f
+
+def step(name:str, n:int, n_in:int, n_out:int, p:float, device:str='cpu', seconds:float=3.) -> dict:
+    "Forward and backward of a layer"
+    def make(name, *shape): return training_step(contestants[name](*shape[1:], p=p), *shape, device)
+    make(name, 8, 16, 8)()      # imports and compiles
+    f = make(name, n, n_in, n_out)
+    mb = peak_mb(f, device)
+    return dict(peak_mb=mb, **summary(in_turns(f, make(reference, n, n_in, n_out), clock_of(device), seconds)))
+
+def epoch(name:str, rows:int=100_000, bs:int=1024, layers:tuple=(500,250), p:float=.3, device:str='cpu', seconds:float=60.) -> dict:
+    "An epoch of a `tabular_learner` on 20 continuous columns of random numbers, validation included"
+    import numpy as np, pandas as pd
+    from fastai.tabular.all import Normalize, TabularDataLoaders, noop
+    from fastai_dropconnect.tabular.learner import tabular_learner
+    from fastai_dropconnect.tabular.model import tabular_dropconnect_config
+    mode,*backend = name.split(', ')
+    if backend: os.environ['FASTAI_DROPCONNECT_BACKEND'] = choose_backend(device, *backend)
+    names = [f'x{i}' for i in range(20)]
+    df = pd.DataFrame(np.random.default_rng(0).normal(size=(rows+bs, 20)).astype(np.float32), columns=names).assign(y=lambda d: d.x0*d.x1)
+    dls = TabularDataLoaders.from_df(df, procs=[Normalize], cont_names=names, y_names='y', valid_idx=range(bs), bs=bs, num_workers=0, device=device)
+    def make(config):
+        learn = tabular_learner(dls, layers=list(layers), config=config)
+        learn.logger = noop
+        def f():
+            with learn.no_bar(): learn.fit(1)
+        return f
+    f,plain = make(None if mode==reference else tabular_dropconnect_config(weight_p=p, mode=mode)),make(None)
+    return summary(in_turns(f, plain, clock_of(device), seconds))
+
+if __name__ == '__main__':
+    warnings.filterwarnings('ignore')
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try: res = dict(step=step, epoch=epoch)[sys.argv[1]](**json.loads(sys.argv[2]))
+    except ImportError as e: res = dict(note=f'cannot be imported: {e}')
+    except (RuntimeError,MemoryError) as e: res = dict(note=str(e).splitlines()[0] if str(e) else 'out of memory')
+    print(json.dumps(res))
