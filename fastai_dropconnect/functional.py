@@ -73,7 +73,7 @@ def _example_grad_weight(g:Tensor, x:Tensor, seed:Tensor, threshold:int, backend
 def _example_grads(g:Tensor, x:Tensor, weight:Tensor, seed:Tensor, threshold:int, backend:str|None) -> tuple[Tensor,Tensor]:
     return _sums(g, backend).grads(g, x, weight, seed, threshold)
 
-# %% ../nbs/04_functional.ipynb #9e0593b6
+# %% ../nbs/04_functional.ipynb #78de32b8
 @_example_forward.register_fake
 def _(x, weight, seed, threshold, backend): return x.new_empty(x.shape[0], weight.shape[0])
 
@@ -90,22 +90,41 @@ def _save_example(ctx, inputs, output):
     x,weight,seed,*ctx.rest = inputs
     ctx.save_for_backward(x, weight, seed)
 
-def _example_backward(ctx, g):
-    (x,weight,seed),(for_x,for_weight) = ctx.saved_tensors,ctx.needs_input_grad[:2]
+def _example_gradients(ctx, g, rest, both, for_input, for_weight):
+    "Those that are needed, from functions for both and for each"
+    (x,weight,seed),needed = ctx.saved_tensors,ctx.needs_input_grad
     gx = gw = None
-    if for_x and for_weight: gx,gw = _example_grads(g, x, weight, seed, *ctx.rest)
-    elif for_x: gx = _example_grad_input(g, weight, seed, *ctx.rest)
-    elif for_weight: gw = _example_grad_weight(g, x, seed, *ctx.rest)
+    if needed[0] and needed[1]: gx,gw = both(g, x, weight, seed, *rest)
+    elif needed[0]: gx = for_input(g, weight, seed, *rest)
+    elif needed[1]: gw = for_weight(g, x, seed, *rest)
     return gx,gw,None,None,None
+
+def _example_backward(ctx, g): return _example_gradients(ctx, g, ctx.rest, _example_grads, _example_grad_input, _example_grad_weight)
 
 _example_forward.register_autograd(_example_backward, setup_context=_save_example)
 
-# %% ../nbs/04_functional.ipynb #26f0e7fa
+# %% ../nbs/04_functional.ipynb #60db20a6
+class _Example(torch.autograd.Function):
+    "The operators' work without the operators"
+    @staticmethod
+    def forward(x, weight, seed, threshold, backend): return _sums(x, backend).forward(x, weight, seed, threshold)
+
+    setup_context = staticmethod(_save_example)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        *rest,backend = ctx.rest
+        sums = _sums(g, backend)
+        return _example_gradients(ctx, g, rest, sums.grads, sums.grad_input, sums.grad_weight)
+
+# %% ../nbs/04_functional.ipynb #1bac1365
 def _linear_example(x:Tensor, weight:Tensor, bias, p:float, backend=None) -> Tensor:
     "One mask for each row of `x`, of shape `(n, n_in)`"
     threshold = drop_threshold(p)
-    y = _example_forward(x, weight, draw_seed(x.device), threshold, backend) / (1-drop_probability(threshold))
-    return y if bias is None else y+bias
+    scale,call = 1/(1-drop_probability(threshold)),_example_forward if torch.compiler.is_compiling() else _Example.apply
+    y = call(x, weight, draw_seed(x.device), threshold, backend)
+    return y*scale if bias is None else torch.add(bias, y, alpha=scale)
 
 # %% ../nbs/04_functional.ipynb #f0657dc2
 class _GaussianNoise(torch.autograd.Function):

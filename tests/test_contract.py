@@ -294,6 +294,13 @@ def test_a_row_of_zeros_has_finite_gradients(mode):
     assert x.grad.isfinite().all() and layer.weight.grad.isfinite().all()
 
 
+def test_backward_may_be_called_twice():
+    layer,x = linear(),torch.randn(6, 12, requires_grad=True)
+    loss = layer(x).square().sum()
+    first = torch.autograd.grad(loss, [x,*layer.parameters()], retain_graph=True)
+    for a,b in zip(first, torch.autograd.grad(loss, [x,*layer.parameters()])): assert torch.equal(a, b)
+
+
 def test_a_dropped_infinite_weight_does_no_harm_and_backward_uses_the_forward_mask():
     layer,x = linear(p=0.5, n_in=1, n_out=1, bias=False),torch.ones(200, 1, requires_grad=True)
     with torch.no_grad(): layer.weight.fill_(float('inf'))

@@ -166,10 +166,12 @@ def _spread(kernel, args, n:int, k:int):
     kernel(*args, 0, cuts[1])
     for o in others: o.result()
 
-# %% ../../nbs/02_kernels.cpu.ipynb #b3d2c069
+# %% ../../nbs/02_kernels.cpu.ipynb #0b989a89
 def _filled(t, rows:int, cols:int):
     "`t` as an array, filled up with zeros to multiples of `rows` and `cols`"
-    return None if t is None else F.pad(t, (0, -t.shape[1]%cols, 0, -t.shape[0]%rows)).numpy()
+    if t is None: return None
+    more = -t.shape[1]%cols,-t.shape[0]%rows
+    return (F.pad(t, (0,more[0],0,more[1])) if any(more) else t).detach().numpy()
 
 def _words(seed:Tensor):
     "The two halves of a seed"
