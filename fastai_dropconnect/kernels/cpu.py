@@ -112,13 +112,13 @@ def _two_outputs(k, l, counters, limit, e, f, near, far, gx, gw):
             far[3*_w+i] = _add(_add(_add(_add(far[3*_w+i], p[0], f[0], near[i]), p[1], f[1], near[_w+i]),
                                   p[2], f[2], near[2*_w+i]), p[3], f[3], near[3*_w+i])
 
-# %% ../../nbs/02_kernels.cpu.ipynb #ac563c4c
+# %% ../../nbs/02_kernels.cpu.ipynb #ddcab72a
 @_jit()
 def _backward(g, x, w, lo, hi, limit, gx, gw, n_in, width, first, last):
     "Inputs of the tiles from `first` to `last`, each of `width`"
     n,n_out = g.shape
     counters,keys = _counters(n_in),np.empty((3,_outs), np.uint32)
-    near,far = np.zeros(8*_w, g.dtype),np.zeros(_outs*2*_w, g.dtype)
+    near,far = np.empty(8*_w, g.dtype),np.empty(_outs*2*_w, g.dtype)
     rows,outs = near.reshape(8, _w),far.reshape(_outs, 2, _w)
     for t in range(first, last):
         i0,i1 = t*width,min((t+1)*width, n_in)
@@ -191,13 +191,14 @@ def forward(
     _spread(_forward, (xw, w, *_words(seed), _limit(threshold), y.numpy()), len(xw)//lanes, _n_threads(work))
     return y[:n].to(x.dtype)
 
-# %% ../../nbs/02_kernels.cpu.ipynb #841fbd83
+# %% ../../nbs/02_kernels.cpu.ipynb #0e1bc7ef
 def _gradients(g, x, weight, seed, threshold):
     "The gradients that `x`, for the weight, and `weight`, for the input, are given for"
     n,n_out,n_in = *g.shape,(x if weight is None else weight).shape[1]
     gw,xw,w = [_filled(t, r, c) for t,r,c in zip(widen(g, x, weight), (lanes,lanes,2), (2,16,16))]
     n_in_filled = (xw if w is None else w).shape[1]
-    rx,rw = None if w is None else np.zeros((len(gw), n_in_filled), gw.dtype),None if x is None else np.zeros((gw.shape[1], n_in_filled), gw.dtype)
+    new = lambda rows: torch.zeros(rows, n_in_filled, dtype=torch.promote_types(g.dtype, torch.float32)).numpy()
+    rx,rw = None if w is None else new(len(gw)),None if x is None else new(gw.shape[1])
     k = _n_threads(n*n_out*n_in)
     width = min(_tile, max(64, -(-n_in_filled//(32*k))*32))
     _spread(_backward, (gw, xw, w, *_words(seed), _limit(threshold), rx, rw, n_in_filled, width), -(-n_in_filled//width), k)
