@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Callable
+from zlib import crc32
 from fastai_dropconnect.all import FrozenZeroInit, RecalibrateBN
 from .networks import fit_network, fit_tabm, one_cycle, zero_restarts
 from .spaces import Choice, Real, Whole
@@ -17,11 +18,13 @@ class Family:
     ours:bool = False      # Has it a technique of this package?
 
     @property
+    def fingerprint(self): return crc32(repr(self.space).encode())      # of what is searched: another space, another study
+    @property
     def missing(self): return self.package is not None and find_spec(self.package) is None
 
 
 _network = dict(layers=Choice(('500,250', '200,100', '256,256', '512,256,128')), lr=Real(1e-3, 3e-2, 1e-2, log=True),
-                wd=Real(1e-4, .3, 1e-2, log=True), quantile=Choice((False, True)))
+                wd=Real(1e-4, .3, 1e-2, log=True), quantile=Choice((False, True)), y_range=Choice((True, False)))
 _epochs = dict(epochs=Whole(4, 64, 10, log=True))
 _ple = dict(num_embed_dim=Whole(4, 24, 16), bins=Whole(8, 64, 48, log=True))
 _weight_p = dict(weight_p=Real(.02, .5, .1))

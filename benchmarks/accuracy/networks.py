@@ -27,6 +27,7 @@ class Scaler:
     def __init__(self, table, rows):
         y = rows[table.target]
         self.mean,self.sd = (0., 1.) if table.classes else (float(y.mean()), float(y.std()) or 1.)
+        self.y_range = (float(y.min())-self.mean)/self.sd-.2,(float(y.max())-self.mean)/self.sd+.2      # a little more than there is
     def apply(self, table, rows):
         return rows if table.classes else rows.assign(**{table.target: ((rows[table.target]-self.mean)/self.sd).astype('float32')})
 
@@ -78,7 +79,7 @@ def fit_network(
     set_seed(seed)
     scaler = Scaler(table, rows)
     dls = network_dls(table, scaler.apply(table, rows), p['quantile'])
-    args = arguments(p)
+    args = arguments(p) | (dict(y_range=scaler.y_range) if p['y_range'] and not table.classes else {})
     if p.get('num_embed_dim'): args['config'] = args.get('config', {}) | dict(num_embeddings='ple', num_embed_dim=p['num_embed_dim'], bins=p['bins'])
     if (config := args.get('config')) and is_dropconnect_config(config): args['config'] = tabular_dropconnect_config(**{'weight_p': 0.} | config)
     learn = tabular_learner(dls, layers=[int(n) for n in p['layers'].split(',')], **args)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd
 
 SETUP = ['dataset','source','rows','split_seed','trials','max_epochs','max_trees']   # results with the same setup can be compared
-COLUMNS = [*SETUP, 'family','seed','metric','valid','test','seconds','megabytes','params']
+COLUMNS = [*SETUP, 'family','space','seed','metric','valid','test','seconds','megabytes','params']
 
 
 def read_results(

@@ -35,23 +35,26 @@ def setup_of(job:Job, table) -> dict:
 
 def run_family(job:Job, table, name:str):
     "Search, then the fits that are missing"
-    setup,family = setup_of(job, table),FAMILIES[name]
-    known = set(matching(read_results(job.csv), **setup, family=name).seed)
+    family = FAMILIES[name]
+    setup = setup_of(job, table) | dict(family=name, space=family.fingerprint)
+    say = lambda text: job.say(f'{table.name}, {name}: {text}\n')
+    known = set(matching(read_results(job.csv), **setup).seed)
     todo = [s for s in range(job.seeds) if s not in known]
     if not todo: return
-    study = ' '.join(f'{k}={v}' for k,v in setup.items() if k!='trials')+f' family={name}'
-    params,valid = search(family, table, job.trials, 0, job.limits, study, job.out/'studies.sqlite', job.say)
+    study = ' '.join(f'{k}={v}' for k,v in setup.items() if k!='trials')
+    params,valid = search(family, table, job.trials, 0, job.limits, study, job.out/'studies.journal', say)
     test = test_rows(table.name, job.options)
     for seed in todo:
         result = refit(family, table, test, params, seed, job.limits)
-        append_result(job.csv, dict(**setup, family=name, seed=seed, metric=table.metric, valid=valid, params=params, **asdict(result)))
-        job.say(f'{table.name}, {name}, seed {seed}: test {result.test:.4f}, {result.seconds:.1f} CPU s\n')
+        append_result(job.csv, dict(**setup, seed=seed, metric=table.metric, valid=valid, params=params, **asdict(result)))
+        say(f'seed {seed}, test {result.test:.4f}, {result.seconds:.1f} CPU s')
 
 
 def results_of(job:Job, tables) -> pd.DataFrame:
     "All results with the setup of this job, also of families that were run before"
     every = read_results(job.csv)
-    return pd.concat([matching(every, **setup_of(job, t)) for t in tables], ignore_index=True)
+    now = every.space==every.family.map({n: f.fingerprint for n,f in FAMILIES.items()})
+    return pd.concat([matching(every[now], **setup_of(job, t)) for t in tables], ignore_index=True)
 
 
 def report(job:Job, results:pd.DataFrame) -> str:

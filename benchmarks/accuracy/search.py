@@ -28,9 +28,12 @@ def _objective(family, table, seed, limits, trial):
 
 def _study(name, table, path):
     import optuna      # optional
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return optuna.create_study(study_name=name, storage=f'sqlite:///{path}', load_if_exists=True, direction='minimize' if table.lower_is_better else 'maximize')
+    storage = JournalStorage(JournalFileBackend(str(path)))        # for several processes, too
+    return optuna.create_study(study_name=name, storage=storage, load_if_exists=True, direction='minimize' if table.lower_is_better else 'maximize')
 
 def _done(study): return sum(t.state.name=='COMPLETE' for t in study.trials)
 
@@ -49,7 +52,7 @@ def search(
     seed:int, # Of the sampler and of each fit
     limits:Limits,
     name:str, # Of the study: all that its results depend on
-    path, # File of the studies
+    path, # Journal file of the studies
     say=lambda text: None # Gets the progress
 ) -> tuple: # Hyperparameters, validation score
     "The best hyperparameters of a family"
@@ -58,6 +61,6 @@ def search(
     for n in range(_done(study), trials):
         _next_trial(study, family, seed)
         study.optimize(lambda trial: _objective(family, table, seed, limits, trial), n_trials=1)
-        say(f'{name}: trial {n+1} of {trials}, best {study.best_value:.4f}\n')
+        say(f'trial {n+1} of {trials}, best {study.best_value:.4f}')
     best = study.best_trial
     return {**defaults(family.space), **best.params, **best.user_attrs['found']},best.value
