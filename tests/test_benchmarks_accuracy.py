@@ -140,7 +140,22 @@ def test_an_interrupted_search_goes_on_and_finds_the_same(tmp_path):
     got = search(replace(f, fit=second), t, 7, 0, LIMITS, 'part', tmp_path/'b.journal')
     assert got==want and whole.n==7 and second.n==4
     assert first.params+second.params==whole.params and whole.params[0]==defaults(f.space)
+    assert len({p['columns'] for p in whole.params})==7
     assert search(replace(f, fit=None), t, 7, 0, LIMITS, 'part', tmp_path/'b.journal')==want        # nothing is left to do
+
+@needs_optuna
+def test_early_stopping_gets_validation_rows_in_the_search_only(tmp_path):
+    from dataclasses import replace
+    seen = []
+    def fit(table, rows, p, seed, limits, valid=None):
+        seen.append((len(rows), None if valid is None else len(valid), p.get('trees')))
+        return replace(FAMILIES['extra-trees'].fit(table, rows, p | dict(trees=5), seed, limits), found=None if valid is None else dict(trees=7+len(seen)))
+    t = development_table('numbers', Options())
+    f = replace(FAMILIES['extra-trees'], fit=fit, space={k:s for k,s in FAMILIES['extra-trees'].space.items() if k!='trees'})
+    params,_ = search(f, t, 1, 0, LIMITS, 'x', tmp_path/'studies.journal')
+    assert params['trees']==8
+    running.refit(f, t, rows_to_test('numbers', Options()), params, 0, LIMITS)
+    assert seen==[(192, 48, None), (240, None, 8), (240, None, 8)]        # search, warming up, refit
 
 
 def _counted_refits(monkeypatch, stop=None):
@@ -205,8 +220,10 @@ def test_the_aim_on_bulldozers_needs_accuracy_and_speed():
 
 def test_the_choice_is_made_on_validation_and_compared_with_plain_fastai():
     rows = [('adult', f, s, 'auc', v, t+.001*s, 1., 1.) for f,v,t in (('fastai',.90,.91), ('frozen-zero',.93,.90), ('zero-restarts',.92,.95)) for s in (0,1)]
-    line, = chosen(board_of(*rows))
-    assert 'frozen-zero, test 0.9005' in line and 'best on test: zero-restarts' in line and 'worse by more than the spread' in line
+    rows += [('california', f, s, 'rmse', v, t+.001*s, 1., 1.) for f,v,t in (('fastai',.5,.51), ('frozen-zero',.4,.5), ('zero-restarts',.41,.4)) for s in (0,1)]
+    adult,california = chosen(board_of(*rows))
+    assert 'frozen-zero, test 0.9005' in adult and 'best on test: zero-restarts' in adult and ': worse by more than the spread' in adult
+    assert 'frozen-zero, test 0.5005' in california and 'best on test: zero-restarts' in california and 'not worse by more than the spread' in california
 
 
 @pytest.mark.parametrize('args,text', [(['--datasets','titanic'],"`datasets`.*titanic"), (['--families','fastai,magic'],"`families`.*magic"), (['--seeds','0'],'`seeds`'),
