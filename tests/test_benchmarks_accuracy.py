@@ -11,7 +11,7 @@ from benchmarks.accuracy import __main__ as command, run as running
 from benchmarks.accuracy.families import FAMILIES
 from benchmarks.accuracy.report import AIMS, aims_reached, board_text, chosen, summary
 from benchmarks.accuracy.results import COLUMNS, append_result, matching, read_results
-from benchmarks.accuracy.run import Job, run
+from benchmarks.accuracy.run import Job, load
 from benchmarks.accuracy.search import score, search
 from benchmarks.accuracy.spaces import Choice, Limits, Real, Whole, defaults, suggest
 from benchmarks.accuracy.tables import DATASETS, Options, Source, development_table, random_splits, test_rows as rows_to_test, time_splits
@@ -32,6 +32,8 @@ def datasets(monkeypatch):
     monkeypatch.setitem(DATASETS, 'numbers', made_up)
     monkeypatch.setitem(DATASETS, 'classes', lambda o: made_up(o, classes=True))
     monkeypatch.setitem(DATASETS, 'poisoned', lambda o: made_up(o, poison=True))
+
+def run(job): return running.run(job, load(job))
 
 def job(tmp_path, families, trials=0, seeds=2, datasets=('numbers',)): return Job(list(datasets), families, trials, seeds, tmp_path, limits=LIMITS)
 
@@ -232,6 +234,12 @@ def test_wrong_arguments_are_named(args, text, capsys, tmp_path):
     import re
     assert command.main([*args, '--out', str(tmp_path)])==2
     assert re.search(text, capsys.readouterr().err)
+
+def test_quick_changes_what_is_not_given():
+    quick,whole = command.bench_accuracy(families='fastai', trials=0, rows=200, quick=True), command.bench_accuracy(families='fastai', trials=0)
+    assert (quick.trials, quick.seeds, quick.options.rows, quick.limits)==(0, 1, 200, Limits(4, 60))
+    assert (whole.trials, whole.seeds, whole.options.rows, whole.limits)==(0, 3, None, Limits())
+    assert quick.out!=whole.out
 
 def test_families_without_their_package_are_said_to_be(monkeypatch, capsys):
     monkeypatch.setattr('benchmarks.accuracy.families.find_spec', lambda name: None)

