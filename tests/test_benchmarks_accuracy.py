@@ -210,13 +210,14 @@ def test_the_table_has_mean_spread_and_marks():
     board = board_of(*rows)
     assert list(board.family)==['masked-ensemble+ple','lightgbm','frozen-zero','fastai']
     np.testing.assert_allclose(board.test, [.421,.431,.432,.501]); np.testing.assert_allclose(board.sd, .001)
-    assert aims_reached(board)==['c d e','','c','']         # LightGBM's own score is no aim
-    text = board_text(board)
+    assert aims_reached(board, ['california'])==['c d e','','c','']         # LightGBM's own score is no aim
+    assert not any(aims_reached(board, ['adult']))
+    text = board_text(board, ['california'])
     assert '| california | masked-ensemble+ple | 3 | 0.4200 | 0.4210 | 0.0010 | 10.0 | 1.00 | c d e |' in text and 'c: below 0.4326' in text
 
 def test_the_aim_on_bulldozers_needs_accuracy_and_speed():
     marks = lambda seconds, test: aims_reached(board_of(('bulldozers','fastai',0,'rmse',.3,.3,10.,1.), ('bulldozers','lightgbm',0,'rmse',.3,.4,1.,1.),
-                                                        ('bulldozers','zero-restarts',0,'rmse',.2,test,seconds,1.)))[0]
+                                                        ('bulldozers','zero-restarts',0,'rmse',.2,test,seconds,1.)), ['bulldozers'])[0]
     assert (marks(21., .28), marks(23., .28), marks(21., .286))==('a b','b','b')
     assert {a.dataset for a in AIMS}=={'bulldozers','california','adult'}
 
@@ -234,6 +235,11 @@ def test_wrong_arguments_are_named(args, text, capsys, tmp_path):
     import re
     assert command.main([*args, '--out', str(tmp_path)])==2
     assert re.search(text, capsys.readouterr().err)
+
+def test_aims_are_for_whole_tables():
+    full = lambda **kw: running.full_datasets(command.bench_accuracy('bulldozers,adult,california', 'fastai', trials=0, **kw))
+    assert full()==['adult','california'] and full(data='sales.csv')==['bulldozers','adult','california']
+    assert full(quick=True, data='sales.csv')==full(rows=1000, data='sales.csv')==[]
 
 def test_quick_changes_what_is_not_given():
     quick,whole = command.bench_accuracy(families='fastai', trials=0, rows=200, quick=True), command.bench_accuracy(families='fastai', trials=0)

@@ -59,10 +59,11 @@ def bench_accuracy(
     rows,trials,seeds = [v if given is None else given for v,given in zip((QUICK if quick else USUAL).values(), (rows, trials, seeds))]
     check_int(trials, 'trials', 0), check_int(seeds, 'seeds', 1), check_int(split_seed, 'split_seed', 0)
     if rows is not None: check_int(rows, 'rows', 100)
-    if trials and find_spec('optuna') is None: raise ValueError(f'`trials` must be 0 without the package optuna, however: trials={trials}; {INSTALL}')
     say = lambda text: (sys.stderr.write(text), sys.stderr.flush())
+    names = parse_names(datasets, DATASETS, 'datasets'),available(families, say)
+    if trials and find_spec('optuna') is None: raise ValueError(f'`trials` must be 0 without the package optuna, however: trials={trials}; {INSTALL}')
     folder = Path(out or Path(__file__).parent.parent/'results'/('quick' if quick else ''))
-    return Job(parse_names(datasets, DATASETS, 'datasets'), available(families, say), trials, seeds, folder,
+    return Job(*names, trials, seeds, folder,
                Options(data, wheel, rows, split_seed), Limits(4, 60) if quick else Limits(), say)
 
 

@@ -38,14 +38,15 @@ AIMS = [
 
 
 def aims_reached(
-    board:pd.DataFrame # From `summary`
+    board:pd.DataFrame, # From `summary`
+    full:list # Data sets that are all there: the aims mean no others
 ) -> list: # The marks for each row, as text
     "Only families that use this package can reach an aim"
     def row(dataset, name):
         found = board[(board.dataset==dataset)&(board.family==name)]
         return found.iloc[0] if len(found) else None
     def marks(r):
-        if r.family not in FAMILIES or not FAMILIES[r.family].ours: return ''
+        if r.dataset not in full or r.family not in FAMILIES or not FAMILIES[r.family].ours: return ''
         return ' '.join(a.mark for a in AIMS if a.dataset==r.dataset and a.reached(r, lambda name: row(r.dataset, name)))
     return [marks(r) for r in board.itertuples()]
 
@@ -70,16 +71,19 @@ def chosen(
 
 
 def board_text(
-    board:pd.DataFrame # From `summary`
+    board:pd.DataFrame, # From `summary`
+    full:list # As for `aims_reached`
 ) -> str: # Markdown
     "The table, what its marks mean, and what would be chosen"
     number = lambda x, digits: '' if pd.isna(x) else f'{x:.{digits}f}'
     lines = ['| data | family | seeds | validation | test | sd | fit, CPU s | size, MB | aims |', '|---|---|---|---|---|---|---|---|---|']
-    for r,marks in zip(board.itertuples(), aims_reached(board)):
+    for r,marks in zip(board.itertuples(), aims_reached(board, full)):
         lines.append(f'| {r.dataset} | {r.family} | {r.seeds} | {number(r.valid, 4)} | {number(r.test, 4)} | {number(r.sd, 4)} | {number(r.seconds, 1)} | {number(r.megabytes, 2)} | {marks} |')
     metrics = ', '.join(f'{d}: {"RMSE, lower is better" if m=="rmse" else "AUC, higher is better"}' for d,m in dict(zip(board.dataset, board.metric)).items())
-    known = [f'{a.mark}: {a.text}' for a in AIMS if a.dataset in set(board.dataset)]
-    notes = [f'{metrics}. Validation: the best trial of the search. Test: mean over the seeds.', *(['Aims: '+'; '.join(known)+'.'] if known else []), *chosen(board)]
+    known = [f'{a.mark}: {a.text}' for a in AIMS if a.dataset in full]
+    part = [d for d in dict.fromkeys(board.dataset) if d not in full]
+    notes = [f'{metrics}. Validation: the best trial of the search. Test: mean over the seeds.', *(['Aims: '+'; '.join(known)+'.'] if known else []),
+             *([f'No aims are marked for {", ".join(part)}: made-up data, or a part of it or of the training.'] if part else []), *chosen(board)]
     return '\n'.join([*lines, '', *[f'- {n}' for n in notes]])
 
 

@@ -57,10 +57,16 @@ def results_of(job:Job, tables) -> pd.DataFrame:
     return pd.concat([matching(every[now], **setup_of(job, t)) for t in tables], ignore_index=True)
 
 
+def full_datasets(job:Job) -> list:
+    "The data sets of which nothing is left out or made up"
+    if job.options.rows is not None or job.limits!=Limits(): return []
+    return [d for d in job.datasets if d!='bulldozers' or job.options.data is not None]
+
+
 def report(job:Job, results:pd.DataFrame) -> str:
     "Write table and figure; gives the table"
     board = summary(results)
-    text = board_text(board)
+    text = board_text(board, full_datasets(job))
     (job.out/'accuracy.md').write_text(text+'\n')
     plot_board(board, results).savefig(job.out/'accuracy.png')
     return text
