@@ -37,6 +37,8 @@ AIMS = [
     Aim('adult', 'g', 'AUC at least 0.9275', lambda r, row: r.test>=.9275)]
 
 
+AIM_SEEDS = 3      # An aim is for a mean over so many
+
 def aims_reached(
     board:pd.DataFrame, # From `summary`
     full:list # Data sets that are all there: the aims mean no others
@@ -46,7 +48,7 @@ def aims_reached(
         found = board[(board.dataset==dataset)&(board.family==name)]
         return found.iloc[0] if len(found) else None
     def marks(r):
-        if r.dataset not in full or r.family not in FAMILIES or not FAMILIES[r.family].ours: return ''
+        if r.dataset not in full or r.seeds<AIM_SEEDS or r.family not in FAMILIES or not FAMILIES[r.family].ours: return ''
         return ' '.join(a.mark for a in AIMS if a.dataset==r.dataset and a.reached(r, lambda name: row(r.dataset, name)))
     return [marks(r) for r in board.itertuples()]
 
@@ -82,7 +84,7 @@ def board_text(
     metrics = ', '.join(f'{d}: {"RMSE, lower is better" if m=="rmse" else "AUC, higher is better"}' for d,m in dict(zip(board.dataset, board.metric)).items())
     known = [f'{a.mark}: {a.text}' for a in AIMS if a.dataset in full]
     part = [d for d in dict.fromkeys(board.dataset) if d not in full]
-    notes = [f'{metrics}. Validation: the best trial of the search. Test: mean over the seeds.', *(['Aims: '+'; '.join(known)+'.'] if known else []),
+    notes = [f'{metrics}. Validation: the best trial of the search. Test: mean over the seeds.', *([f'Aims, for means over at least {AIM_SEEDS} seeds: '+'; '.join(known)+'.'] if known else []),
              *([f'No aims are marked for {", ".join(part)}: made-up data, or a part of it or of the training.'] if part else []), *chosen(board)]
     return '\n'.join([*lines, '', *[f'- {n}' for n in notes]])
 
