@@ -107,5 +107,5 @@ def plot_board(
         ax.set_yticks(range(len(b)), b.family); ax.invert_yaxis()
         ax.set(title=name, xlabel='test RMSE (lower is better)' if b.metric.iloc[0]=='rmse' else 'test AUC (higher is better)')
         ax.grid(axis='x', alpha=.3); ax.spines[['top','right']].set_visible(False)
-    fig.supxlabel('blue: uses this package; orange: does not; bars: standard deviation over the seeds', fontsize=9)
+    fig.supxlabel('blue: uses this package; orange: does not\nbars: standard deviation over the seeds', fontsize=9)
     return fig
