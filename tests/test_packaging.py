@@ -67,6 +67,12 @@ def test_no_fact_stands_twice():
     for fact in lines(cfg['requirements']) + lines(cfg['dev_requirements']) + lines(cfg['console_scripts']) + [cfg['license']]: assert fact not in elsewhere
 
 
+def for_dev(line):
+    "A line of `dev_requirements` as the metadata of the wheel has it"
+    name,_,marker = line.partition(';')
+    return Requirement(f'{name}; ' + (f'({marker.strip()}) and ' if marker else '') + 'extra == "dev"')
+
+
 def test_the_wheel_has_all_metadata(installed):
     project,cfg = facts()
     dist = metadata(installed)
@@ -77,7 +83,7 @@ def test_the_wheel_has_all_metadata(installed):
     assert f"Repository, {project['urls']['Repository']}" in meta.get_all('Project-URL')
     assert any('Science/Research' in c for c in meta.get_all('Classifier')) and any('Development Status' in c for c in meta.get_all('Classifier'))
     assert meta['Description-Content-Type'] == 'text/markdown' and '# fastai_dropconnect' in (meta.get_payload() or meta['Description'])
-    want = {str(Requirement(r)) for r in lines(cfg['requirements'])} | {str(Requirement(f'{r}; extra == "dev"')) for r in lines(cfg['dev_requirements'])}
+    want = {str(Requirement(r)) for r in lines(cfg['requirements'])} | {str(for_dev(r)) for r in lines(cfg['dev_requirements'])}
     assert {str(Requirement(r)) for r in dist.requires} == want
     eps = {(e.group, e.name, e.value) for e in dist.entry_points}
     assert eps == {('nbdev', LIB, f'{LIB}._modidx:d')} | {('console_scripts', *[o.strip() for o in l.split('=')]) for l in lines(cfg['console_scripts'])}
