@@ -33,7 +33,7 @@ def _view_as(
     res.__dict__.update({k:v for k,v in module.__dict__.items() if k not in drop}, **attrs)
     return res
 
-# %% ../nbs/10_layers.ipynb #71084eb4
+# %% ../nbs/10_layers.ipynb #fc4a4e84
 class DropConnectLinear(nn.Linear):
     "`nn.Linear` with DropConnect (Wan et al. 2013) in training: `(*, in_features)` to `(*, out_features)`; in eval it is `nn.Linear`"
     def __init__(self,
@@ -50,11 +50,11 @@ class DropConnectLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.p,self.mode,self.drop_bias,self.sample_eval = check_p(p),check_mode(mode),bool(drop_bias),bool(sample_eval)
 
-    def forward(self, x:Tensor) -> Tensor: return self.dropconnect(x, self.p, self.mode, self.drop_bias)
+    def forward(self, x:Tensor) -> Tensor: return self.dropconnect(x, self.p, self.mode, self.drop_bias, self.sample_eval)
 
-    def dropconnect(self, x:Tensor, p:float, mode:str, drop_bias:bool) -> Tensor:
+    def dropconnect(self, x:Tensor, p:float, mode:str, drop_bias:bool, sample_eval:bool=False) -> Tensor:
         "`forward` with these settings instead of the layer's own"
-        return linear_dropconnect(x, self.weight, self.bias, p, mode, self.training, drop_bias, sample_eval=self.sample_eval)
+        return linear_dropconnect(x, self.weight, self.bias, p, mode, self.training, drop_bias, sample_eval=sample_eval)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, p={self.p}, mode={self.mode!r}' + ''.join(f', {a}=True' for a in ('drop_bias','sample_eval') if getattr(self, a))
