@@ -147,9 +147,11 @@ def draw(
     axs[0].axvline(1, color='gray', lw=1)
     axs[0].set(xscale='log', yticks=range(len(names)), yticklabels=names, xlabel="time / nn.Linear's  (|: bound)")
     axs[1].set(xscale='log', yticks=range(len(names)), yticklabels=[], xlabel="MB beyond nn.Linear's (at least 1)")
-    axs[0].legend(title='n, n_in, n_out', fontsize=8)
+    axs[1].legend(*axs[0].get_legend_handles_labels(), title='n, n_in, n_out', fontsize=8)
     for axis,d in grown.groupby('axis', sort=False): axs[2].plot(d.n*d.n_in*d.n_out/1e9, d.ms, 'o-', label=f'{axis} grows')
     axs[2].set(xscale='log', yscale='log', xlabel='n * n_in * n_out / 1e9', ylabel='ms', title=grown.name[0])
+    axs[2].xaxis.set_minor_formatter('')
+    axs[2].yaxis.set_minor_formatter('')
     axs[2].legend()
     return fig
 
