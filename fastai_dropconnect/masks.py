@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lane_bits', 'lanes', 'check_p', 'check_int', 'drop_threshold', 'drop_probability', 'draw_seed', 'mask_keys',
-           'mask_counters', 'mask_lanes', 'mask_bits', 'example_mask', 'exact_mask']
+           'mask_counters', 'mask_lanes', 'mask_bits', 'example_mask', 'word_limit', 'exact_mask']
 
 # %% ../nbs/00_masks.ipynb #7327f039
 import math, numbers, torch
@@ -137,6 +137,13 @@ def example_mask(
     "The whole mask of a batch: for tests and pictures, as it takes `n*n_out*n_in` words"
     keys = mask_keys(seed, range(-(-n//lanes)), n_out)
     return mask_bits(keys, mask_counters(n_in, seed.device), drop_threshold(p))[:n] != 0
+
+# %% ../nbs/00_masks.ipynb #b146eb09
+def word_limit(
+    threshold:int # From `drop_threshold`
+) -> int: # Fits 32 bits with a sign
+    "The number that one of `mask_lanes` is below if its weight is kept"
+    return min((2**(lane_bits-1)-threshold) * 2**(32-lane_bits), 2**31-1)
 
 # %% ../nbs/00_masks.ipynb #e707ec47
 def exact_mask(
