@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['grad_input', 'grad_weight', 'grads', 'usable', 'forward']
 
-# %% ../../nbs/02_kernels.cpu.ipynb #11aa6839
-import os, threading, numba, numpy as np, torch, torch.nn.functional as F
+# %% ../../nbs/02_kernels.cpu.ipynb #71236461
+import operator, os, threading, numba, numpy as np, torch, torch.nn.functional as F
 from concurrent.futures import ThreadPoolExecutor
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, models, overload, register_model
 from torch import Tensor
 from ..masks import lanes, word_limit
 from .torch import gradient_calls, widen
 
-# %% ../../nbs/02_kernels.cpu.ipynb #faee1543
-_exact,_sums = {'contract','nsz'},{'contract','nsz','reassoc'}
-
-def _jit(fastmath=_exact, **kw):
+# %% ../../nbs/02_kernels.cpu.ipynb #daa20d18
+def _jit(**kw):
     "`numba.njit` without Python's lock, and with a cache on disk where numba finds a place for it"
     def wrap(f):
-        opts = dict(nogil=True, fastmath=fastmath, error_model='numpy', **kw)
+        opts = dict(nogil=True, error_model='numpy', **kw)
         try: return numba.njit(f, cache=os.path.isfile(f.__code__.co_filename), **opts)
         except RuntimeError: return numba.njit(f, **opts)
     return wrap
@@ -27,6 +28,95 @@ def _jit(fastmath=_exact, **kw):
 def usable(device:torch.device) -> bool:
     "Does this run there? On the CPU, but not with `NUMBA_DISABLE_JIT=1`"
     return device.type=='cpu' and not numba.config.DISABLE_JIT
+
+# %% ../../nbs/02_kernels.cpu.ipynb #7c03e883
+_sz = 16    # numbers in a vector
+
+class _Vector(types.Type):
+    "`_sz` numbers of type `elem`"
+    def __init__(self, elem):
+        super().__init__(f'Vector({elem})')
+        self.elem = elem
+
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm, t): super().__init__(dmm, t, ir.VectorType(dmm.lookup(t.elem).get_value_type(), _sz))
+
+def _place(context, builder, array_type, array, i):
+    "Address of the vector that begins at `array[i]`, and what it is a multiple of"
+    p = builder.gep(context.make_array(array_type)(context, builder, array).data, [i])
+    return builder.bitcast(p, ir.VectorType(p.type.pointee, _sz).as_pointer()),context.get_abi_sizeof(p.type.pointee)
+
+# %% ../../nbs/02_kernels.cpu.ipynb #57f07d1e
+def _operator(op, emit, answers=None):
+    "Let `op` work on two vectors, as LLVM's instruction `emit(builder, a, b)`"
+    @intrinsic
+    def call(typingctx, a, b):
+        return (_Vector(answers) if answers else a)(a, b),lambda context, builder, sig, args: emit(builder, *args)
+    @overload(op, inline='always')
+    def _(a, b):
+        if isinstance(a, _Vector) and isinstance(b, _Vector): return lambda a, b: call(a, b)
+
+for op,emit in ((operator.add, ir.IRBuilder.add), (operator.mul, ir.IRBuilder.mul), (operator.xor, ir.IRBuilder.xor),
+                (operator.lshift, ir.IRBuilder.shl), (operator.rshift, ir.IRBuilder.lshr)): _operator(op, emit)
+_operator(operator.lt, lambda builder, a, b: builder.icmp_signed('<', a, b), types.boolean)
+
+# %% ../../nbs/02_kernels.cpu.ipynb #2e9d1cd2
+@intrinsic
+def _vector(typingctx, x):
+    "`x` in all places"
+    def emit(context, builder, sig, args):
+        t = context.get_value_type(sig.return_type)
+        first = builder.insert_element(ir.Constant(t, ir.Undefined), args[0], ir.Constant(ir.IntType(32), 0))
+        return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(ir.IntType(32), _sz), [0]*_sz))
+    return _Vector(x)(x),emit
+
+@intrinsic
+def _load(typingctx, array, i):
+    "`array[i:i+_sz]`; nothing tests whether the array is so long"
+    def emit(context, builder, sig, args):
+        place,align = _place(context, builder, sig.args[0], *args)
+        return builder.load(place, align=align)
+    return _Vector(array.dtype)(array, types.intp),emit
+
+@intrinsic
+def _store(typingctx, array, i, v):
+    "`array[i:i+_sz] = v`"
+    def emit(context, builder, sig, args):
+        place,align = _place(context, builder, sig.args[0], *args[:2])
+        builder.store(args[2], place, align=align)
+        return context.get_dummy_value()
+    return types.void(array, types.intp, v),emit
+
+@intrinsic
+def _add(typingctx, s, kept, a, b):
+    "`s + a*b` where `kept`, else `s`"
+    def emit(context, builder, sig, args):
+        s,kept,a,b = args
+        return builder.select(kept, builder.fadd(s, builder.fmul(a, b, flags=('contract','nsz')), flags=('contract','nsz')), s)
+    return s(s, kept, a, b),emit
+
+@intrinsic
+def _total(typingctx, v):
+    "Sum of the numbers of a vector"
+    def emit(context, builder, sig, args):
+        t = args[0].type
+        name = f'llvm.vector.reduce.fadd.v{_sz}f{v.elem.bitwidth}'
+        reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(t.element, [t.element, t]), name)
+        return builder.call(reduce, [ir.Constant(t.element, -0.), args[0]], fastmath=('contract','nsz','reassoc'))
+    return v.elem(v),emit
+
+# %% ../../nbs/02_kernels.cpu.ipynb #85d614fa
+@_jit()
+def _aligned(n, dtype):
+    "`n` zeros, from a line of the cache on"
+    a = np.zeros(n+64, dtype)
+    return a[-a.ctypes.data % 64 // a.itemsize:][:n]
+
+@_jit(inline='always')
+def _copy(to, numbers):
+    "As `to[:len(numbers)] = numbers`, which numba would do one by one"
+    for i in range(len(numbers)): to[i] = numbers[i]
 
 # %% ../../nbs/02_kernels.cpu.ipynb #1af6dd66
 _u = np.uint32
@@ -55,87 +145,91 @@ def _fill_keys(lo, hi, block, first, keys):
         k = _mix(_u(k + _u(_u(block)*_golden)))
         for o in range(keys.shape[1]): keys[j,o] = _mix(_u(k ^ _u(_u(first+o)*_golden)))
 
-# %% ../../nbs/02_kernels.cpu.ipynb #2b726568
-@_jit()
-def _kept(k, counter, limit):
-    "Which of the four rows of a block keep a weight"
-    x = _u(_u(k[0] ^ counter)*_M1)
-    x = _u(x ^ _u(x>>_u(15)))
-    a,b = _u(_u(x*_word0) + k[1]),_u(_u(x*_word1) + k[2])
-    return (np.int32(_u(a ^ _u(a<<_u(16)))) < limit, np.int32(a) < limit,
-            np.int32(_u(b ^ _u(b<<_u(16)))) < limit, np.int32(b) < limit)
+# %% ../../nbs/02_kernels.cpu.ipynb #fdc758d4
+@_jit(inline='always')
+def _kept(k, counters, limit):
+    "Which of the four rows of a block keep each of the weights, from three keys"
+    half = _vector(_u(16))
+    x = (_vector(k[0]) ^ counters) * _vector(_M1)
+    x = x ^ (x >> _vector(_u(15)))
+    a,b = x*_vector(_word0) + _vector(k[1]),x*_vector(_word1) + _vector(k[2])
+    return (a ^ (a<<half)) < limit,a < limit,(b ^ (b<<half)) < limit,b < limit
 
 def _limit(threshold:int): return np.int32(word_limit(threshold))
 
-# %% ../../nbs/02_kernels.cpu.ipynb #6ac6ff80
-def _masked_add(s, kept, a, b): return s + (a*b if kept else np.float32(0))
-_add,_add_any_order = _jit()(_masked_add),_jit(_sums)(_masked_add)
-
-@_jit(_sums)
+# %% ../../nbs/02_kernels.cpu.ipynb #43905538
+@_jit()
 def _forward(x, w, lo, hi, limit, y, first, last):
-    "Rows of the blocks from `first` to `last`"
-    n_out,n_in = w.shape
-    counters,keys,zero = _counters(n_in),np.empty((3,n_out), np.uint32),y.dtype.type(0)
+    "Rows of the blocks from `first` to `last`; the rows of `w` are filled up to whole vectors"
+    (n,n_in),(n_out,width) = x.shape,w.shape
+    counters,keys,rows = _counters(width),np.empty((3,n_out), np.uint32),_aligned(4*width, x.dtype).reshape(4, width)
+    limit,zero = _vector(limit),_vector(x.dtype.type(0))
     for b in range(first, last):
+        some = min(4, n-4*b)
+        for j in range(some): _copy(rows[j], x[4*b+j])
         _fill_keys(lo, hi, b, 0, keys)
-        x0,x1,x2,x3 = x[4*b],x[4*b+1],x[4*b+2],x[4*b+3]
         for o in range(n_out):
             k,v = (keys[0,o],keys[1,o],keys[2,o]),w[o]
             s0 = s1 = s2 = s3 = zero
-            for i in range(n_in):
-                m = _kept(k, counters[i], limit)
-                s0 = _add_any_order(s0, m[0], x0[i], v[i])
-                s1 = _add_any_order(s1, m[1], x1[i], v[i])
-                s2 = _add_any_order(s2, m[2], x2[i], v[i])
-                s3 = _add_any_order(s3, m[3], x3[i], v[i])
-            y[4*b,o],y[4*b+1,o],y[4*b+2,o],y[4*b+3,o] = s0,s1,s2,s3
+            for i in range(0, width, _sz):
+                m,wi = _kept(k, _load(counters, i), limit),_load(v, i)
+                s0,s1 = _add(s0, m[0], _load(rows[0], i), wi),_add(s1, m[1], _load(rows[1], i), wi)
+                s2,s3 = _add(s2, m[2], _load(rows[2], i), wi),_add(s3, m[3], _load(rows[3], i), wi)
+            sums = _total(s0),_total(s1),_total(s2),_total(s3)
+            for j in range(some): y[4*b+j,o] = sums[j]
 
-# %% ../../nbs/02_kernels.cpu.ipynb #e09315d1
-_tile,_outs = 512,128   # inputs in a tile at most; outputs that are gone through together
-_w = _tile+16           # numbers that a row of a tile takes: with a power of two, rows would compete for places in the cache
+# %% ../../nbs/02_kernels.cpu.ipynb #7c9c8951
+@_jit(inline='always')
+def _through_outputs(keys, e, counters, limit, x, s, pairs, need_x, need_w):
+    "Gradients of a vector of inputs, for `s`, and of its weights, in `pairs`, with gradients `e` of the outputs"
+    for o in range(e.shape[1]):
+        m = _kept((keys[0,o],keys[1,o],keys[2,o]), counters, limit)
+        e0,e1,e2,e3 = _vector(e[0,o]),_vector(e[1,o]),_vector(e[2,o]),_vector(e[3,o])
+        if need_x is not None:
+            w = _load(pairs[o,0], 0)
+            s = _add(s[0], m[0], e0, w),_add(s[1], m[1], e1, w),_add(s[2], m[2], e2, w),_add(s[3], m[3], e3, w)
+        if need_w is not None:
+            sum_w = _add(_add(_load(pairs[o,1], 0), m[0], e0, x[0]), m[1], e1, x[1])
+            _store(pairs[o,1], 0, _add(_add(sum_w, m[2], e2, x[2]), m[3], e3, x[3]))
+    return s
+
+# %% ../../nbs/02_kernels.cpu.ipynb #cdb8bdb3
+_tile,_outs = 256,64   # inputs in a tile at most; outputs that are gone through together
 
 @_jit(inline='always')
-def _two_outputs(k, l, counters, limit, e, f, near, far, gx, gw):
-    "One tile of a block of rows, for the two outputs in `far`, with keys `k`,`l` and gradients `e`,`f`"
-    for i in range(len(counters)):
-        m,p = _kept(k, counters[i], limit),_kept(l, counters[i], limit)
-        if gx is not None:
-            near[4*_w+i] = _add(_add(near[4*_w+i], m[0], e[0], far[i]), p[0], f[0], far[2*_w+i])
-            near[5*_w+i] = _add(_add(near[5*_w+i], m[1], e[1], far[i]), p[1], f[1], far[2*_w+i])
-            near[6*_w+i] = _add(_add(near[6*_w+i], m[2], e[2], far[i]), p[2], f[2], far[2*_w+i])
-            near[7*_w+i] = _add(_add(near[7*_w+i], m[3], e[3], far[i]), p[3], f[3], far[2*_w+i])
-        if gw is not None:
-            far[_w+i] = _add(_add(_add(_add(far[_w+i], m[0], e[0], near[i]), m[1], e[1], near[_w+i]),
-                                  m[2], e[2], near[2*_w+i]), m[3], e[3], near[3*_w+i])
-            far[3*_w+i] = _add(_add(_add(_add(far[3*_w+i], p[0], f[0], near[i]), p[1], f[1], near[_w+i]),
-                                  p[2], f[2], near[2*_w+i]), p[3], f[3], near[3*_w+i])
+def _four(rows, i): return _load(rows[0], i),_load(rows[1], i),_load(rows[2], i),_load(rows[3], i)
 
-# %% ../../nbs/02_kernels.cpu.ipynb #ddcab72a
 @_jit()
 def _backward(g, x, w, lo, hi, limit, gx, gw, n_in, width, first, last):
-    "Inputs of the tiles from `first` to `last`, each of `width`"
+    "Inputs of the tiles from `first` to `last`, each of `width`; `gx` is zero before"
     n,n_out = g.shape
-    counters,keys = _counters(n_in),np.empty((3,_outs), np.uint32)
-    near,far = np.empty(8*_w, g.dtype),np.empty(_outs*2*_w, g.dtype)
-    rows,outs = near.reshape(8, _w),far.reshape(_outs, 2, _w)
+    counters,keys,limit = _counters(-(-n_in//_sz)*_sz),np.empty((3,_outs), np.uint32),_vector(limit)
+    rows,e = _aligned(8*width, g.dtype).reshape(2, 4, width),np.zeros((4,_outs), g.dtype)
+    pairs = _aligned(width*_outs*2, g.dtype).reshape(width//_sz, _outs, 2, _sz)
     for t in range(first, last):
         i0,i1 = t*width,min((t+1)*width, n_in)
-        sz,part = i1-i0,counters[i0:i1]
         for o0 in range(0, n_out, _outs):
-            o1 = min(o0+_outs, n_out)
-            if gx is not None: outs[:o1-o0,0,:sz] = w[o0:o1,i0:i1]
-            if gw is not None: outs[:o1-o0,1,:sz] = gw[o0:o1,i0:i1]
+            some = min(_outs, n_out-o0)
+            pairs[:] = 0
+            if w is not None:
+                for i in range(i0, i1, _sz):
+                    for o in range(some): _copy(pairs[(i-i0)//_sz,o,0], w[o0+o,i:min(i+_sz, i1)])
             for r in range(0, n, 4):
-                _fill_keys(lo, hi, r//4, o0, keys[:,:o1-o0])
-                if gw is not None: rows[:4,:sz] = x[r:r+4,i0:i1]
-                if gx is not None: rows[4:,:sz] = gx[r:r+4,i0:i1]
-                for o in range(0, o1-o0, 2):
-                    k,l = (keys[0,o],keys[1,o],keys[2,o]),(keys[0,o+1],keys[1,o+1],keys[2,o+1])
-                    c,d = o0+o,o0+o+1
-                    e,f = (g[r,c],g[r+1,c],g[r+2,c],g[r+3,c]),(g[r,d],g[r+1,d],g[r+2,d],g[r+3,d])
-                    _two_outputs(k, l, part, limit, e, f, near, far[2*_w*o:2*_w*(o+2)], gx, gw)
-                if gx is not None: gx[r:r+4,i0:i1] = rows[4:,:sz]
-            if gw is not None: gw[o0:o1,i0:i1] = outs[:o1-o0,1,:sz]
+                q = min(4, n-r)
+                e[q:],rows[0,q:] = 0,0
+                for j in range(q):
+                    _copy(e[j], g[r+j,o0:o0+some])
+                    if x is not None: _copy(rows[0,j], x[r+j,i0:i1])
+                    if gx is not None: _copy(rows[1,j], gx[r+j,i0:i1])
+                _fill_keys(lo, hi, r//4, o0, keys[:,:some])
+                for i in range(0, i1-i0, _sz):
+                    s = _through_outputs(keys, e[:,:some], _load(counters, i0+i), limit, _four(rows[0], i), _four(rows[1], i), pairs[i//_sz], gx, gw)
+                    for j in range(4): _store(rows[1,j], i, s[j])
+                if gx is not None:
+                    for j in range(q): _copy(gx[r+j,i0:i1], rows[1,j,:i1-i0])
+            if gw is not None:
+                for i in range(i0, i1, _sz):
+                    for o in range(some): _copy(gw[o0+o,i:i1], pairs[(i-i0)//_sz,o,1,:min(_sz, i1-i)])
 
 # %% ../../nbs/02_kernels.cpu.ipynb #3f8b5db1
 _pool,_lock = None,threading.Lock()
@@ -164,12 +258,8 @@ def _spread(kernel, args, n:int, k:int):
     kernel(*args, 0, cuts[1])
     for o in others: o.result()
 
-# %% ../../nbs/02_kernels.cpu.ipynb #0b989a89
-def _filled(t, rows:int, cols:int):
-    "`t` as an array, filled up with zeros to multiples of `rows` and `cols`"
-    if t is None: return None
-    more = -t.shape[1]%cols,-t.shape[0]%rows
-    return (F.pad(t, (0,more[0],0,more[1])) if any(more) else t).detach().numpy()
+# %% ../../nbs/02_kernels.cpu.ipynb #c40174c1
+def _array(t): return None if t is None else t.detach().numpy()
 
 def _words(seed:Tensor):
     "The two halves of a seed"
@@ -183,23 +273,24 @@ def forward(
     threshold:int # From `drop_threshold`
 ) -> Tensor: # `(n, n_out)`
     "`y[r,o] = sum_i x[r,i] * weight[o,i] * mask[r,o,i]`"
-    n,work = len(x),x.shape[0]*weight.numel()
-    xw,w = [_filled(t, r, 32) for t,r in zip(widen(x, weight), (lanes,1))]
-    y = torch.empty(len(xw), len(w), dtype=torch.from_numpy(w).dtype)
-    _spread(_forward, (xw, w, *_words(seed), _limit(threshold), y.numpy()), len(xw)//lanes, _n_threads(work))
-    return y[:n].to(x.dtype)
+    (n,n_in),n_out = x.shape,len(weight)
+    xw,w = widen(x, weight)
+    if n_in%_sz: w = F.pad(w, (0,-n_in%_sz))
+    y = xw.new_empty(n, n_out)
+    _spread(_forward, (_array(xw), _array(w), *_words(seed), _limit(threshold), _array(y)), -(-n//lanes), _n_threads(n*n_out*n_in))
+    return y.to(x.dtype)
 
-# %% ../../nbs/02_kernels.cpu.ipynb #39e3c883
+# %% ../../nbs/02_kernels.cpu.ipynb #1a5358d7
 def _gradients(g, x, weight, seed, threshold):
     "The gradients that `x`, for the weight, and `weight`, for the input, are given for"
     n,n_out,n_in = *g.shape,(x if weight is None else weight).shape[1]
-    gw,xw,w = [_filled(t, r, c) for t,r,c in zip(widen(g, x, weight), (lanes,lanes,2), (2,16,16))]
-    n_in_filled = (xw if w is None else w).shape[1]
-    new = lambda rows: torch.zeros(rows, n_in_filled, dtype=torch.promote_types(g.dtype, torch.float32)).numpy()
-    rx,rw = None if w is None else new(len(gw)),None if x is None else new(gw.shape[1])
+    e,xw,w = widen(g, x, weight)
+    gx = None if w is None else e.new_zeros(n, n_in)
+    gw = None if xw is None else e.new_empty(n_out, n_in)
     k = _n_threads(n*n_out*n_in)
-    width = min(_tile, max(64, -(-n_in_filled//(32*k))*32))
-    _spread(_backward, (gw, xw, w, *_words(seed), _limit(threshold), rx, rw, n_in_filled, width), -(-n_in_filled//width), k)
-    return [None if r is None else torch.from_numpy(r)[:m,:n_in].to(g.dtype).contiguous() for r,m in ((rx,n), (rw,n_out))]
+    width = min(_tile, max(64, -(-n_in//(_sz*k))*_sz))
+    arrays = [_array(t) for t in (e, xw, w)]
+    _spread(_backward, (*arrays, *_words(seed), _limit(threshold), _array(gx), _array(gw), n_in, width), -(-n_in//width), k)
+    return [t if t is None else t.to(g.dtype) for t in (gx,gw)]
 
 grad_input,grad_weight,grads = gradient_calls(_gradients)
