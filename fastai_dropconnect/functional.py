@@ -103,29 +103,33 @@ def _example_backward(ctx, g): return _example_gradients(ctx, g, ctx.rest, _exam
 
 _example_forward.register_autograd(_example_backward, setup_context=_save_example)
 
-# %% ../nbs/04_functional.ipynb #649bf18e
+# %% ../nbs/04_functional.ipynb #b7a7d124
+def _scaled(y:Tensor, bias, scale:float): return y*scale if bias is None else torch.add(bias, y, alpha=scale)
+
 class _Example(torch.autograd.Function):
-    "The operators' work without the operators"
+    "The operators' work without the operators, and `_scaled`"
     @staticmethod
-    def forward(ctx, *args):    # with a `setup_context` torch would study the signature at every call, 30 us long
-        _save_example(ctx, args, None)
-        x,weight,seed,threshold,backend = args
-        return _sums(x, backend).forward(x, weight, seed, threshold)
+    def forward(ctx, x, weight, bias, scale, *rest):
+        ctx.scale = scale
+        _save_example(ctx, (x, weight, *rest), None)
+        *rest,backend = rest
+        return _scaled(_sums(x, backend).forward(x, weight, *rest), bias, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         *rest,backend = ctx.rest
         sums = _sums(g, backend)
-        return _example_gradients(ctx, g, rest, sums.grads, sums.grad_input, sums.grad_weight)
+        gx,gw,*_ = _example_gradients(ctx, (g*ctx.scale).to(ctx.saved_tensors[0].dtype), rest, sums.grads, sums.grad_input, sums.grad_weight)
+        return gx,gw,g.sum(0) if ctx.needs_input_grad[2] else None,*[None]*4
 
-# %% ../nbs/04_functional.ipynb #1bac1365
+# %% ../nbs/04_functional.ipynb #fbc45bf1
 def _linear_example(x:Tensor, weight:Tensor, bias, p:float, backend=None) -> Tensor:
     "One mask for each row of `x`, of shape `(n, n_in)`"
     threshold = drop_threshold(p)
-    scale,call = 1/(1-drop_probability(threshold)),_example_forward if torch.compiler.is_compiling() else _Example.apply
-    y = call(x, weight, draw_seed(x.device), threshold, backend)
-    return y*scale if bias is None else torch.add(bias, y, alpha=scale)
+    scale,rest = 1/(1-drop_probability(threshold)),(draw_seed(x.device), threshold, backend)
+    if torch.compiler.is_compiling(): return _scaled(_example_forward(x, weight, *rest), bias, scale)
+    return _Example.apply(x, weight, bias, scale, *rest)
 
 # %% ../nbs/04_functional.ipynb #f0657dc2
 class _GaussianNoise(torch.autograd.Function):
@@ -170,7 +174,7 @@ def check_mode(
         raise ValueError(f"`mode` must be one of {', '.join(map(repr, _modes))}, however: mode={mode!r}")
     return mode
 
-# %% ../nbs/04_functional.ipynb #35747523
+# %% ../nbs/04_functional.ipynb #35223e2a
 def _autocast(*ts:Tensor):
     "Cast as autocast does for `F.linear`: to its type where it is on, but `float64` never"
     dev = ts[0].device.type
@@ -197,7 +201,8 @@ def linear_dropconnect(
         raise ValueError(f'`x` must have {weight.shape[1]} values in its last dimension, however: x.shape={tuple(x.shape)}')
     x,weight,bias = _autocast(x, weight, bias)
     if x.dtype != weight.dtype: raise TypeError(f'`x` must be of the type of `weight`, {weight.dtype}, however: x.dtype={x.dtype}')
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim==2 else x.reshape(-1, x.shape[-1])
     if drop_bias and bias is not None:
         rows,weight,bias = F.pad(rows, (0,1), value=1.), torch.cat([weight, bias[:,None]], 1), None
-    return _modes[mode](rows, weight, bias, p, backend).reshape(*x.shape[:-1], len(weight))
+    y = _modes[mode](rows, weight, bias, p, backend)
+    return y if x.ndim==2 else y.reshape(*x.shape[:-1], len(weight))

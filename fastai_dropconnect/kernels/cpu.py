@@ -193,7 +193,7 @@ def _through_outputs(keys, e, counters, limit, x, s, pairs, need_x, need_w):
             _store(pairs[o,1], 0, _add(_add(sum_w, m[2], e2, x[2]), m[3], e3, x[3]))
     return s
 
-# %% ../../nbs/02_kernels.cpu.ipynb #cdb8bdb3
+# %% ../../nbs/02_kernels.cpu.ipynb #e11286e6
 _tile,_outs = 256,64   # inputs in a tile at most; outputs that are gone through together
 
 @_jit(inline='always')
@@ -203,17 +203,17 @@ def _four(rows, i): return _load(rows[0], i),_load(rows[1], i),_load(rows[2], i)
 def _backward(g, x, w, lo, hi, limit, gx, gw, n_in, width, first, last):
     "Inputs of the tiles from `first` to `last`, each of `width`; `gx` is zero before"
     n,n_out = g.shape
-    counters,keys,limit = _counters(-(-n_in//_sz)*_sz),np.empty((3,_outs), np.uint32),_vector(limit)
+    counters,keys,limit,zeros = _counters(-(-n_in//_sz)*_sz),np.empty((3,_outs), np.uint32),_vector(limit),_vector(g.dtype.type(0))
     rows,e = _aligned(8*width, g.dtype).reshape(2, 4, width),np.zeros((4,_outs), g.dtype)
     pairs = _aligned(width*_outs*2, g.dtype).reshape(width//_sz, _outs, 2, _sz)
     for t in range(first, last):
         i0,i1 = t*width,min((t+1)*width, n_in)
         for o0 in range(0, n_out, _outs):
             some = min(_outs, n_out-o0)
-            pairs[:] = 0
-            if w is not None:
-                for i in range(i0, i1, _sz):
-                    for o in range(some): _copy(pairs[(i-i0)//_sz,o,0], w[o0+o,i:min(i+_sz, i1)])
+            for i in range(i0, i1, _sz):
+                for o in range(some):
+                    if w is not None: _copy(pairs[(i-i0)//_sz,o,0], w[o0+o,i:min(i+_sz, i1)])
+                    _store(pairs[(i-i0)//_sz,o,1], 0, zeros)
             for r in range(0, n, 4):
                 q = min(4, n-r)
                 e[q:],rows[0,q:] = 0,0
