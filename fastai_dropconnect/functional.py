@@ -127,29 +127,26 @@ def _linear_example(x:Tensor, weight:Tensor, bias, p:float, backend=None) -> Ten
     y = call(x, weight, draw_seed(x.device), threshold, backend)
     return y*scale if bias is None else torch.add(bias, y, alpha=scale)
 
-# %% ../nbs/04_functional.ipynb #f6ab7e58
+# %% ../nbs/04_functional.ipynb #4b991a7f
 def _no_autocast(device:torch.device):
     "Where autocast is on, it is off inside; where it is off anyway, nothing is done, which costs 20 us less"
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
-
-def _squares(x, weight, dtype): return x.to(dtype).square(),weight.to(dtype).square()
 
 class _Gaussian(torch.autograd.Function):
     "`x W^T + bias + eps * c * sqrt(x^2 (W^2)^T)`; where the variance is 0, as in a row of zeros, the gradient of the noise is 0 and not infinite"
     @staticmethod
     def forward(ctx, x, weight, bias, eps, c):
-        xx,ww = _squares(x, weight, eps.dtype)
+        xx,ww = x.to(eps.dtype).square(),weight.to(eps.dtype).square()
         with _no_autocast(x.device): y,var = F.linear(x, weight, bias),F.linear(xx, ww)
         noise = var.rsqrt().nan_to_num_(posinf=0).mul_(eps)     # for each unit of the variance
         ctx.c = c
-        ctx.save_for_backward(x, weight, noise)
+        ctx.save_for_backward(x, weight, xx, ww, noise)
         return y.addcmul_(noise, var, value=c)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        (x,weight,noise),(for_x,for_weight,for_bias,*_) = ctx.saved_tensors,ctx.needs_input_grad
-        xx,ww = _squares(x, weight, noise.dtype)
+        (x,weight,xx,ww,noise),(for_x,for_weight,for_bias,*_) = ctx.saved_tensors,ctx.needs_input_grad
         gv = g*noise     # twice the derivative by the variance, but for `c`; the other half is in the squares
         with _no_autocast(g.device):
             gx = (g@weight).addcmul_(x, gv@ww, value=ctx.c) if for_x else None
