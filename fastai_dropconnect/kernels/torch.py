@@ -49,8 +49,8 @@ def _kept(
     torch.ops.aten.threshold_backward.grad_input(t.view(ints), flipped, ~word_limit(threshold), grad_input=out.view(ints))
     return out
 
-# %% ../../nbs/01_kernels.torch.ipynb #0606de20
-piece_sz = 2**17
+# %% ../../nbs/01_kernels.torch.ipynb #fa22356d
+piece_sz = 2**20
 
 def _steps(n:int, step:int):
     "`range(n)` cut into ranges of `step`"
@@ -69,7 +69,8 @@ def _pieces(
     outs = max(1, piece_sz//(rows*max(n_in,1)))
     keys,counters = _flipped_keys(seed, range(-(-n//lanes)), n_out),mask_counters(n_in, seed.device)
     sz = min(rows, -(-n//lanes)*lanes) * min(outs, n_out) * n_in
-    words,rest = keys.new_empty(sz*(1+dtype.itemsize//4)).split([sz, sz*(dtype.itemsize//4)][::-1])[::-1]
+    memory = keys.new_empty(sz*(1+dtype.itemsize//4))     # once and in one block: fresh memory would cost more than the words
+    rest,words = memory.split([len(memory)-sz, sz])
     tmp = rest.view(dtype)
     for r in _steps(n, rows):
         blocks = slice(r.start//lanes, -(-r.stop//lanes))
