@@ -451,7 +451,7 @@ def test_no_tensor_has_the_size_of_the_mask():
         kernels.forward(x, w, seed, 20000)
         kernels.grad_input(g, w, seed, 20000)
         kernels.grad_weight(g, x, seed, 20000)
-    assert largest.numel <= max(kernels.piece_sz, n*n_in, n_out*n_in) < n*n_out*n_in/100
+    assert largest.numel <= max(2*kernels.piece_sz, n*n_in, n_out*n_in) < n*n_out*n_in/25
 
 
 def test_autograd_keeps_the_inputs_and_one_integer():

@@ -5,13 +5,52 @@
 # %% auto #0
 __all__ = ['piece_sz', 'grad_input', 'grad_weight', 'grads', 'usable', 'widen', 'forward', 'gradient_calls']
 
-# %% ../../nbs/01_kernels.torch.ipynb #467dc703
-import torch
+# %% ../../nbs/01_kernels.torch.ipynb #31724e58
+import math, torch
 from torch import Tensor
-from ..masks import lanes, mask_bits, mask_counters, mask_keys
+from ..masks import _M1, _i32, _words, lanes, mask_counters, mask_keys, word_limit
 
-# %% ../../nbs/01_kernels.torch.ipynb #a202065d
-piece_sz = 2**19
+# %% ../../nbs/01_kernels.torch.ipynb #30576f0c
+def _flipped_keys(
+    seed:Tensor, # 0-d int64, from `draw_seed`
+    blocks:range, # Numbers of row blocks
+    n_out:int # Outputs of the layer
+) -> Tensor: # int32, shape `(5, len(blocks), n_out)`
+    "The first of `mask_keys`, and each of the others flipped, and shifted to the upper half"
+    first,*others = mask_keys(seed, blocks, n_out)
+    return torch.stack([first, *(k for key in others for k in (~key, key<<16))])
+
+def _flipped_lanes(
+    keys:Tensor, # From `_flipped_keys`, or a part of it
+    counters:Tensor, # From `mask_counters`
+    out:Tensor, # Memory for the result, int32
+    tmp:Tensor # Memory for half as much
+) -> Tensor: # int32, shape `(n_blocks*lanes, n_out, n_in)`
+    "The complement of what decides in `mask_lanes`, in half the operations and without fresh memory"
+    shape = *keys.shape[1:],len(counters)
+    x,shifted = tmp[:2*math.prod(shape)].view(2, *shape)
+    torch.bitwise_xor(keys[0,...,None], counters, out=x).mul_(_M1)
+    x.bitwise_xor_(torch.bitwise_right_shift(x, 15, out=shifted).bitwise_and_(2**17-1))
+    res = out.view(shape[0], lanes, *shape[1:])
+    for j,m in enumerate(_words):
+        word,other = res[:,2*j+1],res[:,2*j]
+        torch.add(keys[2*j+1,...,None], x, alpha=-m, out=word)
+        torch.add(keys[2*j+2,...,None], x, alpha=_i32(m<<16), out=other).bitwise_xor_(word)
+    return res.flatten(0, 1)
+
+def _kept(
+    t:Tensor, # float32 or float64, of a shape that broadcasts to that of `flipped`
+    flipped:Tensor, # From `_flipped_lanes`
+    threshold:int, # From `drop_threshold`
+    out:Tensor # Memory for the result, of the type of `t`
+) -> Tensor:
+    "`t` where a weight is kept, exactly 0 where it is dropped, whatever `t` is there"
+    ints = torch.int64 if t.dtype==torch.float64 else torch.int32
+    torch.ops.aten.threshold_backward.grad_input(t.view(ints), flipped, ~word_limit(threshold), grad_input=out.view(ints))
+    return out
+
+# %% ../../nbs/01_kernels.torch.ipynb #fa22356d
+piece_sz = 2**20
 
 def _steps(n:int, step:int):
     "`range(n)` cut into ranges of `step`"
@@ -19,26 +58,28 @@ def _steps(n:int, step:int):
 
 def _pieces(
     seed:Tensor, # 0-d int64
-    threshold:int, # From `drop_threshold`
     n:int, # Rows of the batch
     n_out:int, # Outputs of the layer
     n_in:int, # Inputs of the layer
     dtype=torch.float32 # Of the memory
-): # Yields (rows, outputs, bits, tmp): two slices, the mask of that piece, and memory of its shape
+): # Yields (rows, outputs, flipped, tmp): two slices, the flipped lanes of that piece, and memory of their shape
     "Go through a batch piece by piece, each in the memory of the one before"
-    rows = lanes * max(1, min(32, piece_sz//max(n_in,1)) // lanes)
+    side = math.isqrt(piece_sz//max(n_in,1))
+    rows = lanes * max(1, max(side, side**2//max(n_out,1)) // lanes)
     outs = max(1, piece_sz//(rows*max(n_in,1)))
-    keys,counters = mask_keys(seed, range(-(-n//lanes)), n_out),mask_counters(n_in, seed.device)
+    keys,counters = _flipped_keys(seed, range(-(-n//lanes)), n_out),mask_counters(n_in, seed.device)
     sz = min(rows, -(-n//lanes)*lanes) * min(outs, n_out) * n_in
-    memory,tmp = keys.new_empty(sz),keys.new_empty(sz, dtype=dtype)     # fresh memory for every piece would cost more than its bits
+    memory = keys.new_empty(sz*(1+dtype.itemsize//4))     # once and in one block: fresh memory would cost more than the words
+    rest,words = memory.split([len(memory)-sz, sz])
+    tmp = rest.view(dtype)
     for r in _steps(n, rows):
         blocks = slice(r.start//lanes, -(-r.stop//lanes))
         for o in _steps(n_out, outs):
             k = keys[:,blocks,o.start:o.stop]
-            bits = mask_bits(k, counters, threshold, memory[:k[0].numel()*lanes*n_in])
-            yield slice(r.start, r.stop),slice(o.start, o.stop),bits[:len(r)],tmp[:bits[:len(r)].numel()].view(len(r), *bits.shape[1:])
+            flipped = _flipped_lanes(k, counters, words[:k[0].numel()*lanes*n_in], rest)[:len(r)]
+            yield slice(r.start, r.stop),slice(o.start, o.stop),flipped,tmp[:flipped.numel()].view(flipped.shape)
 
-# %% ../../nbs/01_kernels.torch.ipynb #52431975
+# %% ../../nbs/01_kernels.torch.ipynb #0d9a441a
 def usable(device:torch.device) -> bool:
     "Does this run there? Everywhere"
     return True
@@ -47,17 +88,7 @@ def widen(*ts:Tensor):
     "The tensors in the precision to sum in, contiguous: `float64` stays, everything narrower becomes `float32`, `None` stays `None`"
     return [t if t is None else t.to(torch.promote_types(t.dtype, torch.float32)).contiguous() for t in ts]
 
-def _masked(
-    t:Tensor, # float32 or float64
-    bits:Tensor, # From `mask_bits`, of a shape that `t` broadcasts to
-    tmp:Tensor # Memory for the result, of the type of `t`
-) -> Tensor:
-    "`t` where `bits` are one, exactly 0 where they are zero, whatever `t` is there"
-    int_type = torch.int64 if t.dtype==torch.float64 else torch.int32
-    torch.bitwise_and(bits, t.view(int_type), out=tmp.view(int_type))
-    return tmp
-
-# %% ../../nbs/01_kernels.torch.ipynb #2a904372
+# %% ../../nbs/01_kernels.torch.ipynb #1d5d58d3
 def forward(
     x:Tensor, # Inputs, `(n, n_in)`
     weight:Tensor, # `(n_out, n_in)`
@@ -67,19 +98,19 @@ def forward(
     "`y[r,o] = sum_i x[r,i] * weight[o,i] * mask[r,o,i]`"
     xw,w = widen(x, weight)
     y = xw.new_empty(len(x), len(weight))
-    for r,o,bits,tmp in _pieces(seed, threshold, len(x), *weight.shape, y.dtype):
-        y[r,o] = _masked(w[o], bits, tmp).mul_(xw[r,None]).sum(2)
+    for r,o,flipped,tmp in _pieces(seed, len(x), *weight.shape, y.dtype):
+        y[r,o] = _kept(w[o], flipped, threshold, tmp).mul_(xw[r,None]).sum(2)
     return y.to(x.dtype)
 
-# %% ../../nbs/01_kernels.torch.ipynb #396ba5f9
+# %% ../../nbs/01_kernels.torch.ipynb #1a3dc8ef
 def _gradients(g, x, weight, seed, threshold):
     "The gradients that `x`, for the weight, and `weight`, for the input, are given for"
     dtype,n_out,n_in = g.dtype,g.shape[1],(x if weight is None else weight).shape[1]
     g,x,weight = widen(g, x, weight)
     gx,gw = None if weight is None else g.new_zeros(len(g), n_in),None if x is None else g.new_zeros(n_out, n_in)
-    for r,o,bits,tmp in _pieces(seed, threshold, len(g), n_out, n_in, g.dtype):
-        if gx is not None: gx[r] += torch.bmm(g[r,None,o], _masked(weight[o], bits, tmp))[:,0]
-        if gw is not None: gw[o] += _masked(x[r,None], bits, tmp).mul_(g[r,o,None]).sum(0)
+    for r,o,flipped,tmp in _pieces(seed, len(g), n_out, n_in, g.dtype):
+        if gx is not None: gx[r] += torch.bmm(g[r,None,o], _kept(weight[o], flipped, threshold, tmp))[:,0]
+        if gw is not None: gw[o] += _kept(x[r,None], flipped, threshold, tmp).mul_(g[r,o,None]).sum(0)
     return [t if t is None else t.to(dtype) for t in (gx,gw)]
 
 # %% ../../nbs/01_kernels.torch.ipynb #95a7853a
