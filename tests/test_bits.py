@@ -1,7 +1,8 @@
 "The statistical tests of benchmarks/bits.py with few samples, and that they find a weakened generator"
 import importlib.util, sys
 from pathlib import Path
-import numpy as np, pytest
+import numpy as np, pytest, torch
+from fastai_dropconnect.masks import mask_counters, mask_keys, mask_lanes
 numba = pytest.importorskip('numba')
 if numba.config.DISABLE_JIT: pytest.skip('these loops need compiled code', allow_module_level=True)
 
@@ -16,6 +17,15 @@ scale = .003
 lowest = 1e-6   # about 1250 tests with fixed seeds: good bits have a chance of 1 in 800 to be below with any of them
 
 def test_the_generator_under_test_is_that_of_the_masks(bits): bits.check_twins()
+
+@pytest.mark.parametrize('order,axes', [('inputs',(0,1,2,3,4)), ('outputs',(0,1,2,4,3)), ('rows',(0,3,4,1,2)), ('seeds',(1,2,3,4,0))])
+def test_the_stream_is_the_numbers_of_the_masks(bits, order, axes, capsysbinary):
+    "`axes`: of (seed, block, row of a block, output, input), the fastest last"
+    S,B,O,I = bits.orders[order][0]
+    bits.stream('ours', order, n_bytes=2*(2*S*B*4*O*I))      # two pieces of 16-bit numbers
+    def piece(first): return torch.stack([mask_lanes(mask_keys(torch.tensor(s), range(B), O), mask_counters(I)) for s in range(first, first+S)])
+    want = torch.stack([piece(first).permute(axes).flatten() for first in (1, 1+S)]).flatten()
+    assert np.array_equal(np.frombuffer(capsysbinary.readouterr().out, np.uint16), (want >> 16 & 0xffff).numpy())
 
 @pytest.mark.parametrize('name', ['single', 'joint', 'seeds', 'avalanche', 'sums', 'rank', 'spectrum', 'runs', 'all_pairs'])
 def test_bits_pass(bits, name):
