@@ -205,7 +205,7 @@ def test_the_report_counts_missed_bounds_and_tells_notes(capsys):
 
 
 def test_the_figure_shows_ratios_memory_and_growth(tmp_path):
-    layers.save(some_results(), tmp_path/'layers.csv', ['a machine'])
+    layers.save(pd.concat([some_results(), some_results().assign(p=.1, ratio=3.)]), tmp_path/'layers.csv', ['a machine'])      # the largest p is shown
     layers.save(pd.DataFrame([dict(name='batch', axis=a, n=n, n_in=10, n_out=10, ms=m) for a,n,m in (('n',1e6,3.), ('n',2e6,5.), ('n_in',3e6,7.))]), tmp_path/'growth.csv', [])
     ratio,memory,growth = layers.draw(tmp_path).axes
     dots = lambda ax: [(list(o.get_xdata()), list(o.get_ydata())) for o in ax.lines if o.get_marker()=='o']
@@ -219,6 +219,14 @@ def test_a_process_that_cannot_finish_leaves_a_note():
     kw = dict(name='dense einsum', n=4096, n_in=1024, n_out=1024, p=.5)
     assert 'memory' in layers.alone('step', 120, 2, **kw)['note']
     assert layers.alone('step', .01, 2, **kw)['note'] == 'takes more than 0 s'
+
+
+def test_a_process_gives_its_last_line_or_a_note(monkeypatch):
+    def told(returncode, stdout='', stderr=''):
+        monkeypatch.setattr(layers.subprocess, 'run', lambda *args, **kw: subprocess.CompletedProcess(args, returncode, stdout, stderr))
+        return layers.alone('step', 1, 0)
+    assert told(0, 'a warning\n{"ratio": 1.5}\n') == dict(ratio=1.5)
+    assert told(1, '{"ratio": 1.5}', 'Traceback\nKeyError: 1\n') == dict(note='KeyError: 1') and told(-9) == dict(note='ended with -9')
 
 
 def test_quick_run_makes_tables_and_a_figure(tmp_path):
