@@ -79,7 +79,8 @@ from fastai_dropconnect.masks import draw_seed
 cpu._n_threads = lambda work: 2
 x,w,seed = torch.randn(64, 300),torch.randn(90, 300),draw_seed()
 want = cpu.forward(x, w, seed, 9000)
-with cpu._lock: pid = os.fork()      # as if another thread were just making the pool
+cpu._lock.acquire()        # as if another thread were just making the pool
+pid = os.fork()
 if pid==0:
     signal.alarm(60)       # a child that waits for threads of its parent is ended
     os._exit(0 if torch.equal(cpu.forward(x, w, seed, 9000), want) and torch.equal(cpu.forward(x, w, seed, 9000), want) else 3)
