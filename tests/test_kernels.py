@@ -57,7 +57,7 @@ def test_two_threads_train_at_the_same_time(monkeypatch):
     "torch's generator is shared, so only the sums are compared: each thread has a seed of its own"
     monkeypatch.setattr(cpu, '_n_threads', lambda work: 2)
     work = [(tensors(200, 300, 90),draw_seed()) for _ in range(2)]
-    alone = [[cpu.forward(x, w, s, 9000), *cpu.grads(g, x, w, s, 9000)] for (x,w,g),s in work]
+    alone = [[t.clone() for t in (cpu.forward(x, w, s, 9000), *cpu.grads(g, x, w, s, 9000))] for (x,w,g),s in work]
     wrong = []
     def many(j):
         (x,w,g),s = work[j]
