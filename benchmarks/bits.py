@@ -5,7 +5,7 @@ control, of a weakened copy of the generator that the tests must find, and of on
     python benchmarks/bits.py --quick                 # a hundredth of the samples
     python benchmarks/bits.py --exhaustive 3          # every 2**32 state for 3 random pairs of keys
     python benchmarks/bits.py --differences 1024      # correlation, over all keys, of the masks of pairs of 1024 inputs
-    python benchmarks/bits.py --stream ours --order inputs | dieharder -g 200 -d 2 -k 2 -Y 1
+    python benchmarks/bits.py --stream ours --order inputs | dieharder -g 200 -d 2     # or all of dieharder.py
 """
 import argparse, csv, math, os, sys, time, zlib
 from collections import namedtuple
@@ -355,29 +355,39 @@ def runs(kind, total):
         rows.append(Row(kind, 'runs', f'of {"dropped" if what else "kept"} along {name} p={p}', int(h.sum()), *chi2(h, probs)))
     return rows
 
-def all_pairs(kind, total, n=1024):
-    "Correlation of the masks of each pair of `n` inputs, and of each pair of 512 outputs, at p=0.5"
-    rng,rows,N = rng_of(kind, 'all pairs'),[],max(4096, min(2**17, round(total/(4*n))//4096*4096))
-    like = (0,0),(1,1),(2,2),(3,3),(0,1),(2,3)      # rows that share a key
-    x = np.zeros((6, n, n))
-    for _ in range(N//4096):
-        u = make(kind, draw(rng, 64), 1, 64, n)[:,0]
-        d = [torch.from_numpy(np.where(dropped(u[:,j], .5), np.float32(1), np.float32(-1)).reshape(4096, n)) for j in range(4)]
-        for c,(j,k) in zip(x, like): c += (d[j].T@d[k]).numpy()
-    y,M = np.zeros((512, 512)),N//8
-    for _ in range(M//1024):
-        d = torch.from_numpy(np.where(dropped(make(kind, draw(rng, 1), 4, 512, 64)[0], .5), np.float32(1), np.float32(-1)))
-        d = d.permute(0, 1, 3, 2).reshape(1024, 512)
-        y += (d.T@d).numpy()
-    for name,c,N in [(f'{n} inputs, rows {j},{k}', c, N) for (j,k),c in zip(like, x)]+[('512 outputs', y, M)]:
-        z = (c[np.triu_indices(len(c), 1)] if (c==c.T).all() else c.ravel())/math.sqrt(N)
-        rows.append(Row(kind, 'all pairs', f'{name}, sum of squares', N, (z**2).sum(), len(z), stats.chi2.sf((z**2).sum(), len(z))))
-        worst = np.abs(z).max()
-        rows.append(Row(kind, 'all pairs', f'{name}, largest', N, worst, 1, -math.expm1(len(z)*math.log1p(-min(.999999, 2*stats.norm.sf(worst))))))
-    return rows
+def correlated(kind, detail, n_samples, sums):
+    "Rows for the correlations of all pairs, of which `sums` are the sums of products of -1 and 1: all together, and the largest against the one expected of so many"
+    z = (sums[np.triu_indices(len(sums), 1)] if (sums==sums.T).all() else sums.ravel())/math.sqrt(n_samples)
+    worst = np.abs(z).max()
+    return [Row(kind, 'all pairs', f'{detail}, sum of squares', n_samples, (z**2).sum(), len(z), stats.chi2.sf((z**2).sum(), len(z))),
+            Row(kind, 'all pairs', f'{detail}, largest', n_samples, worst, 1, -math.expm1(len(z)*math.log1p(-min(.999999, 2*stats.norm.sf(worst)))))]
+
+def signs(u): return torch.from_numpy(np.where(dropped(u, .5), np.float32(1), np.float32(-1)))
+
+def input_pairs(kind, total, n=1024, like=((0,0), (1,1), (2,2), (3,3), (0,1), (2,3))):
+    "Correlation of the masks of each pair of `n` inputs at p=0.5, in the rows of a block that `like` names: some share a key"
+    rng,N = rng_of(kind, f'{n} inputs'),max(1, min(2**7, round(total/(4*n))//1024))*1024
+    res = torch.zeros(len(like), n, n)       # whole numbers: exact
+    for _ in range(N//1024):
+        u = make(kind, draw(rng, 16), 1, 64, n)[:,0]
+        d = {j: signs(u[:,j]).reshape(1024, n) for j in set(sum(like, ()))}
+        for c,(j,k) in zip(res, like): c.addmm_(d[j].T, d[k])
+    return [r for (j,k),c in zip(like, res) for r in correlated(kind, f'{n} inputs, rows {j},{k}', N, c.double().numpy())]
+
+def output_pairs(kind, total, n=512):
+    "The same of each pair of `n` outputs"
+    rng,N,res = rng_of(kind, f'{n} outputs'),max(1, min(2**4, round(total/(64*n))//1024))*1024,torch.zeros(n, n)
+    for _ in range(N//1024):
+        d = signs(make(kind, draw(rng, 1), 4, n, 64)[0]).permute(0, 1, 3, 2).reshape(1024, n)
+        res.addmm_(d.T, d)
+    return correlated(kind, f'{n} outputs', N, res.double().numpy())
+
+def all_pairs(kind, total):
+    "Pairs of inputs, of many more inputs in two rows of a block that share no key, and of outputs"
+    return input_pairs(kind, total) + input_pairs(kind, total, 4096, ((0,0), (2,2))) + output_pairs(kind, total)
 
 tests = dict(single=singles, joint=joint, seeds=seeds, avalanche=avalanche, sums=sums, rank=rank, spectrum=spectrum, runs=runs, all_pairs=all_pairs)
-sizes = dict(single=2e8, joint=4e8, seeds=1e7, avalanche=1e8, sums=1e8, rank=1e8, spectrum=1e8, runs=1e8, all_pairs=6e8)    # numbers
+sizes = dict(single=2e8, joint=4e8, seeds=1e7, avalanche=1e8, sums=1e8, rank=1e8, spectrum=1e8, runs=1e8, all_pairs=2.2e9)    # numbers
 
 # ---- the stream, for batteries that read standard input ---------------------------------------------------------------------
 
@@ -510,7 +520,7 @@ def main():
     p.add_argument('--tests', nargs='+', choices=list(tests), default=list(tests))
     p.add_argument('--scale', type=float, default=1, help='factor on the number of samples')
     p.add_argument('--quick', action='store_true', help='the same as --scale 0.01')
-    p.add_argument('--out', default=Path(__file__).parent/'results'/'bits.csv', help='CSV; rows of other generators in it are kept')
+    p.add_argument('--out', default=Path(__file__).parent/'results'/'bits.csv', help='CSV; rows of other generators and tests in it are kept')
     p.add_argument('--exhaustive', type=int, metavar='CASES')
     p.add_argument('--differences', type=int, metavar='INPUTS')
     p.add_argument('--stream', choices=kinds)
@@ -528,8 +538,8 @@ def main():
     rows = []
     for kind in a.generators:
         rows += battery(kind, .01 if a.quick else a.scale, a.tests)
-        redone = {(r.generator,r.test,r.detail) for r in rows}
-        both = sorted([r for r in old if r[:3] not in redone]+rows, key=lambda r: kinds.index(r.generator))
+        redone = {(r.generator,r.test) for r in rows}
+        both = sorted([r for r in old if r[:2] not in redone]+rows, key=lambda r: kinds.index(r.generator))
         with open(a.out, 'w', newline='') as f:
             w = csv.writer(f, lineterminator='\n')
             w.writerow(Row._fields)

@@ -185,6 +185,17 @@ def test_an_interrupted_run_does_not_repeat_what_is_done(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         assert not _counted_refits(m) and run(todo)==text
 
+@needs_optuna
+def test_a_longer_search_goes_on_behind_a_shorter_one(tmp_path, monkeypatch):
+    from dataclasses import replace
+    f,fits = FAMILIES['extra-trees'],[]
+    for trials in (2,5):
+        counted = Counted(f.fit)
+        monkeypatch.setitem(FAMILIES, 'extra-trees', replace(f, fit=counted))
+        run(job(tmp_path, ['extra-trees'], trials=trials, seeds=1))
+        fits.append(counted.n)
+    assert fits==[2+2, 3+2]      # warming up and the fit that is judged come behind the trials
+
 def test_results_of_another_setup_are_not_mixed(tmp_path, monkeypatch):
     run(job(tmp_path, ['extra-trees'], seeds=1))
     calls = _counted_refits(monkeypatch)

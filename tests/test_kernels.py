@@ -57,7 +57,7 @@ def test_two_threads_train_at_the_same_time(monkeypatch):
     "torch's generator is shared, so only the sums are compared: each thread has a seed of its own"
     monkeypatch.setattr(cpu, '_n_threads', lambda work: 2)
     work = [(tensors(200, 300, 90),draw_seed()) for _ in range(2)]
-    alone = [[cpu.forward(x, w, s, 9000), *cpu.grads(g, x, w, s, 9000)] for (x,w,g),s in work]
+    alone = [[t.clone() for t in (cpu.forward(x, w, s, 9000), *cpu.grads(g, x, w, s, 9000))] for (x,w,g),s in work]
     wrong = []
     def many(j):
         (x,w,g),s = work[j]
@@ -73,14 +73,17 @@ def test_two_threads_train_at_the_same_time(monkeypatch):
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_a_fork_after_the_first_use_works():
     code = '''
-import os, torch
+import os, signal, torch
 from fastai_dropconnect.kernels import cpu
 from fastai_dropconnect.masks import draw_seed
 cpu._n_threads = lambda work: 2
 x,w,seed = torch.randn(64, 300),torch.randn(90, 300),draw_seed()
 want = cpu.forward(x, w, seed, 9000)
+cpu._lock.acquire()        # as if another thread were just making the pool
 pid = os.fork()
-if pid==0: os._exit(0 if torch.equal(cpu.forward(x, w, seed, 9000), want) and torch.equal(cpu.forward(x, w, seed, 9000), want) else 3)
+if pid==0:
+    signal.alarm(60)       # a child that waits for threads of its parent is ended
+    os._exit(0 if torch.equal(cpu.forward(x, w, seed, 9000), want) and torch.equal(cpu.forward(x, w, seed, 9000), want) else 3)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))'''
     assert run(code)=='0'
 
