@@ -75,22 +75,18 @@ def _mix(x:Tensor) -> Tensor:
     x = _xorshift_(x.clone(), 16).mul_(_M1)
     return _xorshift_(_xorshift_(x, 15).mul_(_M2), 16)
 
-# %% ../nbs/00_masks.ipynb #727cd335
-def _key(seed:Tensor, blocks:Tensor, outs:Tensor, salt:int) -> Tensor:
-    "One 32-bit key for each of `blocks` and `outs`, from the 64 bits of `seed`"
-    lo,hi = (seed << 32 >> 32).to(torch.int32),(seed >> 32).to(torch.int32)
-    k = _mix(_mix(lo ^ salt) + hi)
-    k = _mix(k + blocks*_golden)
-    return _mix(k[:,None] ^ (outs*_golden)[None])
-
+# %% ../nbs/00_masks.ipynb #4af0c15c
 def mask_keys(
     seed:Tensor, # 0-d int64, from `draw_seed`
     blocks:range, # Numbers of row blocks: block `b` serves the `lanes` rows from `b*lanes` on
     n_out:int # Outputs of the layer
 ) -> Tensor: # int32, shape `(3, len(blocks), n_out)`
-    "The three keys of each block of rows and each output"
+    "The three 32-bit keys of each block of rows and each output, from the 64 bits of `seed`"
     b,o = [torch.arange(r.start, r.stop, dtype=torch.int32, device=seed.device) for r in (blocks, range(n_out))]
-    return torch.stack([_key(seed, b, o, salt) for salt in _salts])
+    lo,hi = (seed << 32 >> 32).to(torch.int32),(seed >> 32).to(torch.int32)
+    k = _mix(_mix(lo ^ torch.tensor(_salts, dtype=torch.int32, device=seed.device)) + hi)
+    k = _mix(k[:,None] + b*_golden)
+    return _mix(k[...,None] ^ o*_golden)
 
 def mask_counters(
     n_in:int, # Inputs of the layer
