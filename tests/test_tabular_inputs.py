@@ -3,6 +3,7 @@ import warnings
 import numpy as np, pandas as pd, pytest, torch
 from conftest import make_table
 from fastai.tabular.all import Categorify, FillMissing, TabularDataLoaders, TabularModel, TabularPandas, load_learner, set_seed
+from hypothesis import given, strategies as st
 from scipy import stats
 from torch import nn
 
@@ -153,6 +154,26 @@ def test_bins_of_columns_with_few_values_or_none():
     with pytest.raises(ValueError, match='must have rows'): quantile_bins(torch.ones(0, 2))
     for bad,exc in ((1,ValueError), (2.5,TypeError), (True,TypeError)):
         with pytest.raises(exc, match=f'n_bins={bad}'): quantile_bins(x, bad)
+
+
+def test_a_spike_takes_one_bin_and_the_rest_shares_the_others():
+    r = np.random.default_rng(0)
+    for spikes,others in (((0.,), 7), ((0., 5.), 6), ((0., 1.5, 5.), 5)):
+        rest = r.lognormal(0, 1, 700)
+        x = np.concatenate([np.full(2000, s) for s in spikes]+[rest]).astype('float32')
+        b = quantile_bins(r.permutation(x)[:,None], 8)[0]
+        assert len(b) == 9 and set(spikes) <= set(b.tolist())
+        counts = np.histogram(rest.astype('float32'), np.setdiff1d(b.numpy(), spikes))[0]
+        assert len(counts) == others and np.ptp(counts) <= 1
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32)|st.integers(0, 5).map(float), min_size=1, max_size=80), st.integers(2, 20))
+def test_bins_rise_from_the_least_to_the_greatest_number(numbers, n_bins):
+    b = quantile_bins(np.array(numbers)[:,None], n_bins)[0]
+    values = np.unique(np.float32(numbers))
+    assert 2 <= len(b) <= n_bins+1 and (b.diff() > 0).all()
+    assert b[0] == values[0] and (len(values) == 1 or b[-1] == values[-1])
+    if len(values) <= n_bins: assert set(values.tolist()) <= set(b.tolist())
 
 
 def test_the_learner_finds_bins_in_the_processed_training_rows():

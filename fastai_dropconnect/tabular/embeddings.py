@@ -5,32 +5,41 @@
 # %% auto #0
 __all__ = ['num_embedding_kinds', 'quantile_bins', 'check_bins', 'check_num_embeddings', 'numeric_embeddings']
 
-# %% ../../nbs/20_tabular.embeddings.ipynb #23ae999e
+# %% ../../nbs/20_tabular.embeddings.ipynb #0b94abb3
 import numbers, warnings
-import torch
-from rtdl_num_embeddings import PeriodicEmbeddings, PiecewiseLinearEmbeddings, compute_bins
+import numpy as np, torch
+from rtdl_num_embeddings import PeriodicEmbeddings, PiecewiseLinearEmbeddings
 from torch import Tensor, nn
 from ..layers import WeightDropout
 from ..masks import check_int
 
-# %% ../../nbs/20_tabular.embeddings.ipynb #aeb077e3
+# %% ../../nbs/20_tabular.embeddings.ipynb #e4fdd939
 def quantile_bins(
     x, # Training rows, shape `(n, n_cont)`, tensor or array
     n_bins:int=48 # Bins for each column, at most
 ) -> list: # A tensor of ascending edges for each column
     "Edges of bins with equally many rows each; raises `ValueError` if there are no rows"
     check_int(n_bins, 'n_bins', 2)
-    x = torch.as_tensor(x, dtype=torch.float32)
+    x = torch.as_tensor(x, dtype=torch.float32, device='cpu')
     if not len(x): raise ValueError('`x` must have rows to find bins in, however: it has none')
-    return [_column_bins(c[c.isfinite()], n_bins) for c in x.T]
+    return [_column_bins(c[np.isfinite(c)], n_bins) for c in x.T.numpy()]
 
-def _column_bins(c:Tensor, n_bins:int) -> Tensor:
-    values = c.unique()
-    if len(values) < 2: return torch.arange(2.) + (values[0] if len(values) else 0)
-    if len(values) <= n_bins: return values
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='The .* feature has just two bin edges')
-        return compute_bins(c[:,None], n_bins=n_bins)[0]
+def _frequent(values:np.ndarray, counts:np.ndarray, n_bins:int) -> np.ndarray: # Which of `values` fill a bin alone
+    "Values in at least as many rows as a bin gets, of the rows and bins that more frequent ones leave"
+    res,rows = np.zeros(len(values), bool),counts.sum()
+    for i in np.argsort(-counts, kind='stable'):
+        if counts[i]*n_bins < rows: break
+        res[i],rows,n_bins = True,rows-counts[i],n_bins-1
+    return res
+
+def _column_bins(c:np.ndarray, n_bins:int) -> Tensor:
+    values,counts = np.unique(c, return_counts=True)
+    if len(values) < 2: return torch.arange(2.) + float(values[0] if len(values) else 0)
+    if len(values) > n_bins:
+        frequent = _frequent(values, counts, n_bins)
+        rest = np.repeat(values[~frequent], counts[~frequent])
+        values = np.union1d(values[frequent], np.quantile(rest, np.linspace(0, 1, n_bins-frequent.sum()+1)))
+    return torch.as_tensor(values, dtype=torch.float32).unique()
 
 # %% ../../nbs/20_tabular.embeddings.ipynb #fd625d30
 num_embedding_kinds = 'ple','periodic'
