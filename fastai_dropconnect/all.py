@@ -12,5 +12,6 @@ from fastai_dropconnect.callback.core import *
 from fastai_dropconnect.callback.frozen_zero import *
 from fastai_dropconnect.callback.dropconnect import *
 from fastai_dropconnect.callback.zero_restarts import *
+from fastai_dropconnect.recipes import *
 from fastai_dropconnect.bulldozers import *
 from fastai_dropconnect.cli import *

@@ -3,6 +3,7 @@ import warnings
 import numpy as np, pandas as pd, pytest, torch
 from conftest import make_table
 from fastai.tabular.all import Categorify, FillMissing, TabularDataLoaders, TabularModel, TabularPandas, load_learner, set_seed
+from hypothesis import given, strategies as st
 from scipy import stats
 from torch import nn
 
@@ -37,9 +38,12 @@ def learner(dls, path=None, **kw):
 
 # QuantileNormalize
 
-def test_training_rows_become_normal():
-    to = pandas(skewed(5000), QuantileNormalize)
-    for c in ('long','huge'): assert stats.kstest(to.train.conts[c], 'norm').statistic < 0.01
+NORMAL = QuantileNormalize(output_distribution='normal')
+
+@pytest.mark.parametrize('proc,dist', [(QuantileNormalize, stats.uniform(-3**.5, 12**.5)), (NORMAL, stats.norm())])
+def test_training_rows_get_the_distribution(proc, dist):
+    to = pandas(skewed(5000), proc)
+    for c in ('long','huge'): assert stats.kstest(to.train.conts[c], dist.cdf).statistic < 0.01
     assert (to.conts.dtypes == 'float32').all()
 
 
@@ -53,25 +57,28 @@ def test_only_training_rows_count():
 
 def test_equal_values_get_the_middle_of_their_ranks():
     df = pd.DataFrame(dict(x=np.repeat([-7.,0,1,30], [300,400,200,100]), y=0.))
-    to = pandas(df, QuantileNormalize, splits=(list(range(1000)),[]))
-    want = stats.norm.ppf([.15,.5,.8,.95])
-    got = to.conts.x.groupby(df.x.loc[to.items.index]).unique()
-    assert all(len(v)==1 for v in got)
-    np.testing.assert_allclose([v[0] for v in got], want, atol=0.05)
+    ranks = np.array([.15,.5,.8,.95])
+    for proc,want in ((QuantileNormalize, (ranks-.5)*12**.5), (NORMAL, stats.norm.ppf(ranks))):
+        to = pandas(df, proc, splits=(list(range(1000)),[]))
+        got = to.conts.x.groupby(df.x.loc[to.items.index]).unique()
+        assert all(len(v)==1 for v in got)
+        np.testing.assert_allclose([v[0] for v in got], want, atol=0.05)
 
 
-def test_order_is_kept_and_unseen_ranges_are_clipped():
-    to = pandas(skewed(), QuantileNormalize)
+@pytest.mark.parametrize('proc,end', [(QuantileNormalize, 3**.5), (NORMAL, 5.2)])
+def test_order_is_kept_and_unseen_ranges_are_clipped(proc, end):
+    to = pandas(skewed(), proc)
     new = to.new(pd.DataFrame({c: np.linspace(-1e10, 1e10, 101) for c in to.cont_names}))
     new.process()
     z = new.conts.to_numpy()
-    assert (np.diff(z, axis=0) >= 0).all() and np.isfinite(z).all() and abs(z).max() < 5.3
-    assert (z[0] < -5).all() and (z[-1] > 5).all()
+    assert (np.diff(z, axis=0) >= 0).all()
+    np.testing.assert_allclose(z[[0,-1]], np.repeat([[-end],[end]], z.shape[1], 1), rtol=.001)
 
 
-def test_decode_gives_the_values_back():
+@pytest.mark.parametrize('proc', [QuantileNormalize, NORMAL])
+def test_decode_gives_the_values_back(proc):
     df = skewed()
-    to = pandas(df, QuantileNormalize)
+    to = pandas(df, proc)
     back = to.decode().items.sort_index()
     for c,tol in dict(long=.05, few=1e-3, spike=.05, huge=1e-3, same=1e-6).items():
         scale = np.maximum(df[c].abs(), .05)
@@ -155,19 +162,39 @@ def test_bins_of_columns_with_few_values_or_none():
         with pytest.raises(exc, match=f'n_bins={bad}'): quantile_bins(x, bad)
 
 
+def test_a_spike_takes_one_bin_and_the_rest_shares_the_others():
+    r = np.random.default_rng(0)
+    for spikes,others in (((0.,), 7), ((0., 5.), 6), ((0., 1.5, 5.), 5)):
+        rest = r.lognormal(0, 1, 700)
+        x = np.concatenate([np.full(2000, s) for s in spikes]+[rest]).astype('float32')
+        b = quantile_bins(r.permutation(x)[:,None], 8)[0]
+        assert len(b) == 9 and set(spikes) <= set(b.tolist())
+        counts = np.histogram(rest.astype('float32'), np.setdiff1d(b.numpy(), spikes))[0]
+        assert len(counts) == others and np.ptp(counts) <= 1
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32)|st.integers(0, 5).map(float), min_size=1, max_size=80), st.integers(2, 20))
+def test_bins_rise_from_the_least_to_the_greatest_number(numbers, n_bins):
+    b = quantile_bins(np.array(numbers)[:,None], n_bins)[0]
+    values = np.unique(np.float32(numbers))
+    assert 2 <= len(b) <= n_bins+1 and (b.diff() > 0).all()
+    assert b[0] == values[0] and (len(values) == 1 or b[-1] == values[-1])
+    if len(values) <= n_bins: assert set(values.tolist()) <= set(b.tolist())
+
+
 def test_the_learner_finds_bins_in_the_processed_training_rows():
     df = make_table()
     df.loc[480:, ['a','b']] = 1e6       # validation rows
     dls = make(df)
-    impl = learner(dls, num_embeddings='ple', bins=8).model.num_embeds[0].module.impl
-    want = numeric_embeddings('ple', 2, 16, quantile_bins(dls.train_ds.conts.to_numpy('float32'), 8))[0].module.impl
+    impl = learner(dls, num_embeddings='ple', bins=8).model.num_embeds[-2].module.impl
+    want = numeric_embeddings('ple', 2, 16, quantile_bins(dls.train_ds.conts.to_numpy('float32'), 8))[-2].module.impl
     assert torch.equal(impl.weight, want.weight) and torch.equal(impl.bias, want.bias)
     assert impl.weight.shape == (2,8)
 
 
 def test_bins_may_be_given():
     bins = [torch.linspace(-3, 3, 5), torch.linspace(-1, 1, 3)]
-    assert learner(make(), num_embeddings='ple', bins=bins).model.num_embeds[0].module.impl.weight.shape == (2,4)
+    assert learner(make(), num_embeddings='ple', bins=bins).model.num_embeds[-2].module.impl.weight.shape == (2,4)
 
 # Numeric embeddings in the model
 
@@ -202,10 +229,10 @@ def test_only_the_hidden_layers_are_selected_unless_asked(kind):
     m = model(kind)
     assert list(hidden_linears(m)) == ['layers.0.0', 'layers.1.0']
     learn = learner(make(), num_embeddings=kind, weight_p=0)
-    name = 'num_embeds.0.module.linear'
-    with torch.no_grad(): learn.model.num_embeds[0].module.linear.weight.fill_(1.)
+    name = next(n for n,_ in learn.model.named_modules() if n.startswith('num_embeds') and n.endswith('module.linear'))
+    with torch.no_grad(): learn.model.num_embeds[-2].module.linear.weight.fill_(1.)
     learn.add_cb(FrozenZeroInit(0.5, layers=name))
-    w = fit(learn).model.num_embeds[0].module.linear.weight
+    w = fit(learn).model.num_embeds[-2].module.linear.weight
     assert (w==0).float().mean() == round(.5*w.numel())/w.numel()
 
 
@@ -215,7 +242,7 @@ def test_dropconnect_of_the_vectors(kind):
     a,b = [model(kind, weight_p=0, num_embed_weight_p=p) for p in (0.,.5)]
     b.load_state_dict(a.state_dict())
     with torch.no_grad():
-        for m in (a, b): nn.init.normal_(m.num_embeds[0].module.linear.weight, generator=torch.Generator().manual_seed(0))
+        for m in (a, b): nn.init.normal_(m.num_embeds[-2].module.linear.weight, generator=torch.Generator().manual_seed(0))
         assert torch.equal(a.eval()(*x), b.eval()(*x))
         b.train()
         assert (b.num_embeds(x[1]) != b.num_embeds(x[1])).any() and torch.equal(a.train().num_embeds(x[1]), a.num_embeds(x[1]))
@@ -225,12 +252,15 @@ def test_piecewise_linear_vectors_bend_at_the_edges_only():
     bins = [torch.tensor([-2.,-.5,.25,3])]
     m,x = numeric_embeddings('ple', 1, 4, bins),torch.linspace(-4, 5, 901, dtype=torch.float64)[:,None]
     m.double()
-    assert m(x).detach().diff(n=2, dim=0).abs().max() < 1e-6       # straight lines at the start
-    nn.init.normal_(m[0].module.linear.weight)
+    inside = m(x[(x>=-2)&(x<=3)][:,None]).detach()
+    assert inside.diff(n=2, dim=0).abs().max() < 1e-6       # straight lines at the start
+    nn.init.normal_(m[-2].module.linear.weight)
     bend = m(x).detach().diff(n=2, dim=0).abs().sum(1)
     edges = x[1:-1,0][bend > 1e-6]
     for e in edges: assert min(abs(e-b) for b in bins[0].double()) < 0.011
-    for b in (-.5, .25): assert (edges-b).abs().min() < 0.011
+    for b in bins[0]: assert (edges-b).abs().min() < 0.011
+    ends = m(torch.tensor([[-1e9],[-2.],[3.],[1e9]], dtype=torch.float64))
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[2], ends[3])      # no line goes on where no row was
 
 
 @kinds

