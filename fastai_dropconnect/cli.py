@@ -8,7 +8,7 @@ __all__ = ['NETWORKS', 'FORESTS', 'ENSEMBLE', 'MODELS', 'DEFAULT_MODELS', 'OUTPU
            'board_text', 'valid_predictions', 'submission', 'plot_leaderboard', 'plot_predictions', 'plot_curves',
            'check_out', 'write_results', 'compare_on_bulldozers', 'dropconnect_bulldozers']
 
-# %% ../nbs/41_cli.ipynb #13f76733
+# %% ../nbs/41_cli.ipynb #79510f0b
 import os, re, shutil, sys, tempfile, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ from threadpoolctl import threadpool_limits
 from .bulldozers import *
 from .callback.batchnorm import RecalibrateBN
 from .callback.frozen_zero import FrozenZeroInit
-from .callback import zero_restarts # gives a Learner `fit_zero_restarts`
+from .callback.zero_restarts import SnapshotEnsemble    # and gives a Learner `fit_zero_restarts`
 from .masks import check_int, check_p
 from .tabular.learner import tabular_learner
 from .tabular.model import tabular_dropconnect_config
@@ -58,7 +58,7 @@ class NetSettings:
         check_p(self.sparsity, 'sparsity')
         if not 0 < self.lr < np.inf: raise ValueError(f'`lr` must be above 0, however: lr={self.lr!r}')
 
-# %% ../nbs/41_cli.ipynb #7349559e
+# %% ../nbs/41_cli.ipynb #fec486c9
 def _one_cycle(learn, s, cbs): learn.fit_one_cycle(s.epochs, s.lr, cbs=cbs)
 def _zero_restarts(learn, s, cbs): learn.fit_zero_restarts(s.cycles, lr_max=s.lr, cbs=cbs)
 
@@ -84,7 +84,7 @@ FORESTS = {
         max_leaf_nodes=63, early_stopping=False, random_state=seed)}
 ENSEMBLE = ['random-forest', 'extra-trees', 'hist-gradient-boosting', 'fastai']
 MODELS = [*NETWORKS, *FORESTS, 'ensemble']
-DEFAULT_MODELS = ['fastai', 'dropconnect-example', 'frozen-zero', 'zero-restarts', *FORESTS, 'ensemble']
+DEFAULT_MODELS = ['fastai', 'dropconnect-example', 'frozen-zero', 'zero-restarts', 'masked-ensemble', *FORESTS, 'ensemble']
 
 # %% ../nbs/41_cli.ipynb #af4fdaeb
 def parse_models(
@@ -115,7 +115,7 @@ def _one_thread():
         with threadpool_limits(1): yield
     finally: torch.set_num_threads(n)
 
-# %% ../nbs/41_cli.ipynb #3d0f0e13
+# %% ../nbs/41_cli.ipynb #8da1dba7
 @dataclass
 class Fit:
     "What one fit of one model with one seed leaves"
@@ -126,7 +126,7 @@ class Fit:
     seconds:float # Time of the fit
     new_preds:np.ndarray|None=None # Predicted log prices of new sales, if there were any
     per_epoch:float|None=None # Seconds per epoch, validation included (networks)
-    parameters:int|None=None # Parameters (networks)
+    parameters:int|None=None # Parameters of all that is kept to predict (networks)
     nodes:int|None=None # Nodes of all trees (random forest, extra trees)
     curve:pd.DataFrame|None=None # Losses and validation RMSE after each epoch (networks)
     learn:object=field(default=None, repr=False) # The trained `Learner` (networks)
@@ -176,7 +176,9 @@ def network(
     return tabular_learner(sales_dls(to, settings.bs), layers=list(settings.layers), y_range=(y.min()-.2, y.max()+.2),
                            metrics=rmse, **NETWORKS[name].args(settings))
 
-# %% ../nbs/41_cli.ipynb #f0e276b0
+# %% ../nbs/41_cli.ipynb #79a95a21
+def _kept_networks(learn): return sum(len(cb.record) for cb in learn._grab_cbs(SnapshotEnsemble)) or 1     # of which the average predicts
+
 @_one_thread()
 def fit_network(
     name:str, # One of `NETWORKS`
@@ -195,7 +197,7 @@ def fit_network(
     curve = _curve(learn.recorder)
     preds = _predict_log(learn, learn.dls.valid)
     return Fit(name, seed, preds, _rmse(to, preds), seconds, None if new is None else _predict_log(learn, learn.dls.valid.new(new)),
-        seconds/len(curve), sum(p.numel() for p in learn.model.parameters()), curve=curve, learn=learn)
+        seconds/len(curve), _kept_networks(learn)*sum(p.numel() for p in learn.model.parameters()), curve=curve, learn=learn)
 
 # %% ../nbs/41_cli.ipynb #61dd5a41
 def ensemble_of(
