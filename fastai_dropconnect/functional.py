@@ -104,14 +104,14 @@ def _example_backward(ctx, g): return _example_gradients(ctx, g, ctx.rest, _exam
 
 _example_forward.register_autograd(_example_backward, setup_context=_save_example)
 
-# %% ../nbs/04_functional.ipynb #b7a7d124
+# %% ../nbs/04_functional.ipynb #b78e0c8e
 def _scaled(y:Tensor, bias, scale:float): return y*scale if bias is None else torch.add(bias, y, alpha=scale)
 
 class _Example(torch.autograd.Function):
     "The operators' work without the operators, and `_scaled`"
     @staticmethod
     def forward(ctx, x, weight, bias, scale, *rest):
-        ctx.scale = scale
+        ctx.scale,ctx.dtype = scale,x.dtype
         _save_example(ctx, (x, weight, *rest), None)
         *rest,backend = rest
         return _scaled(_sums(x, backend).forward(x, weight, *rest), bias, scale)
@@ -121,7 +121,7 @@ class _Example(torch.autograd.Function):
     def backward(ctx, g):
         *rest,backend = ctx.rest
         sums = _sums(g, backend)
-        gx,gw,*_ = _example_gradients(ctx, (g*ctx.scale).to(ctx.saved_tensors[0].dtype), rest, sums.grads, sums.grad_input, sums.grad_weight)
+        gx,gw,*_ = _example_gradients(ctx, (g*ctx.scale).to(ctx.dtype), rest, sums.grads, sums.grad_input, sums.grad_weight)
         return gx,gw,g.sum(0) if ctx.needs_input_grad[2] else None,*[None]*4
 
 # %% ../nbs/04_functional.ipynb #fbc45bf1
