@@ -7,9 +7,9 @@ from conftest import make_table
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.accuracy import __main__ as command, run as running
+from benchmarks.accuracy import __main__ as command, run as running, steps
 from benchmarks.accuracy.families import FAMILIES
-from benchmarks.accuracy.report import AIMS, aims_reached, board_text, chosen, summary
+from benchmarks.accuracy.report import AIMS, aims_reached, board_text, chosen, short_text, summary
 from benchmarks.accuracy.results import COLUMNS, append_result, matching, read_results
 from benchmarks.accuracy.run import Job, load
 from benchmarks.accuracy.search import score, search
@@ -248,6 +248,17 @@ def test_wrong_arguments_are_named(args, text, capsys, tmp_path):
     assert command.main([*args, '--out', str(tmp_path)])==2
     assert re.search(text, capsys.readouterr().err)
 
+def test_the_short_table_has_a_column_for_each_data_set():
+    board = board_of(*[('california', f, s, 'rmse', t, t+.001*s, 10., 1.) for f,t in (('masked-ensemble+ple',.42), ('fastai',.5)) for s in (0,1,2)],
+                     *[('adult', f, 0, 'auc', t, t, 10., 1.) for f,t in (('fastai',.91), ('lightgbm',.92))])
+    lines = short_text(board, ['california']).splitlines()
+    adult,california = sorted(c for c in lines[0].split(' | ')[1:])
+    assert (adult.startswith('adult, AUC'),california.startswith('california, RMSE'))==(True,True)
+    at = lines[0].index('adult') < lines[0].index('california')
+    cells = lambda a,c: f'{a} | {c}' if at else f'{c} | {a}'
+    assert lines[2:]==[f'| fastai | {cells("0.9100", "0.5010 ± 0.0010")} |', f'| masked-ensemble+ple | {cells("", "**0.4210** ± 0.0010 (c d)")} |', f'| lightgbm | {cells("**0.9200**", "")} |']
+
+
 def test_aims_are_for_whole_tables():
     full = lambda **kw: running.full_datasets(command.bench_accuracy('bulldozers,adult,california', 'fastai', trials=0, **kw))
     assert full()==['adult','california'] and full(data='sales.csv')==['bulldozers','adult','california']
@@ -269,3 +280,21 @@ def test_families_without_their_package_are_said_to_be(monkeypatch, capsys):
 def test_the_command_prints_the_table(tmp_path, capsys):
     assert command.main(['--datasets','bulldozers','--families','extra-trees','--trials','0','--seeds','1','--rows','300','--out',str(tmp_path)])==0
     assert '| bulldozers | extra-trees | 1 |' in capsys.readouterr().out
+
+
+def test_steps_add_one_thing_after_the_other(monkeypatch, capsys):
+    monkeypatch.setattr(steps, 'EPOCHS', dict(numbers=2))
+    asked = []
+    def fit(table, rows, p, seed, limits, arguments, train):
+        asked.append(p | dict(arguments=arguments(p), rows=len(rows)))
+        return steps_fit(table, rows, p, seed, limits, arguments=arguments, train=train)
+    steps_fit = steps.fit_network
+    monkeypatch.setattr(steps, 'fit_network', fit)
+    steps.main(seeds=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines)==2+5 and lines[0]=='| | numbers, RMSE, 2 epochs |' and all(line.count('±')==1 for line in lines[2:])
+    assert [a['quantile'] for a in asked]==[False]*2+[True]*8 and ['bins' in a for a in asked]==[False]*4+[True]*6
+    assert [a['arguments'] for a in asked]==[{}]*6+[dict(config=dict(n_members=8))]*4
+    assert ['n_cycles' in a for a in asked]==[False]*8+[True]*2
+    assert {a['rows'] for a in asked}=={len(development_table('numbers', Options()).development)}      # the test rows are not among them
+    with pytest.raises(ValueError, match='seeds=1'): steps.main(seeds=1)

@@ -44,7 +44,7 @@ _networks = { # name: (what is searched beside `_network`, arguments of `tabular
                     lambda p: dict(cbs=[FrozenZeroInit(p['sparsity'], p['frozen'])]), one_cycle),
     'zero-restarts': (_cycles, lambda p: {}, zero_restarts),
     'masked-ensemble': (_epochs | _members, _masked_ensemble, one_cycle),
-    'masked-zero-restarts': (_cycles | dict(n_cycles=Whole(3, 8, 4)) | _members, _masked_ensemble, zero_restarts)}
+    'masked-zero-restarts': (_cycles | dict(n_cycles=Whole(3, 8, 4), cycle_len=Whole(1, 8, 2, log=True)) | _members, _masked_ensemble, zero_restarts)}
 
 def _network_family(name, ple):
     space,arguments,train = _networks[name]

@@ -89,6 +89,23 @@ def board_text(
     return '\n'.join([*lines, '', *[f'- {n}' for n in notes]])
 
 
+def short_text(
+    board:pd.DataFrame, # From `summary`
+    full:list # As for `aims_reached`
+) -> str: # Markdown
+    "A row for each family, a column for each data set: mean and standard deviation on the test rows, the best one bold, with the marks of the aims"
+    names = list(dict.fromkeys(board.dataset))
+    best = {d: b.index[0] for d,b in board.groupby('dataset', sort=False)}
+    cells = {}
+    for (i,r),marks in zip(board.iterrows(), aims_reached(board, full)):
+        text = f'{r.test:.4f}'
+        cells[r.family,r.dataset] = (f'**{text}**' if i==best[r.dataset] else text)+('' if pd.isna(r.sd) else f' ± {r.sd:.4f}')+(f' ({marks})' if marks else '')
+    families = [f for f in FAMILIES if f in set(board.family)]
+    titles = [f'{d}, {board[board.dataset==d].metric.iloc[0].upper()}' for d in names]
+    lines = [f'| | {" | ".join(titles)} |', '|---'*(len(names)+1)+'|', *(f'| {f} | {" | ".join(cells.get((f,d), "") for d in names)} |' for f in families)]
+    return '\n'.join(lines)
+
+
 def plot_board(
     board:pd.DataFrame, # From `summary`
     results:pd.DataFrame # What it was made of

@@ -4,7 +4,7 @@ from pathlib import Path
 import pandas as pd
 from .families import FAMILIES
 from .refit import refit
-from .report import board_text, plot_board, summary
+from .report import board_text, plot_board, short_text, summary
 from .results import SETUP, append_result, matching, read_results
 from .search import search
 from .spaces import Limits
@@ -68,6 +68,7 @@ def report(job:Job, results:pd.DataFrame) -> str:
     board = summary(results)
     text = board_text(board, full_datasets(job))
     (job.out/'accuracy.md').write_text(text+'\n')
+    (job.out/'accuracy_short.md').write_text(short_text(board, full_datasets(job))+'\n')
     plot_board(board, results).savefig(job.out/'accuracy.png')
     return text
 

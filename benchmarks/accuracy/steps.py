@@ -1,0 +1,51 @@
+"""What inputs and members bring, one step after the other, with defaults and without any search
+
+    python -m benchmarks.accuracy.steps --data TrainAndValid.csv
+
+prints a markdown table: test rows, mean and standard deviation over the seeds, layers [200, 100]; one cycle, but for the last row, of `fit_zero_restarts`.
+"""
+import statistics, warnings
+import torch
+from fastcore.script import anno_parser
+from fastai_dropconnect.masks import check_int
+from .networks import fit_network, one_cycle, zero_restarts
+from .search import score
+from .spaces import Limits
+from .tables import DATASETS, Options, development_table, test_rows
+
+EPOCHS = dict(bulldozers=5, adult=5, california=20)
+BASE = dict(layers='200,100', lr=1e-2, wd=1e-2, quantile=False)
+STEPS = {'plain fastai (`Normalize`)': {}, '`QuantileNormalize`': dict(quantile=True), "and `num_embeddings='ple'`": dict(num_embed_dim=16, bins=48),
+         'and `n_members=8`': dict(n_members=8), 'and 4 cycles of half the epochs': dict(n_cycles=4, sparsity=.3, embed_sparsity=.5)}
+
+def train(learn, p, *args): (zero_restarts if 'n_cycles' in p else one_cycle)(learn, p, *args)
+def members(p): return dict(config=dict(n_members=p['n_members'])) if 'n_members' in p else {}
+
+
+def test_scores(name:str, p:dict, seeds:int, options:Options) -> list:
+    "A score of the test rows for each seed"
+    table,test = development_table(name, options),test_rows(name, options)
+    fits = [fit_network(table, table.development, p, seed, Limits(), arguments=members, train=train) for seed in range(seeds)]
+    return [score(table, test[table.target].to_numpy(), f.predict(test)) for f in fits]
+
+
+def main(
+    data:str=None, # Kaggle's TrainAndValid.csv of bulldozers; by default synthetic sales
+    seeds:int=3 # Fits of each, with seeds 0, 1, ...
+):
+    "Measure and print; raises `ValueError` for a single seed, which has no spread"
+    check_int(seeds, 'seeds', 2)
+    options,p,rows = Options(data),dict(BASE),[]
+    for step,more in STEPS.items():
+        p |= more
+        scores = [test_scores(d, p | dict(epochs=e, cycle_len=e//2), seeds, options) for d,e in EPOCHS.items()]
+        rows.append(f'| {step} | ' + ' | '.join(f'{statistics.mean(s):.4f} ± {statistics.stdev(s):.4f}' for s in scores) + ' |')
+    titles = [f'{d}, {"AUC" if d=="adult" else "RMSE"}, {e} epochs' for d,e in EPOCHS.items()]
+    print('\n'.join(['| | ' + ' | '.join(titles) + ' |', '|---'*(len(titles)+1)+'|', *rows]))
+
+
+if __name__=='__main__':
+    warnings.filterwarnings('ignore')
+    torch.set_num_threads(1)
+    args = vars(anno_parser(main, prog='steps').parse_args())
+    main(args['data'], args['seeds'])
