@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'FORESTS', 'ENSEMBLE', 'MODELS', 'DEFAULT_MODELS', 'OUTPUTS', 'NetSettings', 'Network', 'parse_models',
-           'parse_layers', 'Fit', 'fit_forest', 'network', 'fit_network', 'ensemble_of', 'fit_models', 'leaderboard',
-           'board_text', 'valid_predictions', 'submission', 'plot_leaderboard', 'plot_predictions', 'plot_curves',
-           'check_out', 'write_results', 'compare_on_bulldozers', 'dropconnect_bulldozers']
+           'parse_layers', 'Fit', 'fit_forest', 'network', 'kept_networks', 'fit_network', 'ensemble_of', 'fit_models',
+           'leaderboard', 'board_text', 'valid_predictions', 'submission', 'plot_leaderboard', 'plot_predictions',
+           'plot_curves', 'check_out', 'write_results', 'compare_on_bulldozers', 'dropconnect_bulldozers']
 
 # %% ../nbs/41_cli.ipynb #79510f0b
 import os, re, shutil, sys, tempfile, time, warnings
@@ -176,8 +176,12 @@ def network(
     return tabular_learner(sales_dls(to, settings.bs), layers=list(settings.layers), y_range=(y.min()-.2, y.max()+.2),
                            metrics=rmse, **NETWORKS[name].args(settings))
 
-# %% ../nbs/41_cli.ipynb #79a95a21
-def _kept_networks(learn): return sum(len(cb.record) for cb in learn._grab_cbs(SnapshotEnsemble)) or 1     # of which the average predicts
+# %% ../nbs/41_cli.ipynb #e19b001e
+def kept_networks(
+    learn # A trained `Learner`
+) -> int: # 1 without snapshots
+    "Networks that a Learner keeps to predict with"
+    return sum(len(cb.record) for cb in learn._grab_cbs(SnapshotEnsemble)) or 1
 
 @_one_thread()
 def fit_network(
@@ -197,7 +201,7 @@ def fit_network(
     curve = _curve(learn.recorder)
     preds = _predict_log(learn, learn.dls.valid)
     return Fit(name, seed, preds, _rmse(to, preds), seconds, None if new is None else _predict_log(learn, learn.dls.valid.new(new)),
-        seconds/len(curve), _kept_networks(learn)*sum(p.numel() for p in learn.model.parameters()), curve=curve, learn=learn)
+        seconds/len(curve), kept_networks(learn)*sum(p.numel() for p in learn.model.parameters()), curve=curve, learn=learn)
 
 # %% ../nbs/41_cli.ipynb #61dd5a41
 def ensemble_of(

@@ -86,8 +86,7 @@ def fit_network(
     learn.add_cb(SkipValidation())
     with learn.no_bar(), learn.no_logging(): train(learn, p, limits, seed)
     learn.remove_cb(SkipValidation)
-    snapshots = sum(len(cb.record) for cb in learn.cbs if isinstance(cb, SnapshotEnsemble))
-    return Fitted(partial(learner_predict, learn, table, scaler), tensor_bytes(learn.model)*max(1, snapshots))
+    return Fitted(partial(learner_predict, learn, table, scaler), tensor_bytes(learn.model)*kept_networks(learn))
 
 
 class TabMNet(nn.Module):
