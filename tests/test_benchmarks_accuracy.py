@@ -2,7 +2,8 @@
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, pytest, torch
+from rtdl_num_embeddings import PiecewiseLinearEmbeddings
 from conftest import make_table
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +83,27 @@ def test_families_give_probabilities_of_classes(f):
     t = development_table('classes', Options())
     preds = f.fit(t, t.train, defaults(f.space), 0, LIMITS, valid=t.valid).predict(t.valid)
     assert ((0<=preds)&(preds<=1)).all() and score(t, t.valid.target.to_numpy(), preds) > .6
+
+@pytest.mark.skipif(find_spec('tabm') is None, reason='the package tabm is not installed (make bench-accuracy installs it)')
+@pytest.mark.parametrize('cards,n_num,embed', [([5,3,40],4,False), ([5,9],3,True), ([5,2],0,False), ([],3,True)])
+def test_tabm_without_the_zeros_is_tabm(cards, n_num, embed):
+    from tabm import TabM
+    from benchmarks.accuracy.tabm_network import TabMNet
+    torch.manual_seed(0)
+    args = dict(num_embeddings=PiecewiseLinearEmbeddings([torch.linspace(-2, 2, 9)]*n_num, 8, activation=False, version='B')) if embed else {}
+    model = TabM.make(n_num_features=n_num, cat_cardinalities=cards, d_out=2, n_blocks=2, d_block=16, dropout=0., **args).double()
+    for p in model.parameters(): torch.nn.init.normal_(p)
+    cats,conts = torch.stack([torch.randint(c, (32,)) for c in cards], 1) if cards else torch.empty(32, 0).long(),torch.randn(32, n_num).double()
+    def outputs_and_grads(f):
+        model.zero_grad()
+        out = f()
+        out.square().mean().backward()
+        return [out,*[p.grad for p in model.parameters()]]
+    given = ({'x_num': conts} if n_num else {})|({'x_cat': cats} if cards else {})
+    want,net = outputs_and_grads(lambda: model(**given)),TabMNet(model, cards, 'identity')
+    for a,b in zip(want, outputs_and_grads(lambda: net.members(cats, conts))): torch.testing.assert_close(a, b)
+    assert net.state_dict().keys()=={f'model.{k}' for k in model.state_dict()}
+
 
 def test_a_seed_repeats_a_fit():
     t,f = development_table('numbers', Options()), FAMILIES['zero-restarts+ple']

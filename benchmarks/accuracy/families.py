@@ -5,8 +5,9 @@ from importlib.util import find_spec
 from typing import Callable
 from zlib import crc32
 from fastai_dropconnect.all import FrozenZeroInit, RecalibrateBN
-from .networks import fit_network, fit_tabm, one_cycle, zero_restarts
+from .networks import fit_network, one_cycle, zero_restarts
 from .spaces import Choice, Real, Whole
+from .tabm_network import fit_tabm
 from .trees import fit_catboost, fit_extra_trees, fit_lightgbm, fit_random_forest, fit_xgboost
 
 

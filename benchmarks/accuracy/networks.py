@@ -1,13 +1,8 @@
-"fastai's tabular model, what the package adds to it, and TabM, all trained by a fastai Learner"
-import io, tempfile
-from contextlib import redirect_stdout
+"fastai's tabular model and what the package adds to it"
 from functools import partial
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd
 from fastai.callback.core import CancelValidException
-from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
-from fastai.tabular.all import (Callback, Categorify, CategoryBlock, Learner, Normalize, OptimWrapper, RegressionBlock, TabularPandas,
-                                get_emb_sz, set_seed)
-from rtdl_num_embeddings import PiecewiseLinearEmbeddings
+from fastai.tabular.all import Callback, Categorify, CategoryBlock, Normalize, RegressionBlock, TabularPandas, set_seed
 from torch import nn
 from fastai_dropconnect.all import *
 from .spaces import Fitted, Limits
@@ -87,50 +82,3 @@ def fit_network(
     with learn.no_bar(), learn.no_logging(): train(learn, p, limits, seed)
     learn.remove_cb(SkipValidation)
     return Fitted(partial(learner_predict, learn, table, scaler), tensor_bytes(learn.model)*kept_networks(learn))
-
-
-class TabMNet(nn.Module):
-    "The package tabm's TabM as fastai calls it; the mean of the members in eval"
-    def __init__(self, model, average:str): super().__init__(); self.model,self.average = model,average
-    def forward(self, x_cat, x_cont=None):
-        args = dict(x_cat=x_cat) if x_cat.shape[1] else {}
-        if x_cont is not None and x_cont.shape[1]: args['x_num'] = x_cont
-        x = self.model(**args)
-        return x if self.training else average_members(x, self.average)
-
-
-def tabm_model(dls, table, p):
-    "TabM with its own defaults where nothing is searched"
-    from tabm import TabM       # optional
-    args = {}
-    if p.get('num_embed_dim') and dls.cont_names:
-        bins = quantile_bins(dls.train_ds.conts.to_numpy('float32'), p['bins'])
-        args['num_embeddings'] = PiecewiseLinearEmbeddings(bins, p['num_embed_dim'], activation=False, version='B')
-    cards = [n for n,_ in get_emb_sz(dls.train_ds, {})]
-    return TabM.make(n_num_features=len(dls.cont_names), cat_cardinalities=cards, d_out=2 if table.classes else 1,
-                     n_blocks=p['n_blocks'], d_block=p['d_block'], dropout=p['dropout'], **args)
-
-
-PATIENCE,MAX_EPOCHS = 16,200
-
-def fit_tabm(
-    table:Table,
-    rows:pd.DataFrame, # Training rows
-    p:dict, # Hyperparameters
-    seed:int,
-    limits:Limits,
-    valid:pd.DataFrame=None # If given, stop early on them and find the number of epochs
-) -> Fitted:
-    "Train TabM as its authors do: AdamW, a constant learning rate, early stopping"
-    set_seed(seed)
-    scaler = Scaler(table, rows)
-    dls = network_dls(table, scaler.apply(table, rows), p['quantile'], None if valid is None else scaler.apply(table, valid))
-    loss = dls.train_ds.loss_func
-    with tempfile.TemporaryDirectory() as tmp:
-        learn = Learner(dls, TabMNet(tabm_model(dls, table, p), average_for(loss)), EnsembleLoss(loss), path=tmp,
-                        opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
-        stop = [SkipValidation()] if valid is None else [EarlyStoppingCallback(patience=PATIENCE), SaveModelCallback()]
-        epochs = p['epochs'] if 'epochs' in p else MAX_EPOCHS
-        with learn.no_bar(), learn.no_logging(), redirect_stdout(io.StringIO()): learn.fit(min(epochs, limits.epochs), p['lr'], wd=p['wd'], cbs=stop)
-    found = {} if valid is None else dict(epochs=int(np.argmin([v[1] for v in learn.recorder.values]))+1)
-    return Fitted(partial(learner_predict, learn, table, scaler), tensor_bytes(learn.model), found)
