@@ -9,6 +9,7 @@ __all__ = ['RECIPES', 'Recipe', 'train_recipe', 'simplest_good', 'Choice', 'choo
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 import numpy as np, pandas as pd
 from fastai.torch_core import no_random
 from fastcore.foundation import L
@@ -21,7 +22,7 @@ from .tabular.model import tabular_dropconnect_config
 
 # %% ../nbs/34_recipes.ipynb #83a43707
 def _one_cycle(learn, epochs, lr): learn.fit_one_cycle(epochs, lr)
-def _zero_restarts(learn, epochs, lr): learn.fit_zero_restarts(8, max(1, epochs//2), lr)
+def _zero_restarts(learn, epochs, lr, n_cycles=8): learn.fit_zero_restarts(n_cycles, max(1, epochs//2), lr)
 
 @dataclass(frozen=True)
 class Recipe:
@@ -41,7 +42,8 @@ RECIPES = {
     'zero-restarts': Recipe(fit=_zero_restarts),
     'ple-zero-restarts': Recipe(_ple, fit=_zero_restarts),
     'masked-ensemble': Recipe(_members),
-    'ple-masked-ensemble': Recipe(_ple|_members)}
+    'ple-masked-ensemble': Recipe(_ple|_members),
+    'ple-masked-zero-restarts': Recipe(_ple|_members, fit=partial(_zero_restarts, n_cycles=4))}
 
 # %% ../nbs/34_recipes.ipynb #a48d3451
 def _fresh(dls): return type(dls)(*[dl.new() for dl in dls.loaders], path=dls.path, device=dls.device)     # batches in an order of their own

@@ -27,7 +27,8 @@ class Family:
 _layers = ('500,250', '200,100', '256,256', '512,256,128')
 _network = dict(layers=Choice(_layers), lr=Real(1e-3, 2e-2, 1e-2, log=True), wd=Real(1e-3, .3, 1e-2, log=True), quantile=Choice((False, True)))
 _epochs = dict(epochs=Whole(3, 32, 10, log=True))
-_ple = dict(num_embed_dim=Whole(4, 24, 16), bins=Whole(8, 64, 48, log=True))
+# Vectors of pieces come with ranks first, as TabM does
+_ple = dict(quantile=Choice((True, False)), num_embed_dim=Whole(4, 24, 16), bins=Whole(8, 64, 48, log=True))
 _weight_p = dict(weight_p=Real(.02, .5, .1))
 _cycles = dict(n_cycles=Whole(4, 12, 8), cycle_len=Whole(1, 4, 2, log=True), sparsity=Real(0., .6, .3), embed_sparsity=Real(0., .8, .5))
 # A step of eight members costs several of one network, so they are narrower
@@ -45,7 +46,7 @@ _networks = { # name: (what is searched beside `_network`, arguments of `tabular
                     lambda p: dict(cbs=[FrozenZeroInit(p['sparsity'], p['frozen'])]), one_cycle),
     'zero-restarts': (_cycles, lambda p: {}, zero_restarts),
     'masked-ensemble': (_epochs | _members, _masked_ensemble, one_cycle),
-    'masked-zero-restarts': (_cycles | dict(n_cycles=Whole(3, 8, 4), cycle_len=Whole(1, 8, 2, log=True)) | _members, _masked_ensemble, zero_restarts)}
+    'masked-zero-restarts': (_cycles | dict(n_cycles=Whole(3, 8, 4), cycle_len=Whole(1, 8, 4, log=True)) | _members, _masked_ensemble, zero_restarts)}
 
 def _network_family(name, ple):
     space,arguments,train = _networks[name]
