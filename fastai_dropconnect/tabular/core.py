@@ -6,7 +6,7 @@
 __all__ = ['QuantileNormalize']
 
 # %% ../../nbs/20_tabular.core.ipynb #9d55e972
-import numpy as np, pandas as pd, torch
+import numpy as np
 from fastai.data.transforms import Normalize
 from fastai.tabular.core import TabularProc
 from fastcore.basics import store_attr
@@ -15,18 +15,31 @@ from sklearn.preprocessing import QuantileTransformer
 from ..masks import check_int
 
 # %% ../../nbs/20_tabular.core.ipynb #2db2a381
+def _room(
+    v:np.ndarray # Distinct values, ascending
+) -> np.ndarray: # For each
+    "How far equal values may lie apart: a thousandth of the value or of the distance to its neighbours, and no more than a quarter of that distance"
+    gaps = np.diff(v, prepend=-np.inf, append=np.inf)
+    gap = np.minimum(gaps[:-1], gaps[1:]) if len(v)>1 else np.abs(v).clip(min=1)
+    return np.minimum(gap/4, 1e-3*np.maximum(gap, np.abs(v)))
+
 def _break_ties(
-    x:np.ndarray # Shape `(rows, columns)`, with NaN where nothing is known
+    x:np.ndarray # Shape `(rows,)`, with NaN where nothing is known
 ) -> np.ndarray: # Same shape
-    "Pull equal values of a column apart, evenly to both sides"
-    df = pd.DataFrame(x)
-    apart = (df.rank(method='first') - df.rank())/len(df)       # 0 for a value that occurs once
-    return (df + apart*1e-10*df.abs().max().replace(0, 1)).to_numpy()
+    "Pull equal values of a column apart, evenly to both sides; a value that occurs once stays"
+    res,known = x.copy(),~np.isnan(x)
+    v,i,n = np.unique(x[known], return_inverse=True, return_counts=True)
+    nth = np.empty(len(i), int)       # of the equal values, in the order of the rows
+    nth[np.argsort(i, kind='stable')] = np.arange(len(i)) - np.repeat(n.cumsum()-n, n)
+    res[known] += _room(v)[i] * (nth-(n[i]-1)/2)/n[i]
+    return res
 
 # %% ../../nbs/20_tabular.core.ipynb #67cce83d
 _distributions = { # name: (from ranks, back to ranks)
     'uniform': (lambda u: (u-.5)*12**.5, lambda z: (z/12**.5+.5).clip(0, 1)),
     'normal': (lambda u: norm.ppf(u.clip(1e-7, 1-1e-7)), norm.cdf)}
+
+_finite = np.finfo(float).min,np.finfo(float).max
 
 class QuantileNormalize(TabularProc):
     "Continuous columns by their ranks in the training rows, with mean 0 and standard deviation 1 (float32; a value beyond theirs becomes the end of the scale, NaN stays NaN)"
@@ -39,7 +52,7 @@ class QuantileNormalize(TabularProc):
     ):
         check_int(n_quantiles, 'n_quantiles', 2), check_int(seed, 'seed', 0)
         if subsample is not None: check_int(subsample, 'subsample', n_quantiles)
-        if output_distribution not in _distributions:
+        if output_distribution not in tuple(_distributions):
             raise ValueError(f'`output_distribution` must be one of {tuple(_distributions)}, however: output_distribution={output_distribution!r}')
         store_attr()
 
@@ -47,14 +60,17 @@ class QuantileNormalize(TabularProc):
         x = to.conts.to_numpy(float, na_value=np.nan)
         self.quantiles = None
         if not x.size: return
-        n = min(len(x), max(10, min(self.n_quantiles, len(x)//30)))
+        infinite = [c for c,bad in zip(to.cont_names, np.isinf(x).any(0)) if bad]
+        if infinite: raise ValueError(f'the training rows of continuous columns must be finite or missing, however: {", ".join(map(str, infinite))} has infinity')
+        n = min(len(x), self.n_quantiles, max(10, len(x)//30))
         self.quantiles = QuantileTransformer(n_quantiles=n, subsample=self.subsample, random_state=self.seed)
-        self.quantiles.fit(_break_ties(x))
+        self.quantiles.fit(np.apply_along_axis(_break_ties, 0, x))
 
     def encodes(self, to): return self._put(to, lambda x: _distributions[self.output_distribution][0](self.quantiles.transform(x)))
     def decodes(self, to): return self._put(to, lambda z: self.quantiles.inverse_transform(_distributions[self.output_distribution][1](z)))
 
     def _put(self, to, f):
         x = to.conts.to_numpy(float, na_value=np.nan)
-        to.conts = (f(x) if x.size else x).astype('float32')
+        if x.size and self.quantiles is None: raise ValueError('`QuantileNormalize` takes its quantiles from the training rows, however: there are none')
+        to.conts = (f(x.clip(*_finite)) if x.size else x).astype('float32')
         return to
