@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['averages', 'pack_masks', 'unpack_masks', 'member_linear', 'EnsembleLinear', 'MaskedEnsembleLinear',
-           'masked_ensemble_', 'average_members', 'average_for', 'EnsembleLoss']
+           'masked_ensemble_', 'average_members', 'activation_of', 'average_for', 'EnsembleLoss']
 
 # %% ../nbs/11_ensemble.ipynb #e42a2f9f
-import math
+import copy, math
+from functools import partial
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,11 +38,13 @@ def member_linear(
     bias:Tensor=None, # Shape `(n_members*n_out,)`
     shared_input:bool=False # Have all members the same input?
 ) -> Tensor: # Shape `(*, n_members*n_out)`
-    "Linear layers side by side"
+    "Linear layers side by side; raises `ValueError` if `x` is not as wide as it must be"
     k,n_out,n_in = weight.shape
+    width = n_in if shared_input else k*n_in
+    if x.shape[-1]!=width: raise ValueError(f'`x` must have {width} columns{"" if shared_input else f" ({n_in} for each of {k} members)"}, however: its shape is {tuple(x.shape)}')
     if shared_input: return F.linear(x, weight.flatten(0, 1), bias)
     rows = x.shape[:-1]
-    x,weight = x.reshape(rows.numel(), k, n_in).transpose(0, 1),weight.transpose(1, 2)
+    x,weight = x.reshape(-1, k, n_in).transpose(0, 1),weight.transpose(1, 2)
     y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.view(k, 1, n_out), x, weight)
     return y.transpose(0, 1).reshape(*rows, k*n_out)
 
@@ -89,6 +92,11 @@ class EnsembleLinear(DropConnectLinear):
             if self.bias is not None: res.bias.copy_(self.bias.chunk(self.n_members)[k])
         return res.train(self.training)
 
+    @classmethod
+    def from_linear(cls, linear:nn.Linear, **kwargs):
+        "There is none: raises `TypeError`"
+        raise TypeError(f'{cls.__name__} cannot share the parameters of one layer: use `masked_ensemble_`, or make it from sizes')
+
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, n_members={self.n_members}' + (', shared_input=True' if self.shared_input else '')
 
@@ -99,7 +107,7 @@ class MaskedEnsembleLinear(EnsembleLinear):
         in_features:int, # Inputs of each member
         out_features:int, # Outputs of each member
         n_members:int, # Number of masks
-        sparsity:float=0.5, # Fraction of each unit's connections that each mask leaves out, `0 <= sparsity < 1`
+        sparsity:float=0.5, # Fraction of each unit's connections that each mask leaves out, `0 <= sparsity < 1`; one connection is kept in any case
         bias:bool=True, # Learn an additive bias for each member?
         device=None, # As in `nn.Linear`
         dtype=None, # As in `nn.Linear`
@@ -108,8 +116,8 @@ class MaskedEnsembleLinear(EnsembleLinear):
         self.sparsity = check_p(sparsity, 'sparsity')
         super().__init__(in_features, out_features, n_members, bias, device=device, dtype=dtype, **kwargs)
         self.out_features = out_features
-        self.weight = nn.Parameter(self.weight[:out_features] / math.sqrt(1-sparsity))
-        masks = torch.stack([exact_mask((out_features,in_features), sparsity, per='row') for _ in range(n_members)])
+        masks = torch.stack([exact_mask((out_features,in_features), min(sparsity, 1-1/max(in_features, 1)), per='row') for _ in range(n_members)])
+        self.weight = nn.Parameter(self.weight[:out_features] / masks.float().mean().sqrt())
         self.register_buffer('masks', pack_masks(masks).to(self.weight.device))
 
     def member_weights(self) -> Tensor:
@@ -121,8 +129,11 @@ class MaskedEnsembleLinear(EnsembleLinear):
 # %% ../nbs/11_ensemble.ipynb #9a60c699
 def _repeated(bn:nn.Module, n_members:int) -> nn.Module:
     "A batch norm like `bn` for `n_members` times as many columns"
-    res = type(bn)(n_members*bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats)
-    res.load_state_dict({k: v.repeat(n_members) if v.ndim else v for k,v in bn.state_dict().items()})
+    res = copy.deepcopy(bn)
+    res.num_features *= n_members
+    for owned in (res._parameters, res._buffers):
+        for k,v in owned.items():
+            if v is not None and v.ndim: v.data = v.data.repeat(n_members)
     return res
 
 def _ensemble_linear(linear:nn.Linear, n_members:int, sparsity:float, shared_input:bool) -> EnsembleLinear:
@@ -133,15 +144,23 @@ def _ensemble_linear(linear:nn.Linear, n_members:int, sparsity:float, shared_inp
     if sparsity is not None: kw['sparsity'] = sparsity
     return cls(linear.in_features, linear.out_features, **kw)
 
+def _all_children(model:nn.Module):
+    "Each module within `model` with its parent and its name there, depth first: in the order in which a pass meets them"
+    for name,child in model.named_children():
+        yield model,name,child
+        yield from _all_children(child)
+
 def masked_ensemble_(
-    model:nn.Module, # Changed in place: linear layers, batch norms, and what works on single columns, in the order of the pass
+    model:nn.Module, # Changed in place: linear layers, batch norms, and what works on single columns, defined in the order of the pass
     n_members:int, # Number of members
     sparsity:float=0.5 # Fraction of each unit's connections that each mask leaves out
 ) -> nn.Module: # `model`
-    "Make `n_members` networks of `model`, side by side, that share masked weights in all linear layers but the last: `(n, n_in)` to `(n, n_members*n_out)`"
+    """Make `n_members` networks of `model`, side by side, that share masked weights in all linear layers but the last: `(n, n_in)` to `(n, n_members*n_out)`;
+    raises `ValueError` if there is no linear layer within `model`"""
     check_int(n_members, 'n_members'), check_p(sparsity, 'sparsity')
-    children = [(m,name,c) for m in model.modules() for name,c in m.named_children()]
+    children = list(_all_children(model))
     n_linear,seen = sum(isinstance(c, nn.Linear) for *_,c in children),0
+    if not n_linear: raise ValueError(f'`model` must have linear layers within, however: model is a {type(model).__name__} without')
     for m,name,c in children:
         if isinstance(c, nn.Linear):
             seen += 1
@@ -163,14 +182,30 @@ def average_members(
     raise ValueError(f'`average` must be one of {averages}, however: average={average!r}')
 
 # %% ../nbs/11_ensemble.ipynb #ff9cec1d
+_softmax = partial(F.softmax, dim=1)
+_torch_activations = dict(cross_entropy=_softmax, CrossEntropyLoss=_softmax, nll_loss=_softmax, NLLLoss=_softmax,
+                          binary_cross_entropy_with_logits=torch.sigmoid, BCEWithLogitsLoss=torch.sigmoid)
+
+def activation_of(
+    loss_func # Of fastai, of torch, or one's own
+): # Function from outputs to predictions, or `None`
+    "The `activation` of a loss function, or that which torch's loss functions imply"
+    while isinstance(loss_func, partial): loss_func = loss_func.func
+    if hasattr(loss_func, 'activation'): return loss_func.activation
+    names = [getattr(loss_func, '__name__', None), *[c.__name__ for c in type(loss_func).__mro__]]
+    return next((_torch_activations[n] for n in names if n in _torch_activations), None)
+
 def average_for(
-    loss_func # fastai's, or any other
+    loss_func, # fastai's, or any other
+    n_out:int=3 # Number of outputs
 ) -> str: # For `average_members`
-    "'softmax' or 'sigmoid' if that is the `activation` of `loss_func`, else 'mean'"
-    act = getattr(loss_func, 'activation', None)
-    y = act(torch.zeros(1, 3)) if act else None
-    if not isinstance(y, Tensor) or y.shape!=(1,3) or not y.any(): return 'mean'
-    return 'sigmoid' if y[0,0]==0.5 else 'softmax'
+    "'softmax' or 'sigmoid' if that is the activation of `loss_func`, else 'mean'"
+    act = activation_of(loss_func)
+    if act is None: return 'mean'
+    x = torch.linspace(-2, 3, 4*n_out).view(4, n_out).sin()
+    y = torch.as_tensor(act(x))
+    same = lambda o: y.shape==o.shape and torch.allclose(y, o, atol=1e-6)
+    return 'softmax' if same(x.softmax(-1)) else 'sigmoid' if same(x.sigmoid()) else 'mean'
 
 # %% ../nbs/11_ensemble.ipynb #efc63696
 class EnsembleLoss:
@@ -182,9 +217,15 @@ class EnsembleLoss:
     def __call__(self, pred:Tensor, *targ, **kwargs) -> Tensor:
         if pred.ndim!=3: return self.loss_func(pred, *targ, **kwargs)
         n,k = pred.shape[:2]
+        if not self._of_rows: return torch.stack([self.loss_func(pred[:,i].contiguous(), *targ, **kwargs) for i in range(k)]).mean(0)
         loss = self.loss_func(pred.flatten(0, 1), *[t.repeat_interleave(k, 0) for t in targ], **kwargs)
         if loss.ndim: return loss.view(n, k, -1).mean(1).flatten()      # reduction='none': one loss for each row
         return loss/k if kwargs.get('reduction', getattr(self, 'reduction', None))=='sum' else loss
+
+    @property
+    def _of_rows(self):
+        "Is the loss one of torch's, all of which take each row by itself? Then all members' rows are one batch"
+        return isinstance(getattr(self.loss_func, 'func', self.loss_func), nn.modules.loss._Loss)
 
     @property
     def reduction(self): return self.loss_func.reduction

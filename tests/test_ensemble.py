@@ -54,6 +54,15 @@ def test_each_member_is_a_plain_layer(cls, shared, bias):
     if bias: assert (layer.member(0).bias != layer.member(1).bias).all()
 
 
+def test_a_traced_ensemble_takes_batches_of_any_size():
+    model = TabularDropConnectModel(**TAB, n_members=K).eval()
+    batch = lambda n: (torch.randint(0, 5, (n,2)), torch.randn(n, 3))
+    traced,rows = torch.jit.trace(model, batch(8)),batch(5)
+    torch.testing.assert_close(traced(*rows), model(*rows))
+    exported = torch.export.export(model, batch(8), dynamic_shapes=({0: torch.export.Dim('n')},)*2).module()
+    torch.testing.assert_close(exported(*rows), model(*rows))
+
+
 @layers
 @pytest.mark.parametrize('shape', [(1,), (0,), (3,), (), (2,3), (2,0)], ids=str)
 def test_shapes(cls, shared, shape):

@@ -6,7 +6,7 @@
 __all__ = ['num_embedding_kinds', 'quantile_bins', 'check_bins', 'check_num_embeddings', 'Clamp', 'numeric_embeddings']
 
 # %% ../../nbs/20_tabular.embeddings.ipynb #0b94abb3
-import numbers, warnings
+import math, numbers, warnings
 import numpy as np, torch
 from rtdl_num_embeddings import PeriodicEmbeddings, PiecewiseLinearEmbeddings
 from torch import Tensor, nn
@@ -18,10 +18,10 @@ def quantile_bins(
     x, # Training rows, shape `(n, n_cont)`, tensor or array
     n_bins:int=48 # Bins for each column, at most
 ) -> list: # A tensor of ascending edges for each column
-    "Edges of bins with equally many rows each; raises `ValueError` if there are no rows"
+    "Edges of bins with equally many rows each; raises `ValueError` if there are no rows, or no columns"
     check_int(n_bins, 'n_bins', 2)
-    x = torch.as_tensor(x, dtype=torch.float32, device='cpu')
-    if not len(x): raise ValueError('`x` must have rows to find bins in, however: it has none')
+    x = torch.as_tensor(x, dtype=torch.float32, device='cpu').detach()
+    if x.ndim!=2 or not len(x): raise ValueError(f'`x` must be of shape (rows, columns), with rows to find bins in, however: its shape is {tuple(x.shape)}')
     return [_column_bins(c[np.isfinite(c)], n_bins) for c in x.T.numpy()]
 
 def _frequent(values:np.ndarray, counts:np.ndarray, n_bins:int) -> np.ndarray: # Which of `values` fill a bin alone
@@ -34,7 +34,9 @@ def _frequent(values:np.ndarray, counts:np.ndarray, n_bins:int) -> np.ndarray: #
 
 def _column_bins(c:np.ndarray, n_bins:int) -> Tensor:
     values,counts = np.unique(c, return_counts=True)
-    if len(values) < 2: return torch.arange(2.) + float(values[0] if len(values) else 0)
+    if len(values) < 2:
+        only = torch.tensor(float(values[0]) if len(values) else 0.)
+        return torch.stack([only, torch.maximum(only+1, only.nextafter(torch.tensor(torch.inf)))])
     if len(values) > n_bins:
         frequent = _frequent(values, counts, n_bins)
         rest = np.repeat(values[~frequent], counts[~frequent])
@@ -63,7 +65,7 @@ def check_num_embeddings(
     if num_embeddings not in num_embedding_kinds: raise ValueError(f'`num_embeddings` must be None or one of {num_embedding_kinds}, however: num_embeddings={num_embeddings!r}')
     check_int(num_embed_dim, 'num_embed_dim')
     if isinstance(frequency_scale, bool) or not isinstance(frequency_scale, numbers.Real): raise TypeError(f'`frequency_scale` must be a number, however: frequency_scale={frequency_scale!r}')
-    if not frequency_scale > 0: raise ValueError(f'`frequency_scale` must be a positive number, however: frequency_scale={frequency_scale!r}')
+    if not 0 < frequency_scale < math.inf: raise ValueError(f'`frequency_scale` must be a positive number, however: frequency_scale={frequency_scale!r}')
 
 class Clamp(nn.Module):
     "Numbers within the range of the bins of their columns"

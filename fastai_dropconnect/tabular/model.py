@@ -137,7 +137,7 @@ def tabular_dropconnect_config(
     weight_p = _default_p(weight_p, n_members)
     _hidden_ps(weight_p, len(weight_p) if isinstance(weight_p, (list,tuple,L)) else 0)
     check_p(out_p, 'out_p')
-    if not isinstance(bins, (list,tuple)): check_int(bins, 'bins', 2)
+    if not isinstance(bins, (list,tuple)): bins = check_int(bins, 'bins', 2)
     _check_args(mode, embed_weight_p, num_embeddings, num_embed_dim, frequency_scale, num_embed_weight_p, n_members, member_sparsity, average)
     return dict(weight_p=weight_p, out_p=out_p, mode=mode, embed_weight_p=embed_weight_p, num_embeddings=num_embeddings, num_embed_dim=num_embed_dim, bins=bins,
                 frequency_scale=frequency_scale, num_embed_weight_p=num_embed_weight_p, n_members=n_members, member_sparsity=member_sparsity, average=average, **kwargs)
