@@ -10,8 +10,8 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.collab import CollabDataLoaders, collab_learner
 from fastai.callback.rnn import ModelResetter
-from fastai.tabular.all import (Adam, BCEWithLogitsLossFlat, Callback, CancelEpochException, CancelFitException, CSVLogger, CrossEntropyLossFlat, DataLoaders,
-                                F1Score, Learner, LabelSmoothingCrossEntropyFlat, Metric, ProgressCallback, R2Score, get_model, SaveModelCallback, SGD, accuracy,
+from fastai.tabular.all import (Adam, BCEWithLogitsLossFlat, Callback, CancelEpochException, CancelFitException, CancelTrainException, CSVLogger, CrossEntropyLossFlat,
+                                DataLoaders, F1Score, Learner, LabelSmoothingCrossEntropyFlat, Metric, ProgressCallback, R2Score, get_model, SaveModelCallback, SGD, accuracy,
                                 load_learner, mae, noop, params, ranger, set_seed)
 from fastcore.foundation import L
 from hypothesis import given, settings, strategies as st
@@ -308,6 +308,16 @@ def test_each_snapshot_has_its_own_hidden_state(kept):
     assert ensemble(learn).report().valid_loss.tolist() == pytest.approx(loss, rel=1e-4)
 
 
+def test_the_network_keeps_its_own_hidden_state():
+    class Forget(Callback):
+        "The network that is validated is not the snapshot"
+        order = ZeroRestarts.order+1
+        def before_validate(self): self.learn.model.rnn.weight_hh_l0.data.zero_()
+    learn = make_learn(ModelResetter(), Forget(), model=Stateful(), dls=data(shuffle=False))
+    learn.fit_zero_restarts(2, 1, lr_max=.05)
+    with ensemble(learn).using('last'): assert learn.validate()[0] == pytest.approx(ensemble(learn).report().valid_loss.iloc[-1], rel=1e-5)
+
+
 @given(k=st.integers(1, 6), rows=st.integers(1, 4), n=st.integers(1, 4), scale=st.sampled_from([.1, 1., 40.]), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_mean_of_probabilities_for_any_logits(k, rows, n, scale, seed):
@@ -402,9 +412,10 @@ class Absolute:
 
 class Keeps(Metric):
     name = 'keeps'
-    def __init__(self, learn=None): self.kept,self.learn = Absolute(),learn
+    def __init__(self, learn): self.kept,self.learn = Absolute(),learn
     def reset(self): self.kept.reset()
     def accumulate(self, learn):
+        assert learn is self.learn          # a copy of the metric has no copy of the Learner
         self.kept.total += (learn.pred-learn.y).abs().sum().item()
         self.kept.n += len(learn.y)
     @property
@@ -443,6 +454,18 @@ def test_an_epoch_that_is_skipped_changes_no_row(event, order):
     assert ensemble(learn).report().notna().all(axis=None)
 
 
+def test_an_epoch_that_is_broken_off_is_no_end_of_a_cycle():
+    class Break(Callback):
+        order = -20
+        def before_train(self):
+            if self.epoch==2: raise CancelTrainException
+        def after_train(self):
+            if self.epoch==1: raise CancelEpochException
+    learn = make_learn(Break())
+    learn.fit_zero_restarts(4, 1)
+    assert list(ensemble(learn).record)==[0,3]
+
+
 @pytest.mark.parametrize('event', ['after_train','after_validate','after_epoch'])
 @pytest.mark.parametrize('ask', [lambda learn: learn.get_preds(), lambda learn: learn.validate()], ids=['get_preds','validate'])
 def test_a_callback_asks_the_learner_within_a_fit(event, ask):
@@ -450,16 +473,19 @@ def test_a_callback_asks_the_learner_within_a_fit(event, ask):
         if self.learn.lock.locked(): return
         self.uses.append(ensemble(self.learn).use)
         own = self.learn.dl
-        ask(self.learn)
+        self.answers.append(ask(self.learn)[0])
         self.learn.dl = own
     table = lambda learn: ensemble(learn).report().drop(columns='train_loss')      # fastai starts its average again
-    Asks = type('Asks', (Callback,), {'uses': [], event: asks})
+    Asks = type('Asks', (Callback,), {'uses': [], 'answers': [], event: asks})
     plain,learn = [make_learn(*cbs, dls=data(shuffle=False), metrics=mae) for cbs in ((), (Asks(),))]
     for l in (plain,learn): l.fit_zero_restarts(3, 1, seed=1)
     assert list(ensemble(learn).record)==[0,1,2] and ensemble(learn).use=='average' and len(learn.metrics)==1
     assert learn.asks.uses==['last','average','average'] if event=='after_train' else ['average']*3
     for a,b in zip(members(plain), members(learn)): assert same(a, b)
     assert torch.equal(preds(plain), preds(learn))
+    each,targs = ensemble(learn).member_preds()
+    for n,answer in enumerate(learn.asks.answers, event!='after_train'):      # that of the average so far
+        if n: assert torch.allclose(answer, each[:n].mean(0)) if torch.is_tensor(answer) else answer==pytest.approx(F.mse_loss(each[:n].mean(0), targs).item(), rel=1e-4)
     if event=='after_epoch': assert learn.recorder.metric_names==plain.recorder.metric_names and table(learn).equals(table(plain))
 
 
@@ -533,6 +559,18 @@ def test_resume_into_another_folder(tmp_path, old, new):
         again = make_learn(path=tmp_path, seed=3)
         again.fit_zero_restarts(4, 1, path=new, resume=True)
         assert torch.equal(preds(again), preds(learn))
+
+
+def test_another_process_goes_on_in_the_new_folder(tmp_path):
+    new = lambda seed=0: make_learn(dls=data(shuffle=False), path=tmp_path, seed=seed)
+    whole = new()
+    whole.fit_zero_restarts(4, 1)
+    part = new()
+    for kw in (dict(path='one'), dict(path='two', resume=True)):
+        with contextlib.suppress(KeyboardInterrupt): part.fit_zero_restarts(4, 1, cbs=StopAt(2), **kw)
+    part = new(9)
+    part.fit_zero_restarts(4, 1, path='two', resume=True)
+    for a,b in zip(members(whole), members(part), strict=True): assert same(a, b)
 
 
 def test_other_files_and_other_models_in_the_folder(tmp_path):
@@ -644,6 +682,14 @@ def test_a_callback_may_load_weights_within_the_fit(events):
     assert list(ensemble(learn).record)==[0,1,2] and ensemble(learn).use=='average'
     learn.model.load_state_dict(make_model().state_dict())          # afterwards they are those of another network
     assert not len(ensemble(learn).record)
+
+
+def test_the_best_network_may_be_older_than_the_snapshots(tmp_path):
+    learn = make_learn(path=tmp_path)
+    first = SaveModelCallback(comp=np.greater)      # the worst, which is the first
+    with contextlib.redirect_stdout(None): learn.fit_zero_restarts(1, 2, cbs=first)
+    assert not len(ensemble(learn).record) and ensemble(learn).use=='last'
+    assert torch.equal(preds(learn), preds(make_learn(path=tmp_path, seed=4).load('model')))
 
 
 def test_copies_train_on_their_own():
