@@ -358,16 +358,22 @@ def test_buffers_belong_to_a_snapshot():
     with ensemble(learn).using(0): torch.testing.assert_close(preds(learn), net.eval()(learn.dls.valid_ds.tensors[0]).detach())
 
 
-def test_shared_parameters():
+@pytest.mark.parametrize('twice', [False, True])
+def test_shared_parameters(twice):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
             self.a,self.b,self.out = nn.Linear(4,4),nn.Linear(4,4),nn.Linear(4,1)
             self.b.weight = self.a.weight
+            if twice: self.again = self.a         # a module with two names, as the encoder of fastai's `AWD_LSTM`
         def forward(self, x): return self.out(self.b(self.a(x).tanh()))
     learn = make_learn(model=Tied())
     learn.fit_zero_restarts(2, 1)
-    assert learn.model.b.weight is learn.model.a.weight
+    assert learn.model.b.weight is learn.model.a.weight is learn.opt.all_params()[0][0]
+    for c,s in ensemble(learn).record.states.items():
+        net = Tied()
+        restore(net, s)
+        with ensemble(learn).using(c): torch.testing.assert_close(preds(learn), net(learn.dls.valid_ds.tensors[0]).detach())
     with ensemble(learn).using(1): b = preds(learn)
     with ensemble(learn).using('last'): torch.testing.assert_close(preds(learn), b)
 
