@@ -3,14 +3,16 @@ import contextlib, os, subprocess, sys, textwrap, warnings
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 import numpy as np, pandas as pd, pickle, pytest, torch
 import torch.nn.functional as F
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.collab import CollabDataLoaders, collab_learner
-from fastai.tabular.all import (Adam, BCEWithLogitsLossFlat, Callback, CancelFitException, CSVLogger, CrossEntropyLossFlat, DataLoaders, Learner,
-                                LabelSmoothingCrossEntropyFlat, ProgressCallback, get_model, SaveModelCallback, SGD, accuracy, load_learner, mae, noop, params,
-                                ranger, set_seed)
+from fastai.callback.rnn import ModelResetter
+from fastai.tabular.all import (Adam, BCEWithLogitsLossFlat, Callback, CancelEpochException, CancelFitException, CancelTrainException, CSVLogger, CrossEntropyLossFlat,
+                                DataLoaders, F1Score, Learner, LabelSmoothingCrossEntropyFlat, Metric, ProgressCallback, R2Score, get_model, SaveModelCallback, SGD, accuracy,
+                                load_learner, mae, noop, params, ranger, set_seed)
 from fastcore.foundation import L
 from hypothesis import given, settings, strategies as st
 from torch import nn
@@ -219,6 +221,103 @@ def test_several_outputs_and_unusual_losses():
     for i in (0,1): torch.testing.assert_close(preds(learn)[i], (each[0][i]+each[1][i])/2)
 
 
+class Pair(NamedTuple):
+    out: torch.Tensor
+    other: object
+
+FORMS = dict(list=lambda a,b: [a,b], tuple=lambda a,b: (a,b), named=Pair, none=lambda a,b: (a,None), ints=lambda a,b: (a,torch.arange(len(a))), dict=lambda a,b: dict(out=a, other=b))
+
+@pytest.mark.parametrize('form', FORMS.values(), ids=FORMS)
+def test_outputs_of_any_form(form):
+    first = lambda p: p['out'] if isinstance(p, dict) else p[0]
+    class Form(nn.Module):
+        def __init__(self): super().__init__(); self.body = make_model(2)
+        def forward(self, x): return form(*self.body(x).split(1, 1))
+    learn = make_learn(model=Form(), loss_func=lambda p,y: F.mse_loss(first(p), y))
+    learn.fit_zero_restarts(2, 1)
+    outs = []
+    for s in members(learn):
+        net = Form()
+        net.load_state_dict(s)
+        outs.append(net.eval()(learn.dls.valid_ds.tensors[0]))
+    mean = mean_prediction(outs, learn.loss_func)
+    assert type(mean) is type(outs[0])
+    torch.testing.assert_close(first(mean), (first(outs[0])+first(outs[1]))/2)
+    assert learn.validate()[0] == pytest.approx(F.mse_loss(first(mean), learn.dls.valid_ds.tensors[1]).item(), rel=1e-4)
+
+
+def test_members_of_a_model_with_several_outputs():
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.body = make_model(2)
+        def forward(self, x): return self.body(x).split(1, 1)
+    learn = make_learn(model=Two(), loss_func=lambda p,y: F.mse_loss(p[0], y)+F.mse_loss(p[1], -y))
+    learn.fit_zero_restarts(3, 1)
+    each,_ = ensemble(learn).member_preds()
+    mean,_,spread = ensemble(learn).preds_and_spread()
+    for e,m,s,p in zip(each, mean, spread, preds(learn)):
+        assert e.shape==(3,96,1)
+        torch.testing.assert_close(m, p)
+        torch.testing.assert_close(s, e.std(0, correction=0))
+
+
+class First(Callback):
+    "As fastai's `RNNCallback`"
+    def after_pred(self): self.learn.pred = self.pred[0]
+
+def test_other_callbacks_change_each_prediction_before_the_mean():
+    class More(nn.Module):
+        def __init__(self): super().__init__(); self.body = make_model(3)
+        def forward(self, x): return self.body(x),x
+    learn = make_learn(First(), dls=data(target=classes), model=More(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    learn.fit_zero_restarts(3, 1)
+    torch.testing.assert_close(preds(learn), ensemble(learn).member_preds()[0].mean(0))
+    p,t = learn.get_preds()
+    loss,acc = learn.validate()
+    assert loss == pytest.approx(F.nll_loss(p.log(), t).item(), abs=1e-5) and acc == pytest.approx((p.argmax(1)==t).float().mean().item())
+    report = ensemble(learn).report()
+    assert report.average_loss.iloc[-1] == pytest.approx(loss, rel=1e-5)
+    with ensemble(learn).using('last'): assert learn.validate()[0] == pytest.approx(report.valid_loss.iloc[-1], rel=1e-5)
+
+
+class Stateful(nn.Module):
+    "Goes on from batch to batch where it was"
+    def __init__(self, kept=list):
+        super().__init__()
+        self.kept,self.rnn,self.lin,self.out = kept,nn.GRU(4, 8, batch_first=True),nn.Linear(8, 8),nn.Linear(8, 1)
+        self.reset()
+    def reset(self): self.hidden = self.kept([None])
+    def forward(self, x):
+        out,h = self.rnn(x[None], self.hidden[0])
+        if self.kept is list: self.hidden[0] = h.detach()       # in place
+        else: self.hidden = (h.detach(),)
+        return self.out(self.lin(out[0]).tanh())
+
+@pytest.mark.parametrize('kept', [list, tuple])
+def test_each_snapshot_has_its_own_hidden_state(kept):
+    learn = make_learn(ModelResetter(), model=Stateful(kept), dls=data(shuffle=False))
+    learn.fit_zero_restarts(3, 1, lr_max=.05)
+    own = []
+    for s in members(learn):
+        net = Stateful(kept)
+        net.load_state_dict(s)
+        net.eval()
+        with torch.no_grad(): own.append(torch.cat([net(x) for x,_ in learn.dls.valid]))
+    torch.testing.assert_close(ensemble(learn).member_preds()[0], torch.stack(own))
+    torch.testing.assert_close(preds(learn), torch.stack(own).mean(0))
+    loss = [F.mse_loss(o, learn.dls.valid_ds.tensors[1]).item() for o in own]
+    assert ensemble(learn).report().valid_loss.tolist() == pytest.approx(loss, rel=1e-4)
+
+
+def test_the_network_keeps_its_own_hidden_state():
+    class Forget(Callback):
+        "The network that is validated is not the snapshot"
+        order = ZeroRestarts.order+1
+        def before_validate(self): self.learn.model.rnn.weight_hh_l0.data.zero_()
+    learn = make_learn(ModelResetter(), Forget(), model=Stateful(), dls=data(shuffle=False))
+    learn.fit_zero_restarts(2, 1, lr_max=.05)
+    with ensemble(learn).using('last'): assert learn.validate()[0] == pytest.approx(ensemble(learn).report().valid_loss.iloc[-1], rel=1e-5)
+
+
 @given(k=st.integers(1, 6), rows=st.integers(1, 4), n=st.integers(1, 4), scale=st.sampled_from([.1, 1., 40.]), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_mean_of_probabilities_for_any_logits(k, rows, n, scale, seed):
@@ -259,16 +358,22 @@ def test_buffers_belong_to_a_snapshot():
     with ensemble(learn).using(0): torch.testing.assert_close(preds(learn), net.eval()(learn.dls.valid_ds.tensors[0]).detach())
 
 
-def test_shared_parameters():
+@pytest.mark.parametrize('twice', [False, True])
+def test_shared_parameters(twice):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
             self.a,self.b,self.out = nn.Linear(4,4),nn.Linear(4,4),nn.Linear(4,1)
             self.b.weight = self.a.weight
+            if twice: self.again = self.a         # a module with two names, as the encoder of fastai's `AWD_LSTM`
         def forward(self, x): return self.out(self.b(self.a(x).tanh()))
     learn = make_learn(model=Tied())
     learn.fit_zero_restarts(2, 1)
-    assert learn.model.b.weight is learn.model.a.weight
+    assert learn.model.b.weight is learn.model.a.weight is learn.opt.all_params()[0][0]
+    for c,s in ensemble(learn).record.states.items():
+        net = Tied()
+        restore(net, s)
+        with ensemble(learn).using(c): torch.testing.assert_close(preds(learn), net(learn.dls.valid_ds.tensors[0]).detach())
     with ensemble(learn).using(1): b = preds(learn)
     with ensemble(learn).using('last'): torch.testing.assert_close(preds(learn), b)
 
@@ -306,6 +411,90 @@ def test_the_table_shows_each_snapshot_and_the_average():
     assert len(learn.metrics)==1
 
 
+class Absolute:
+    "A metric's own object, which keeps what it has seen"
+    def __init__(self): self.reset()
+    def reset(self): self.total,self.n = 0.,0
+
+class Keeps(Metric):
+    name = 'keeps'
+    def __init__(self, learn): self.kept,self.learn = Absolute(),learn
+    def reset(self): self.kept.reset()
+    def accumulate(self, learn):
+        assert learn is self.learn          # a copy of the metric has no copy of the Learner
+        self.kept.total += (learn.pred-learn.y).abs().sum().item()
+        self.kept.n += len(learn.y)
+    @property
+    def value(self): return self.kept.total/self.kept.n if self.kept.n else None
+
+def test_metrics_that_keep_objects():
+    learn = make_learn(metrics=mae)
+    learn.metrics = [*learn.metrics, Keeps(learn)]
+    learn.fit_zero_restarts(3, 1)
+    report = ensemble(learn).report()
+    np.testing.assert_allclose(report.keeps, report.mae, rtol=1e-5)
+    np.testing.assert_allclose(report.average_keeps, report.average_mae, rtol=1e-5)
+    assert (report.keeps!=report.average_keeps).tolist()==[False,True,True]
+
+
+def test_metrics_of_several_numbers(tmp_path):
+    learn = make_learn(dls=data(target=classes), model=make_model(3), loss_func=CrossEntropyLossFlat(), metrics=F1Score(average=None), path=tmp_path)
+    learn.fit_zero_restarts(3, 1, path='snaps')
+    report = ensemble(learn).report()
+    want = learn.validate()[1]
+    assert len(want)==3 and report.average_f1_score[2]==pytest.approx(list(want)) and all(len(v)==3 for v in report.f1_score)
+    learn.save('m')
+    again = make_learn(SnapshotEnsemble(), dls=learn.dls, model=make_model(3), loss_func=CrossEntropyLossFlat(), path=tmp_path).load('m')
+    assert ensemble(again).report().equals(report)
+
+
+@pytest.mark.parametrize('event', ['before_epoch','before_train'])
+@pytest.mark.parametrize('order', [-20, 0])
+def test_an_epoch_that_is_skipped_changes_no_row(event, order):
+    def skip(self):
+        if self.learn.epoch==1: raise CancelEpochException
+    Skip = type('Skip', (Callback,), {'order': order, event: skip})
+    learn = make_learn(Skip(), metrics=mae)
+    learn.fit_zero_restarts(3, 1)
+    assert list(ensemble(learn).record)==[0,2] and list(ensemble(learn).report().index)==[0,2]
+    assert ensemble(learn).report().notna().all(axis=None)
+
+
+def test_an_epoch_that_is_broken_off_is_no_end_of_a_cycle():
+    class Break(Callback):
+        order = -20
+        def before_train(self):
+            if self.epoch==2: raise CancelTrainException
+        def after_train(self):
+            if self.epoch==1: raise CancelEpochException
+    learn = make_learn(Break())
+    learn.fit_zero_restarts(4, 1)
+    assert list(ensemble(learn).record)==[0,3]
+
+
+@pytest.mark.parametrize('event', ['after_train','after_validate','after_epoch'])
+@pytest.mark.parametrize('ask', [lambda learn: learn.get_preds(), lambda learn: learn.validate()], ids=['get_preds','validate'])
+def test_a_callback_asks_the_learner_within_a_fit(event, ask):
+    def asks(self):
+        if self.learn.lock.locked(): return
+        self.uses.append(ensemble(self.learn).use)
+        own = self.learn.dl
+        self.answers.append(ask(self.learn)[0])
+        self.learn.dl = own
+    table = lambda learn: ensemble(learn).report().drop(columns='train_loss')      # fastai starts its average again
+    Asks = type('Asks', (Callback,), {'uses': [], 'answers': [], event: asks})
+    plain,learn = [make_learn(*cbs, dls=data(shuffle=False), metrics=mae) for cbs in ((), (Asks(),))]
+    for l in (plain,learn): l.fit_zero_restarts(3, 1, seed=1)
+    assert list(ensemble(learn).record)==[0,1,2] and ensemble(learn).use=='average' and len(learn.metrics)==1
+    assert learn.asks.uses==['last','average','average'] if event=='after_train' else ['average']*3
+    for a,b in zip(members(plain), members(learn)): assert same(a, b)
+    assert torch.equal(preds(plain), preds(learn))
+    each,targs = ensemble(learn).member_preds()
+    for n,answer in enumerate(learn.asks.answers, event!='after_train'):      # that of the average so far
+        if n: assert torch.allclose(answer, each[:n].mean(0)) if torch.is_tensor(answer) else answer==pytest.approx(F.mse_loss(each[:n].mean(0), targs).item(), rel=1e-4)
+    if event=='after_epoch': assert learn.recorder.metric_names==plain.recorder.metric_names and table(learn).equals(table(plain))
+
+
 def test_other_callbacks_see_the_columns(tmp_path):
     learn = make_learn(path=tmp_path)
     with contextlib.redirect_stdout(None):
@@ -313,6 +502,13 @@ def test_other_callbacks_see_the_columns(tmp_path):
     assert 'average_loss' in pd.read_csv(tmp_path/'history.csv')
     best = ensemble(learn).report().average_loss.idxmin()
     assert list(ensemble(learn).record)==list(range(best+1)) and ensemble(learn).use=='average'
+
+
+def test_the_weights_average_is_that_of_what_is_loaded_at_the_end(tmp_path):
+    learn = make_learn(path=tmp_path)
+    with contextlib.redirect_stdout(None): learn.fit_zero_restarts(3, 1, use='weights', cbs=SaveModelCallback(monitor='average_loss', fname='best'))
+    assert ensemble(learn).use=='weights'
+    torch.testing.assert_close(ensemble(learn).record.weights['3.weight'], torch.stack([s['3.weight'] for s in members(learn)]).mean(0))
 
 # Interruption
 
@@ -337,6 +533,72 @@ def test_an_interrupted_fit_keeps_its_snapshots_and_goes_on_as_if_nothing_had_be
     before = state(part)
     part.fit_zero_restarts(**kw, resume=True)       # nothing is left to do
     assert same(before, state(part)) and len(ensemble(part).record)==4
+
+
+@pytest.mark.parametrize('use', ['average','weights','last'])
+@pytest.mark.parametrize('between', ['another process','another fit','nothing'])
+def test_resume_of_a_whole_fit_gives_its_predictions(tmp_path, use, between):
+    kw = dict(n_cycles=3, cycle_len=1, path='snaps')
+    dls = data(shuffle=False)
+    learn = make_learn(path=tmp_path, dls=dls)
+    learn.fit_zero_restarts(**kw, use=use)
+    want = preds(learn)
+    if between=='another process': learn = make_learn(path=tmp_path, dls=dls, seed=9)
+    if between=='another fit': learn.fit(1, 1e-2)
+    learn.fit_zero_restarts(**kw, use=use, resume=True)
+    assert ensemble(learn).use==use
+    torch.testing.assert_close(preds(learn), want)
+
+
+@pytest.mark.parametrize('old,new', [('one','two'), (None,'two'), ('one',None)])
+def test_resume_into_another_folder(tmp_path, old, new):
+    make_learn(path=tmp_path).fit_zero_restarts(6, 1, path='two')       # files of another fit
+    names = lambda p: sorted(f.name for f in (tmp_path/'models'/p).glob('cycle*'))
+    learn = make_learn(path=tmp_path)
+    learn.fit_zero_restarts(2, 1, path=old)
+    learn.fit_zero_restarts(4, 1, path=new, resume=True)
+    all4 = [f'cycle_00{c}.pth' for c in range(4)]
+    if new: assert names(new)==all4
+    if old: assert names(old)==all4[:2]             # left as it was
+    assert all(isinstance(s, Path)==bool(new) for s in ensemble(learn).record.states.values())
+    if new:
+        again = make_learn(path=tmp_path, seed=3)
+        again.fit_zero_restarts(4, 1, path=new, resume=True)
+        assert torch.equal(preds(again), preds(learn))
+
+
+def test_another_process_goes_on_in_the_new_folder(tmp_path):
+    new = lambda seed=0: make_learn(dls=data(shuffle=False), path=tmp_path, seed=seed)
+    whole = new()
+    whole.fit_zero_restarts(4, 1)
+    part = new()
+    for kw in (dict(path='one'), dict(path='two', resume=True)):
+        with contextlib.suppress(KeyboardInterrupt): part.fit_zero_restarts(4, 1, cbs=StopAt(2), **kw)
+    part = new(9)
+    part.fit_zero_restarts(4, 1, path='two', resume=True)
+    for a,b in zip(members(whole), members(part), strict=True): assert same(a, b)
+
+
+def test_other_files_and_other_models_in_the_folder(tmp_path):
+    learn = make_learn(path=tmp_path)
+    learn.fit_zero_restarts(2, 1, path='snaps')
+    (tmp_path/'models/snaps/cycle_best.pth').write_text('mine')
+    learn = make_learn(path=tmp_path)
+    learn.fit_zero_restarts(3, 1, path='snaps', resume=True)
+    assert list(ensemble(learn).record)==[0,1,2] and (tmp_path/'models/snaps/cycle_best.pth').exists()
+    other = make_learn(model=nn.Sequential(nn.Linear(4,5), nn.Linear(5,1)), path=tmp_path)
+    before = state(other)
+    with pytest.raises(ValueError, match='weights of the model.*snaps'): other.fit_zero_restarts(3, 1, path='snaps', resume=True)
+    assert same(before, state(other)) and not len(ensemble(other).record) and other.validate()
+
+
+def test_files_are_found_from_another_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    learn = make_learn(path='.')
+    learn.fit_zero_restarts(2, 1, path='snaps')
+    want = preds(learn)
+    monkeypatch.chdir(tmp_path.parent)
+    assert torch.equal(preds(learn), want)
 
 
 def test_resume_without_snapshots_is_a_fit():
@@ -408,6 +670,34 @@ def test_save_and_load(tmp_path, path):
     assert not len(ensemble(learn).record) and torch.equal(preds(learn), preds(plain))
 
 
+@pytest.mark.parametrize('model', [lambda: nn.Linear(4, 1), lambda: make_model(2)], ids=['names','shapes'])
+def test_weights_that_do_not_fit_leave_the_snapshots(tmp_path, model):
+    learn = make_learn(path=tmp_path)
+    learn.fit_zero_restarts(2, 1)
+    want = preds(learn)
+    make_learn(model=model(), path=tmp_path).save('other')
+    with pytest.raises(RuntimeError): learn.load('other')
+    assert list(ensemble(learn).record)==[0,1] and torch.equal(preds(learn), want)
+
+
+@pytest.mark.parametrize('events', [('before_validate','after_validate'), ('before_epoch','after_epoch')])
+def test_a_callback_may_load_weights_within_the_fit(events):
+    def swap(self): self.learn.model.load_state_dict({k:v.clone() for k,v in self.learn.model.state_dict().items()})
+    learn = make_learn(type('Swap', (Callback,), dict.fromkeys(events, swap))())
+    learn.fit_zero_restarts(3, 1)
+    assert list(ensemble(learn).record)==[0,1,2] and ensemble(learn).use=='average'
+    learn.model.load_state_dict(make_model().state_dict())          # afterwards they are those of another network
+    assert not len(ensemble(learn).record)
+
+
+def test_the_best_network_may_be_older_than_the_snapshots(tmp_path):
+    learn = make_learn(path=tmp_path)
+    first = SaveModelCallback(comp=np.greater)      # the worst, which is the first
+    with contextlib.redirect_stdout(None): learn.fit_zero_restarts(1, 2, cbs=first)
+    assert not len(ensemble(learn).record) and ensemble(learn).use=='last'
+    assert torch.equal(preds(learn), preds(make_learn(path=tmp_path, seed=4).load('model')))
+
+
 def test_copies_train_on_their_own():
     learn = make_learn()
     learn.fit_zero_restarts(2, 1)
@@ -437,7 +727,7 @@ def test_removed_it_is_a_plain_learner_again():
     with ensemble(learn).using('last'): last = preds(learn)
     learn.remove_cb(SnapshotEnsemble)
     assert torch.equal(preds(learn), last)
-    assert not learn.model._state_dict_hooks and not learn.model._load_state_dict_pre_hooks and not learn.model.state_dict()._metadata[''].keys()-{'version'}
+    assert not learn.model._state_dict_hooks and not learn.model._load_state_dict_pre_hooks and not learn.model._load_state_dict_post_hooks and not learn.model.state_dict()._metadata[''].keys()-{'version'}
     assert not [cb for cb in learn.cbs if isinstance(cb, (ZeroRestarts,SnapshotEnsemble))]
 
 
@@ -499,24 +789,57 @@ def test_classes_of_a_table():
     torch.testing.assert_close(probs, p[20])
 
 
+class Bf16(MixedPrecision):
+    "MixedPrecision on the CPU"
+    def before_fit(self): self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', dtype=torch.bfloat16),torch.amp.GradScaler('cpu', enabled=False),L()
+
 def test_mixed_precision():
-    class Bf16(MixedPrecision):
-        "MixedPrecision on the CPU"
-        def before_fit(self): self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', dtype=torch.bfloat16),torch.amp.GradScaler('cpu', enabled=False),L()
     learn = make_learn(dls=data(target=classes), model=make_model(3), loss_func=CrossEntropyLossFlat())
     learn.add_cb(Bf16())
     learn.fit_zero_restarts(2, 1)
     assert preds(learn).dtype==torch.float32
     torch.testing.assert_close(preds(learn), ensemble(learn).member_preds()[0].mean(0), rtol=1e-2, atol=1e-3)
 
+
+
+def test_mixed_precision_with_a_metric_of_numpy():
+    learn = make_learn(Bf16(), metrics=R2Score())
+    learn.fit_zero_restarts(2, 1)
+    assert learn.validate()[1] == pytest.approx(ensemble(learn).report().average_r2_score[1], rel=1e-3)
+
+
+def test_an_optimizer_that_trains_a_copy_of_the_weights():
+    learn = make_learn().to_non_native_fp16()
+    with pytest.raises(ValueError, match='`sparsity` and `embed_sparsity` must be 0 with `to_non_native_fp16`.*0.weight'): learn.fit_zero_restarts(2, 1)
+
+
+def test_losses_derived_from_torchs():
+    class Weighted(nn.CrossEntropyLoss): pass
+    class Logits(nn.BCEWithLogitsLoss): pass
+    assert prediction_mean(Weighted(), (8,3)).func is softmax_mean and prediction_mean(Logits(), (8,1)) is sigmoid_mean
+
 # Errors
 
 @pytest.mark.parametrize('kw,error,says', [
     (dict(cycle_len=0), ValueError, 'cycle_len=0'), (dict(cycle_len=1.5), TypeError, 'cycle_len=1.5'), (dict(sparsity=1.), ValueError, 'sparsity=1.0'),
     (dict(embed_sparsity='a'), TypeError, "embed_sparsity='a'"), (dict(n_last=0), ValueError, 'n_last=0'), (dict(seed=.5), TypeError, 'seed=0.5'),
-    (dict(use='mean'), ValueError, "use='mean'"), (dict(layers=3), TypeError, 'layers=3')])
+    (dict(use='mean'), ValueError, "use='mean'"), (dict(layers=3), TypeError, 'layers=3'), (dict(path=3), TypeError, 'path=3'), (dict(path=True), TypeError, 'path=True'),
+    (dict(sparsity={}), ValueError, 'sparsity={}')])
 def test_errors_come_from_the_constructor(kw, error, says):
     with pytest.raises(error, match=says): ZeroRestarts(**kw)
+
+
+@pytest.mark.parametrize('kw,error', [(dict(lr_max=v), e) for v,e in (('x',TypeError), (None,TypeError), (True,TypeError), (float('nan'),ValueError), (float('inf'),ValueError), (-1.,ValueError))]
+                         + [(dict(start_epoch=v), e) for v,e in (('1',TypeError), (None,TypeError), (.5,TypeError), (-1,ValueError))], ids=str)
+def test_errors_name_the_argument(kw, error):
+    learn = make_learn()
+    (name,value), = kw.items()
+    with pytest.raises(error, match=f'`{name}` must be .*{name}={value}'.replace('=x', "='x'").replace('=1', "='1'")): learn.fit_zero_restarts(2, 1, **kw)
+    assert learn.opt is None
+
+
+@pytest.mark.parametrize('lr', [slice(1e-3, 1e-2), slice(1e-2), [1e-3, 1e-2], np.array([1e-3, 1e-2]), np.float32(1e-2), 0])
+def test_learning_rates_of_any_kind(lr): assert check_lr(lr, 'lr') is lr
 
 
 def test_more_errors():
@@ -528,8 +851,12 @@ def test_more_errors():
     with pytest.raises(ValueError, match='must be names of modules'): learn.fit_zero_restarts(2, 1, layers=['x'])
     with pytest.raises(ValueError, match='no hidden nn.Linear and no nn.Embedding'): make_learn(model=nn.Linear(4, 1)).fit_zero_restarts(2, 1)
     make_learn(model=nn.Linear(4, 1)).fit_zero_restarts(2, 1, sparsity=0, embed_sparsity=0)
+    for f in (ensemble(learn).member_preds, ensemble(learn).preds_and_spread):
+        with pytest.raises(ValueError, match='needs snapshots'): f()
     learn.fit_zero_restarts(2, 1)
-    with pytest.raises(ValueError, match=r"\(0, 1\).*use=7"): ensemble(learn).use = 7
+    for use in (7, torch.tensor(1), True, 1.):
+        with pytest.raises(ValueError, match=r"\(0, 1\).*use="): ensemble(learn).use = use
+    ensemble(learn).use = np.int64(1)
 
 
 script = '''

@@ -66,6 +66,7 @@ def check_values(
     "Return `value` if it is a number with `0 <= value < 1`, a dictionary of those, or a function; else raise `TypeError` or `ValueError`"
     if callable(value): return value
     if not isinstance(value, dict): return check_p(value, name)
+    if not value: raise ValueError(f'`{name}` must be a number, a function, or a dictionary with a layer at least, however: {name}={{}}')
     if layers is not None: raise ValueError(f'`layers` must be None if `{name}` is a dictionary of layers, however: layers={layers!r}')
     for v in value.values(): check_p(v, name)
     check_layers(list(value))
@@ -109,23 +110,28 @@ class LeanCallback(Callback):
 # %% ../../nbs/30_callback.core.ipynb #4816da44
 class ModelRecord:
     "Notes that travel with the `state_dict` of the model they are attached to: a subclass says what to `write` there and how to `read` it"
-    handles = ()
+    handles,needs_all = (),False
     def write(self, metadata:dict): "Put the notes into `metadata`"
     def read(self, metadata:dict): "Take the notes from `metadata`, if they are there"
 
     def attach(self, model:nn.Module):
         "Write the notes into each `state_dict` of `model`, and read them from those it loads"
         self.detach()
-        self.handles = [model.register_state_dict_post_hook(self), model.register_load_state_dict_pre_hook(self)]
+        self.handles = [model.register_state_dict_post_hook(self), model.register_load_state_dict_pre_hook(self), model.register_load_state_dict_post_hook(self.loaded)]
 
     def detach(self):
         for h in self.handles: h.remove()
         self.handles = ()
 
     def __call__(self, module, state_dict, prefix, metadata, *loading):
-        "Hook of `attach`: torch passes more arguments when a `state_dict` is loaded"
-        if loading: self.read(metadata)
+        "Hook of `attach`: torch passes more arguments when a `state_dict` is loaded, the last of which it fills with the names and errors it finds"
+        if loading: self._loading = metadata,loading
         else: self.write(metadata)
+
+    def loaded(self, module, incompatible_keys):
+        "Hook of `attach`, after loading"
+        metadata,(strict,missing,unexpected,errors) = vars(self).pop('_loading')
+        if not (errors or self.needs_all and (missing or unexpected)): self.read(metadata)
 
 # %% ../../nbs/30_callback.core.ipynb #3ccfc92b
 class RecordingCallback(LeanCallback):
