@@ -238,3 +238,24 @@ def test_the_same_initial_weights_and_nothing_of_vision():
     ours,theirs = model(),model(ours=False)
     assert torch.equal(answers(ours), answers(theirs))
     assert not [m for m in sys.modules if m.startswith('fastai.vision')]
+
+
+class TwoNames(nn.Module):
+    def __init__(self): super().__init__(); self.a = self.b = nn.Linear(20, 20)
+    def forward(self, x): return self.b(self.a(x))
+
+class Tied(nn.Module):
+    def __init__(self): super().__init__(); self.a,self.b = nn.Embedding(20, 8),nn.Linear(8, 20); self.b.weight = self.a.weight
+    def forward(self, x): return self.b(self.a(x))
+
+@pytest.mark.parametrize('module,x', [(TwoNames(), torch.ones(3, 20)), (Tied(), torch.arange(20))], ids=['two names','tied'])
+def test_what_is_registered_twice_is_exchanged_once_and_put_back(module, x):
+    weight = module.a.weight
+    wd,seen = WeightDropout(module, .5, 'a.weight'),[]
+    for m in (module.a, module.b): m.register_forward_pre_hook(lambda m, args: seen.append(m.weight))
+    wd(x).sum().backward()
+    assert module.a.weight is weight and module.b.weight is weight and weight.grad.abs().sum() > 0
+    assert len(seen)>=2 and all(w is seen[0] for w in seen) and .3 < (seen[0]==0).float().mean() < .7       # 160 weights or more: 5 standard deviations
+    before = weight.detach().clone()
+    torch.optim.SGD(wd.parameters(), 1.).step()
+    assert not torch.equal(module.b.weight, before)
