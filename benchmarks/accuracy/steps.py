@@ -11,7 +11,7 @@ from fastai_dropconnect.masks import check_int
 from .networks import fit_network, one_cycle, zero_restarts
 from .search import score
 from .spaces import Limits
-from .tables import DATASETS, Options, development_table, test_rows
+from .tables import Options, development_table, test_rows
 
 EPOCHS = dict(bulldozers=5, adult=5, california=20)
 BASE = dict(layers='200,100', lr=1e-2, wd=1e-2, quantile=False)
@@ -22,9 +22,8 @@ def train(learn, p, *args): (zero_restarts if 'n_cycles' in p else one_cycle)(le
 def members(p): return dict(config=dict(n_members=p['n_members'])) if 'n_members' in p else {}
 
 
-def test_scores(name:str, p:dict, seeds:int, options:Options) -> list:
+def test_scores(table, test, p:dict, seeds:int) -> list:
     "A score of the test rows for each seed"
-    table,test = development_table(name, options),test_rows(name, options)
     fits = [fit_network(table, table.development, p, seed, Limits(), arguments=members, train=train) for seed in range(seeds)]
     return [score(table, test[table.target].to_numpy(), f.predict(test)) for f in fits]
 
@@ -36,9 +35,10 @@ def main(
     "Measure and print; raises `ValueError` for a single seed, which has no spread"
     check_int(seeds, 'seeds', 2)
     options,p,rows = Options(data),dict(BASE),[]
+    tables = [(development_table(d, options),test_rows(d, options),e) for d,e in EPOCHS.items()]
     for step,more in STEPS.items():
         p |= more
-        scores = [test_scores(d, p | dict(epochs=e, cycle_len=e//2), seeds, options) for d,e in EPOCHS.items()]
+        scores = [test_scores(table, test, p | dict(epochs=e, cycle_len=e//2), seeds) for table,test,e in tables]
         rows.append(f'| {step} | ' + ' | '.join(f'{statistics.mean(s):.4f} ± {statistics.stdev(s):.4f}' for s in scores) + ' |')
     titles = [f'{d}, {"AUC" if d=="adult" else "RMSE"}, {e} epochs' for d,e in EPOCHS.items()]
     print('\n'.join(['| | ' + ' | '.join(titles) + ' |', '|---'*(len(titles)+1)+'|', *rows]))
