@@ -209,11 +209,14 @@ def test_validate_gives_loss_and_metrics_of_the_average():
     assert torch.equal(dec, p.argmax(1))
 
 
+class Two(nn.Module):
+    def __init__(self): super().__init__(); self.body = make_model(2)
+    def forward(self, x): return self.body(x).split(1, 1)
+
+def two_outputs(): return make_learn(model=Two(), loss_func=lambda p,y: F.mse_loss(p[0], y)+F.mse_loss(p[1], -y))
+
 def test_several_outputs_and_unusual_losses():
-    class Two(nn.Module):
-        def __init__(self): super().__init__(); self.body = make_model(2)
-        def forward(self, x): return self.body(x).split(1, 1)
-    learn = make_learn(model=Two(), loss_func=lambda p,y: F.mse_loss(p[0], y)+F.mse_loss(p[1], -y))
+    learn = two_outputs()
     learn.fit_zero_restarts(2, 1)
     each = []
     for c in (0,1):
@@ -247,10 +250,7 @@ def test_outputs_of_any_form(form):
 
 
 def test_members_of_a_model_with_several_outputs():
-    class Two(nn.Module):
-        def __init__(self): super().__init__(); self.body = make_model(2)
-        def forward(self, x): return self.body(x).split(1, 1)
-    learn = make_learn(model=Two(), loss_func=lambda p,y: F.mse_loss(p[0], y)+F.mse_loss(p[1], -y))
+    learn = two_outputs()
     learn.fit_zero_restarts(3, 1)
     each,_ = ensemble(learn).member_preds()
     mean,_,spread = ensemble(learn).preds_and_spread()
