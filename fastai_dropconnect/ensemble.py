@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['averages', 'pack_masks', 'unpack_masks', 'member_linear', 'EnsembleLinear', 'MaskedEnsembleLinear',
-           'masked_ensemble_', 'average_members', 'activation_of', 'average_for', 'EnsembleLoss']
+           'masked_ensemble_', 'average_members', 'activation_of', 'probabilities_of', 'average_for', 'EnsembleLoss']
 
 # %% ../nbs/11_ensemble.ipynb #e42a2f9f
 import copy, math
@@ -195,17 +195,27 @@ def activation_of(
     names = [getattr(loss_func, '__name__', None), *[c.__name__ for c in type(loss_func).__mro__]]
     return next((_torch_activations[n] for n in names if n in _torch_activations), None)
 
+def probabilities_of(
+    loss_func, # fastai's, or any other
+    shape:tuple # Of a batch of outputs
+) -> tuple: # One of `averages`, and the dimension of the classes for 'softmax', else `None`
+    "'softmax' or 'sigmoid' if that is what the activation of `loss_func` does, else 'mean'"
+    act = activation_of(loss_func)
+    if act is None: return 'mean',None
+    x = torch.randn((2,*shape[1:]), generator=torch.Generator().manual_seed(0))
+    y = torch.as_tensor(act(x))
+    same = lambda o: y.shape==o.shape and torch.allclose(y, o, atol=1e-6)
+    for dim in reversed(range(x.dim())):
+        if same(x.softmax(dim)): return 'softmax',dim
+    return 'sigmoid' if same(x.sigmoid()) else 'mean',None
+
 def average_for(
     loss_func, # fastai's, or any other
     n_out:int=3 # Number of outputs
 ) -> str: # For `average_members`
     "'softmax' or 'sigmoid' if that is the activation of `loss_func`, else 'mean'"
-    act = activation_of(loss_func)
-    if act is None: return 'mean'
-    x = torch.linspace(-2, 3, 4*n_out).view(4, n_out).sin()
-    y = torch.as_tensor(act(x))
-    same = lambda o: y.shape==o.shape and torch.allclose(y, o, atol=1e-6)
-    return 'softmax' if same(x.softmax(-1)) else 'sigmoid' if same(x.sigmoid()) else 'mean'
+    kind,dim = probabilities_of(loss_func, (2,n_out))
+    return 'mean' if dim==0 else kind
 
 # %% ../nbs/11_ensemble.ipynb #efc63696
 class EnsembleLoss:

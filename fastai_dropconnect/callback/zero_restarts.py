@@ -26,7 +26,7 @@ from .batchnorm import recalibrate_bn
 from .core import (LeanCallback, ModelRecord, RecordingCallback, check_layers, check_seed, check_values, from_rank0,
                                               hidden_linears, inner_model, layer_values, select_weights)
 from .frozen_zero import as_bits, bit_mask, clean_slow_weights
-from ..ensemble import activation_of
+from ..ensemble import probabilities_of
 from ..layers import call_with
 from ..masks import check_int, check_p, draw_seed, exact_mask
 
@@ -93,20 +93,6 @@ class Snapshots(ModelRecord):
     def __getstate__(self): return vars(self) | dict(states={c:self[c] for c in self}, path=None, progress=None, guarded=False)
 
 # %% ../../nbs/33_callback.zero_restarts.ipynb #b2f3e100
-def cycle_files(
-    path:Path # Folder, or `None`
-) -> dict: # From the number of a cycle to its file
-    "The files of snapshots in `path`"
-    files = sorted(path.glob('cycle_*.pth')) if path else []
-    return {int(n): f for f in files if (n := f.stem.removeprefix('cycle_')).isdecimal()}
-
-@patch
-def add(self:Snapshots, cycle:int, state:dict, progress:dict=None):
-    "Keep `state` as that of `cycle`, and the newest `n_last` altogether"
-    self.states[cycle],self.progress,self.version = self._put_state(cycle, state),progress,uuid.uuid4().hex
-    self._put_progress()
-    if self.n_last: self.drop(sorted(self)[:-self.n_last])
-
 @patch
 def _put(self:Snapshots, name, state):
     "Write `state` to a file, if there is a `path`: first beside it, so that an interruption leaves no half of a file"
@@ -127,6 +113,21 @@ def _put_progress(self:Snapshots):
     if self.path and self.progress: self._put('progress.pth', self.progress | dict(rows=self.rows))
 
 @patch
+def add(self:Snapshots, cycle:int, state:dict, progress:dict=None):
+    "Keep `state` as that of `cycle`, and the newest `n_last` altogether"
+    self.states[cycle],self.progress,self.version = self._put_state(cycle, state),progress,uuid.uuid4().hex
+    self._put_progress()
+    if self.n_last: self.drop(sorted(self)[:-self.n_last])
+
+# %% ../../nbs/33_callback.zero_restarts.ipynb #efa5a143
+def cycle_files(
+    path:Path # Folder, or `None`
+) -> dict: # From the number of a cycle to its file
+    "The files of snapshots in `path`"
+    files = sorted(path.glob('cycle_*.pth')) if path else []
+    return {int(n): f for f in files if (n := f.stem.removeprefix('cycle_')).isdecimal()}
+
+@patch
 def drop(self:Snapshots, cycles:list):
     "Forget the snapshots of `cycles`, and delete their files in `path`"
     files = cycle_files(self.path)
@@ -142,6 +143,7 @@ def find(self:Snapshots, path:Path):
     self.progress = torch.load(path/'progress.pth', weights_only=False)
     self.rows = self.progress['rows']
 
+# %% ../../nbs/33_callback.zero_restarts.ipynb #3cb36421
 @patch
 def prepare(self:Snapshots, cycle:int, path:Path=None, n_last:int=None):
     "Make room for the snapshots from `cycle` on: those before it stay, in `path` from now on; files of others there are deleted"
@@ -188,14 +190,8 @@ def prediction_mean(
     shape:tuple # Of a batch of outputs
 ): # Function from a list of outputs to one
     "How to average outputs so that the predictions are averaged: `softmax_mean`, `sigmoid_mean`, or `outputs_mean` for all else"
-    act = activation_of(loss_func)
-    if act is None: return outputs_mean
-    x = torch.randn((2,*shape[1:]), generator=torch.Generator().manual_seed(0))
-    y = torch.as_tensor(act(x))
-    same = lambda o: y.shape==o.shape and torch.allclose(y, o, atol=1e-6)
-    for dim in reversed(range(x.dim())):
-        if same(x.softmax(dim)): return partial(softmax_mean, dim=dim)
-    return sigmoid_mean if same(x.sigmoid()) else outputs_mean
+    kind,dim = probabilities_of(loss_func, shape)
+    return dict(softmax=partial(softmax_mean, dim=dim), sigmoid=sigmoid_mean, mean=outputs_mean)[kind]
 
 # %% ../../nbs/33_callback.zero_restarts.ipynb #a9662e81
 def at_each_place(
