@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastcore.basics import store_attr
-from fastai.tabular.core import (Categorify, FillMissing, FillStrategy, Normalize, TabularPandas, add_datepart)
+from fastai.tabular.core import (Categorify, FillMissing, Normalize, TabularPandas, add_datepart)
 from fastai.data.block import RegressionBlock
 from fastai.tabular import data # makes `TabularPandas.dataloaders` give TabularDataLoaders, which can make a `test_dl`
 from .masks import check_int

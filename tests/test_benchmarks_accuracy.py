@@ -14,7 +14,7 @@ from benchmarks.accuracy.report import AIMS, aims_reached, board_text, chosen, s
 from benchmarks.accuracy.results import COLUMNS, append_result, matching, read_results
 from benchmarks.accuracy.run import Job, load
 from benchmarks.accuracy.search import score, search
-from benchmarks.accuracy.spaces import Choice, Limits, Real, Whole, defaults, suggest
+from benchmarks.accuracy.spaces import Choice, Limits, defaults, suggest
 from benchmarks.accuracy.tables import DATASETS, Options, Source, development_table, random_splits, test_rows as rows_to_test, time_splits
 
 LIMITS = Limits(4, 20)

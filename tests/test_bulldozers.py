@@ -1,4 +1,4 @@
-import io, os, pickle, random, warnings, zipfile
+import io, random, warnings, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback import progress, schedule # noqa: F401

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from torch.utils.data import TensorDataset
 from fastai_dropconnect.all import *
-from fastai_dropconnect.callback.frozen_zero import MaskRecord, as_bits, bit_mask
+from fastai_dropconnect.callback.frozen_zero import as_bits, bit_mask
 
 torch.set_num_threads(1)
 

@@ -5,7 +5,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.tabular import learner as fastai_learner
-from fastai.tabular.all import (EarlyStoppingCallback, Learner, SaveModelCallback, TabularModel, accuracy, load_learner, ranger, rmse, set_seed,
+from fastai.tabular.all import (EarlyStoppingCallback, SaveModelCallback, TabularModel, accuracy, load_learner, ranger, rmse, set_seed,
                                 tabular_config)
 
 from conftest import make_dls, make_table

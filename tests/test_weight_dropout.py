@@ -1,6 +1,5 @@
 "What `WeightDropout` and `EmbeddingDropout` promise: any parameter of any module, fastai's place in its AWD-LSTM, and copies that are copies"
 import copy, io, pickle, sys, warnings
-from contextlib import contextmanager
 from unittest.mock import patch
 import pytest, torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, L, noop, set_seed
@@ -11,7 +10,6 @@ from fastai.text.data import LMDataLoader
 from fastai.text.models import awdlstm
 from fastai.text.models.core import get_language_model
 from torch import nn
-import torch.nn.functional as F
 from fastai_dropconnect.layers import EmbeddingDropout, WeightDropout
 from fastai_dropconnect.functional import dropconnect
 

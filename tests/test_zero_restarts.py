@@ -1,5 +1,5 @@
 "What `ZeroRestarts` and `SnapshotEnsemble` promise: exact zeros that may grow back, snapshots that last, and predictions that are their average"
-import contextlib, os, subprocess, sys, textwrap, warnings
+import contextlib, os, subprocess, sys, textwrap
 from copy import deepcopy
 from functools import partial
 from pathlib import Path

@@ -1,11 +1,11 @@
 "The command: `python -m benchmarks.accuracy`"
-import os, sys, warnings
+import sys, warnings
 from importlib.util import find_spec
 from pathlib import Path
 import torch
 from fastcore.script import anno_parser
 from threadpoolctl import threadpool_limits
-from fastai_dropconnect.bulldozers import check_int
+from fastai_dropconnect.masks import check_int
 from .families import FAMILIES
 from .run import Job, load, run
 from .spaces import Limits

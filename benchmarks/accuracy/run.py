@@ -8,7 +8,7 @@ from .report import board_text, plot_board, short_text, summary
 from .results import SETUP, append_result, matching, read_results
 from .search import search
 from .spaces import Limits
-from .tables import DATASETS, Options, development_table, test_rows
+from .tables import Options, development_table, test_rows
 
 
 @dataclass(frozen=True)
