@@ -124,7 +124,8 @@ def test_bad_data_ends_with_status_2_and_one_line(tmp_path):
 
 def test_interrupted_by_the_user(tmp_path):
     p = subprocess.Popen([COMMAND, '--rows', '3000', '--models', 'fastai', '--epochs', '500', '--out', tmp_path/'out'],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # shells ignore it in jobs of the background
     try:
         assert '[' == p.stderr.read(1) # the first fit has begun
         p.send_signal(signal.SIGINT)
