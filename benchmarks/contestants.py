@@ -13,7 +13,7 @@ from statistics import median
 import torch, torch.nn.functional as F
 from torch import nn
 from fastai_dropconnect.functional import choose_backend, linear_dropconnect
-from fastai_dropconnect.layers import DropConnectLinear
+from fastai_dropconnect.layers.dropconnect import DropConnectLinear
 
 packages = Path(__file__).parent.parent/'build'/'bench_packages'
 

@@ -316,7 +316,7 @@ def test_steps_add_one_thing_after_the_other(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines)==2+5 and lines[0]=='| | numbers, RMSE, 2 epochs |' and all(line.count('±')==1 for line in lines[2:])
     assert [a['quantile'] for a in asked]==[False]*2+[True]*8 and ['bins' in a for a in asked]==[False]*4+[True]*6
-    assert [a['arguments'] for a in asked]==[{}]*6+[dict(config=dict(n_members=8))]*4
+    assert [a['arguments'] for a in asked]==[{}]*6+[dict(config=dict(members=8))]*4
     assert ['n_cycles' in a for a in asked]==[False]*8+[True]*2
     assert {a['rows'] for a in asked}=={len(development_table('numbers', Options()).development)}      # the test rows are not among them
     with pytest.raises(ValueError, match='seeds=1'): steps.main(seeds=1)

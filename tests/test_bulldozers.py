@@ -4,8 +4,11 @@ import numpy as np, pandas as pd, pytest, torch
 from fastai.callback import progress, schedule # noqa: F401
 from fastai.learner import load_learner
 from fastai.tabular.learner import tabular_learner
-from fastai_dropconnect import bulldozers as b
-from fastai_dropconnect.bulldozers import *
+from fastai_dropconnect.bulldozers import data as b, synthetic
+from fastai_dropconnect.bulldozers.data import *
+from fastai_dropconnect.tabular.data import DataError, time_split
+from fastai_dropconnect.tabular.procs import FillMissingAnywhere
+from fastai_dropconnect.bulldozers.synthetic import *
 
 REAL = Path(__file__).parents[2]/'shared'/'data'/'bulldozers'
 needs_real = pytest.mark.skipif(not (REAL/'TrainAndValid.csv').exists(), reason=f'Kaggle\'s file is not at {REAL}')
@@ -44,7 +47,7 @@ def test_synthetic_depends_on_the_seed_only_and_leaves_global_randomness_alone()
     assert not first.equals(synthetic_bulldozers(200, seed=9))
 
 def test_synthetic_noise_is_what_it_says(sales, monkeypatch):
-    monkeypatch.setattr(b, 'SYNTHETIC_NOISE', 0.)
+    monkeypatch.setattr(synthetic, 'SYNTHETIC_NOISE', 0.)
     noise = np.log(sales.SalePrice) - np.log(synthetic_bulldozers(1500, seed=3).SalePrice)
     assert noise.std() == pytest.approx(SYNTHETIC_NOISE, rel=.06) and abs(noise.mean()) < .015
 
@@ -63,7 +66,7 @@ def test_synthetic_takes_any_size(n, tmp_path):
 @pytest.mark.parametrize('kw,error,name', [(dict(n=0), ValueError, 'n=0'), (dict(n=2.), TypeError, 'n=2.0'), (dict(n=True), TypeError, 'n=True'),
     (dict(seed=-1), ValueError, 'seed=-1'), (dict(seed='x'), TypeError, "seed='x'")])
 def test_synthetic_checks_its_arguments(kw, error, name):
-    with pytest.raises(error, match=f'however: {name}'): synthetic_bulldozers(**{'n': 5, **kw})
+    with pytest.raises(error, match=f'got {name}'): synthetic_bulldozers(**{'n': 5, **kw})
 
 
 # --- reading
@@ -310,7 +313,8 @@ def test_synthetic_gaps_resemble_the_real_ones():
 def test_the_module_alone_makes_dataloaders_for_tables():
     import subprocess, sys
     code = '''
-from fastai_dropconnect.bulldozers import *
+from fastai_dropconnect.bulldozers.data import *
+from fastai_dropconnect.bulldozers.synthetic import *
 df = synthetic_bulldozers(100)
 dls = bulldozers_dls(df)
 from fastai_dropconnect.tabular.learner import tabular_learner

@@ -3,10 +3,13 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 import torch
 from fastai.learner import Callback, load_learner
-from fastai_dropconnect import cli
-from fastai_dropconnect.bulldozers import bulldozers_pandas, encode_sales, price_features, sales_dls, synthetic_bulldozers
-from fastai_dropconnect.callback.core import hidden_linears
+from fastai_dropconnect import cli, compare
+from fastai_dropconnect.tabular.data import tabular_dls
+from fastai_dropconnect.bulldozers.data import bulldozers_pandas, encode_sales, price_features
+from fastai_dropconnect.bulldozers.synthetic import synthetic_bulldozers
+from fastai_dropconnect.nn_utils import hidden_linears
 from fastai_dropconnect.cli import *
+from fastai_dropconnect.compare import *
 
 COMMAND = Path(sys.executable).parent/'dropconnect-bulldozers'
 REAL = Path(__file__).parents[2]/'shared'/'data'/'bulldozers'
@@ -140,28 +143,28 @@ def test_importing_the_command_leaves_vision_alone():
 
 SALES = synthetic_bulldozers(30, seed=2)
 BAD = { # options (FILE: a file made of what stands in second place), and what the message says
-    'weight_p 1.5': ('--weight_p 1.5', None, '`weight_p` must be a number with 0 <= weight_p < 1, however: weight_p=1.5'),
+    'weight_p 1.5': ('--weight_p 1.5', None, '`weight_p` must be a number with 0 <= weight_p < 1, got weight_p=1.5'),
     'weight_p nan': ('--weight_p nan', None, 'weight_p=nan'),
     'weight_p abc': ('--weight_p abc', None, "argument --weight-p: invalid float value: 'abc'"),
-    'sparsity 1': ('--sparsity 1', None, '`sparsity` must be a number with 0 <= sparsity < 1, however: sparsity=1.0'),
+    'sparsity 1': ('--sparsity 1', None, '`sparsity` must be a number with 0 <= sparsity < 1, got sparsity=1.0'),
     'sparsity -.1': ('--sparsity=-.1', None, 'sparsity=-0.1'),
     'sparsity half': ('--sparsity half', None, "argument --sparsity: invalid float value: 'half'"),
-    'unknown model': ('--models fastai,resnet', None, f"`models` must be some of {', '.join(MODELS)}, however: models='fastai,resnet' ('resnet' unknown)"),
+    'unknown model': ('--models fastai,resnet', None, f"`models` must be some of {', '.join(MODELS)}, got models='fastai,resnet' ('resnet' unknown)"),
     'no model': ('--models ,', None, '`models` must be some of'),
-    'epochs 0': ('--epochs 0', None, '`epochs` must be an integer of at least 1, however: epochs=0'),
+    'epochs 0': ('--epochs 0', None, '`epochs` must be an integer of at least 1, got epochs=0'),
     'epochs 1.5': ('--epochs 1.5', None, "argument --epochs: invalid int value: '1.5'"),
-    'cycles 0': ('--cycles 0', None, '`cycles` must be an integer of at least 1, however: cycles=0'),
-    'bs 1': ('--bs 1', None, '`bs` must be an integer of at least 2, however: bs=1'),
-    'layers': ('--layers 500,x', None, "`layers` must be sizes of at least 1 such as '500,250', however: layers='500,x'"),
+    'cycles 0': ('--cycles 0', None, '`cycles` must be an integer of at least 1, got cycles=0'),
+    'bs 1': ('--bs 1', None, '`bs` must be an integer of at least 2, got bs=1'),
+    'layers': ('--layers 500,x', None, "`layers` must be sizes of at least 1 such as '500,250', got layers='500,x'"),
     'layer 0': ('--layers 0', None, "layers='0'"),
-    'seeds 0': ('--seeds 0', None, '`seeds` must be an integer of at least 1, however: seeds=0'),
-    'seed -1': ('--seed=-1', None, '`seed` must be an integer of at least 0, however: seed=-1'),
+    'seeds 0': ('--seeds 0', None, '`seeds` must be an integer of at least 1, got seeds=0'),
+    'seed -1': ('--seed=-1', None, '`seed` must be an integer of at least 0, got seed=-1'),
     'seed too large': ('--seed 4294967295 --seeds 2', None, '`seed`'),
-    'rows 1': ('--rows 1', None, '`rows` must be an integer of at least 2, however: rows=1'),
-    'valid_from': ('--valid_from soon', None, "`valid_from` must be a date such as '2011-10-01', however: valid_from='soon'"),
+    'rows 1': ('--rows 1', None, '`rows` must be an integer of at least 2, got rows=1'),
+    'valid_from': ('--valid_from soon', None, "`valid_from` must be a date such as '2011-10-01', got valid_from='soon'"),
     'no validation rows': ('--valid_from 2031-01-01', None, 'the validation period from 2031-01-01 has no rows'),
     'no training rows': ('--valid_from 1990-01-01', None, 'the training period before 1990-01-01 has no rows'),
-    'out in proc': ('--out /proc/x', None, "`out` must be a folder that can be written to, however: out='/proc/x'"),
+    'out in proc': ('--out /proc/x', None, "`out` must be a folder that can be written to, got out='/proc/x'"),
     'out is a file': ('--out FILE', 'hello', 'FILE is not a folder'),
     'out under a file': ('--out FILE/out', 'hello', 'FILE is not a folder'),
     'unknown option': ('--wieght_p .3', None, 'unrecognized arguments: --wieght-p'),
@@ -285,7 +288,7 @@ def test_learning_curves_show_the_average_of_zero_restarts():
     for m in ('fastai','zero-restarts'): np.testing.assert_allclose(lines[m], of(m))
     assert np.isnan(lines['zero-restarts']).tolist() == [True, False, False, False]
 
-def test_each_model_has_a_colour_of_its_own(): assert len(set(cli._colors(MODELS).values())) == len(MODELS)
+def test_each_model_has_a_colour_of_its_own(): assert len(set(compare._colors(MODELS).values())) == len(MODELS)
 
 @pytest.mark.parametrize('name', ['frozen-zero','free-zero','zero-restarts','masked-ensemble'])
 def test_an_exported_network_predicts_and_trains_on(name, tmp_path, capsys):
@@ -297,7 +300,7 @@ def test_an_exported_network_predicts_and_trains_on(name, tmp_path, capsys):
     with learn.no_bar(): logs = learn.get_preds(dl=learn.dls.test_dl(price_features(valid)))[0].squeeze(-1).numpy()
     np.testing.assert_allclose(np.exp(logs), preds[name], rtol=1e-4)
     before = learn.model.layers[0][0].weight.detach().clone()
-    learn.dls = sales_dls(bulldozers_pandas(sales))
+    learn.dls = tabular_dls(bulldozers_pandas(sales))
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert not torch.equal(learn.model.layers[0][0].weight, before)
     assert (abs(hidden_zeros(learn)[0]-.75) < .001) == (name == 'frozen-zero')

@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastai_dropconnect.all import *
+from fastai_dropconnect.masks import draw_seed, drop_probability, drop_threshold
+from fastai_dropconnect.tabular.embeddings import quantile_bins
 from fastai_dropconnect.kernels import torch as kernels
 from fastai_dropconnect.masks import example_mask
 
@@ -32,9 +34,9 @@ def case_ensemble(cls, mode, **kw): return cls(12, 5, n_members=3, p=0.3, mode=m
 def case_inputs(**kw): return TabularDropConnectModel(**TAB, weight_p=0.3, **kw),None,tabular_args()
 EXTRAS = ([pytest.param(lambda c=c,m=m: case_ensemble(c, m), id=f'{c.__name__}-{m}') for c in (EnsembleLinear,MaskedEnsembleLinear) for m in MODES]
           + [pytest.param(lambda: case_ensemble(MaskedEnsembleLinear, 'example', shared_input=True, drop_bias=True), id='MaskedEnsembleLinear-shared_input')]
-          + [pytest.param(lambda m=m: case_inputs(n_members=3, mode=m), id=f'members-{m}') for m in MODES]
-          + [pytest.param(lambda: case_inputs(num_embeddings='ple', bins=quantile_bins(torch.randn(50, 3), 6), num_embed_weight_p=0.2), id='ple'),
-             pytest.param(lambda: case_inputs(num_embeddings='periodic', n_members=2), id='periodic-members')])
+          + [pytest.param(lambda m=m: case_inputs(members=3, mode=m), id=f'members-{m}') for m in MODES]
+          + [pytest.param(lambda: case_inputs(num_embeddings=PLE(bins=6, weight_p=0.2).fitted(torch.randn(50, 3))), id='ple'),
+             pytest.param(lambda: case_inputs(num_embeddings='periodic', members=2), id='periodic-members')])
 more_cases = pytest.mark.parametrize('case', CASES+EXTRAS)
 
 

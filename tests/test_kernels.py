@@ -3,7 +3,7 @@ import importlib.util, os, subprocess, sys, threading
 import pytest, torch
 
 from fastai_dropconnect.functional import choose_backend, linear_dropconnect
-from fastai_dropconnect.kernels import cpu, torch as reference
+from fastai_dropconnect.kernels import numba as cpu, torch as reference
 from fastai_dropconnect.masks import draw_seed
 
 
@@ -74,7 +74,7 @@ def test_two_threads_train_at_the_same_time(monkeypatch):
 def test_a_fork_after_the_first_use_works():
     code = '''
 import os, signal, torch
-from fastai_dropconnect.kernels import cpu
+from fastai_dropconnect.kernels import numba as cpu
 from fastai_dropconnect.masks import draw_seed
 cpu._n_threads = lambda work: 2
 x,w,seed = torch.randn(64, 300),torch.randn(90, 300),draw_seed()
@@ -110,7 +110,7 @@ import sys
 sys.modules['numba'] = None     # as if it were not installed
 from fastai_dropconnect.functional import choose_backend
 import torch
-from fastai_dropconnect.layers import DropConnectLinear
+from fastai_dropconnect.layers.dropconnect import DropConnectLinear
 DropConnectLinear(3, 2)(torch.randn(4, 3)).sum().backward()
 print(choose_backend('cpu'))
 try: choose_backend('cpu', 'numba')
@@ -135,7 +135,7 @@ def test_memory_is_that_of_the_inputs():
     "n*out*in is 512 million: the mask would take 512 MB as bytes"
     code = '''
 import resource, torch
-from fastai_dropconnect.kernels import cpu
+from fastai_dropconnect.kernels import numba as cpu
 from fastai_dropconnect.masks import draw_seed
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 args = torch.randn(1024, 1000),torch.randn(500, 1000),torch.randn(1024, 500)
@@ -156,7 +156,7 @@ def test_the_cuda_kernels_compile_for_real_processors():
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastai_dropconnect.kernels import cuda as K
+from fastai_dropconnect.kernels import triton as K
 for f,sums in ((K._forward, 'y'), (K._grad_input, 'gx'), (K._grad_weight, 'gw')):
     for ptr,dtype in (('fp32',tl.float32), ('bf16',tl.float32), ('fp64',tl.float64)):
         kinds = dict(seed='*i64', O='constexpr', I='constexpr', dtype='constexpr', **{k: 'i32' for k in ('n','n_out','n_in','limit','blocks')})
@@ -172,7 +172,7 @@ print('compiled')'''
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_gpu_makes_the_same_sums_as_the_cpu(dtype):
-    from fastai_dropconnect.kernels import cuda
+    from fastai_dropconnect.kernels import triton as cuda
     (x,w,g),seed,tol = tensors(70, 90, 33, dtype),draw_seed(),dict(rtol=2e-2, atol=1e-1) if dtype!=torch.float32 else dict(rtol=1e-4, atol=1e-3)
     gpu = [t.cuda() for t in (x,w,g,seed)]
     torch.testing.assert_close(cuda.forward(gpu[0], gpu[1], gpu[3], 9000).cpu(), cpu.forward(x, w, seed, 9000), **tol)

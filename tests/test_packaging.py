@@ -103,15 +103,6 @@ def test_the_wheel_imports_and_its_command_runs(installed, tmp_path):
     assert int(idx.strip('[]\n')) >= 8
 
 
-def test_all_exports_every_public_name():
-    import importlib
-    everything = importlib.import_module(f'{LIB}.all')
-    for path in (ROOT/LIB).rglob('*.py'):
-        if path.name in ('__init__.py','_modidx.py','all.py') or 'kernels' in path.parts: continue
-        mod = importlib.import_module('.'.join(path.relative_to(ROOT).with_suffix('').parts))
-        for name in mod.__all__: assert getattr(everything, name, None) is getattr(mod, name), f'{mod.__name__}.{name}'
-
-
 def test_the_constraints_lie_in_the_supported_ranges():
     _,cfg = facts()
     ranges = {Requirement(r).name.lower(): Requirement(r).specifier for r in lines(cfg['requirements'])+lines(cfg['dev_requirements'])}
@@ -120,20 +111,3 @@ def test_the_constraints_lie_in_the_supported_ranges():
     for pin in pins:
         v = str(pin.specifier).removeprefix('==')
         if pin.name in ranges: assert ranges[pin.name].contains(v), pin
-
-
-def test_no_layer_imports_from_a_floor_above():
-    floors = {}
-    for nb in (ROOT/'nbs').glob('[0-9]*.ipynb'): floors[nb.stem.split('_', 1)[1]] = int(nb.stem.split('_', 1)[0])
-    for path in (ROOT/LIB).rglob('*.py'):
-        name = '.'.join(path.relative_to(ROOT/LIB).with_suffix('').parts)
-        if name not in floors: continue
-        package = ['fastai_dropconnect', *name.split('.')[:-1]]
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.ImportFrom): continue
-            base = package[:len(package)-node.level+1] if node.level else []
-            target = '.'.join([*base, *([node.module] if node.module else [])])
-            if not target.startswith(LIB): continue
-            for other in [target, *[f'{target}.{a.name}' for a in node.names]]:
-                other = other.removeprefix(f'{LIB}.')
-                if other in floors: assert floors[other] <= floors[name] and other != name, f'{name} imports {other}'

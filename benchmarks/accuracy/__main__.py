@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from fastcore.script import anno_parser
 from threadpoolctl import threadpool_limits
-from fastai_dropconnect.masks import check_int
+from fastai_dropconnect.checks import check_int
 from .families import FAMILIES
 from .run import Job, load, run
 from .spaces import Limits
@@ -25,7 +25,7 @@ def parse_names(
     if text=='all': return list(known)
     names = [n.strip() for n in text.split(',') if n.strip()]
     wrong = [n for n in names if n not in known]
-    if wrong or not names: raise ValueError(f"`{argument}` must be 'all' or some of {', '.join(known)}, however: {argument}={text!r}")
+    if wrong or not names: raise ValueError(f"`{argument}` must be 'all' or some of {', '.join(known)}, got {argument}={text!r}")
     return [n for n in known if n in names]
 
 
@@ -38,7 +38,7 @@ def available(
     missing = {n: FAMILIES[n].package for n in names if FAMILIES[n].missing}
     if not missing: return names
     what = ', '.join(f'{n} ({p})' for n,p in missing.items())
-    if text!='all': raise ValueError(f'`families` must be installed, however: {what} is not; {INSTALL}')
+    if text!='all': raise ValueError(f'`families` must be installed, but {what} is not; {INSTALL}')
     say(f'left out, as the package is not installed: {what}; {INSTALL}\n')
     return [n for n in names if n not in missing]
 
@@ -61,7 +61,7 @@ def bench_accuracy(
     if rows is not None: check_int(rows, 'rows', 100)
     say = lambda text: (sys.stderr.write(text), sys.stderr.flush())
     names = parse_names(datasets, DATASETS, 'datasets'),available(families, say)
-    if trials and find_spec('optuna') is None: raise ValueError(f'`trials` must be 0 without the package optuna, however: trials={trials}; {INSTALL}')
+    if trials and find_spec('optuna') is None: raise ValueError(f'`trials` must be 0 without the package optuna, got trials={trials}; {INSTALL}')
     folder = Path(out or Path(__file__).parent.parent/'results'/('quick' if quick else ''))
     return Job(*names, trials, seeds, folder,
                Options(data, wheel, rows, split_seed), Limits(4, 60) if quick else Limits(), say)

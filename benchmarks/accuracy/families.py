@@ -4,7 +4,9 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Callable
 from zlib import crc32
-from fastai_dropconnect.all import FrozenZeroInit, RecalibrateBN
+from fastai_dropconnect.callback.batchnorm import RecalibrateBN
+from fastai_dropconnect.callback.frozen_zero import FrozenZeroInit
+from fastai_dropconnect.tabular.model import MaskedMembers
 from .networks import fit_network, one_cycle, zero_restarts
 from .spaces import Choice, Real, Whole
 from .tabm_network import fit_tabm
@@ -35,7 +37,7 @@ _cycles = dict(n_cycles=Whole(4, 12, 8), cycle_len=Whole(1, 4, 2, log=True), spa
 _members = dict(layers=Choice(('200,100', '256,256', '500,250')), member_sparsity=Real(.1, .8, .5))
 
 def _dropconnect(mode): return lambda p: dict(config=dict(weight_p=p['weight_p'], mode=mode), cbs=[RecalibrateBN()])
-def _masked_ensemble(p): return dict(config=dict(n_members=8, member_sparsity=p['member_sparsity']))
+def _masked_ensemble(p): return dict(config=dict(members=MaskedMembers(8, p['member_sparsity'])))
 
 _networks = { # name: (what is searched beside `_network`, arguments of `tabular_learner` from the hyperparameters, how to train)
     'fastai': (_epochs, lambda p: {}, one_cycle),

@@ -5,6 +5,8 @@ from fastai.callback.core import CancelValidException
 from fastai.tabular.all import Callback, Categorify, CategoryBlock, Normalize, RegressionBlock, TabularPandas, set_seed
 from torch import nn
 from fastai_dropconnect.all import *
+from fastai_dropconnect.compare import kept_networks
+from fastai_dropconnect.tabular.model import is_dropconnect_config
 from .spaces import Fitted, Limits
 from .tables import Table
 
@@ -39,7 +41,7 @@ def network_dls(
     procs = [Categorify, FillMissingAnywhere, QuantileNormalize if quantile else Normalize]
     block = CategoryBlock([0,1]) if table.classes else RegressionBlock()
     to = TabularPandas(df[[*table.cats, *table.conts, table.target]], procs, list(table.cats), list(table.conts), table.target, block, splits, reduce_memory=False)
-    return sales_dls(to, BATCH, device='cpu')
+    return tabular_dls(to, BATCH, device='cpu')
 
 
 def learner_predict(learn, table:Table, scaler:Scaler, rows:pd.DataFrame) -> np.ndarray:
@@ -75,8 +77,8 @@ def fit_network(
     scaler = Scaler(table, rows)
     dls = network_dls(table, scaler.apply(table, rows), p['quantile'])
     args = arguments(p) | ({} if table.classes else dict(y_range=scaler.y_range))
-    if p.get('num_embed_dim'): args['config'] = args.get('config', {}) | dict(num_embeddings='ple', num_embed_dim=p['num_embed_dim'], bins=p['bins'])
-    if (config := args.get('config')) and is_dropconnect_config(config): args['config'] = tabular_dropconnect_config(**{'weight_p': 0.} | config)
+    if p.get('num_embed_dim'): args['config'] = args.get('config', {}) | dict(num_embeddings=PLE(p['num_embed_dim'], p['bins']))
+    if (config := args.get('config')) and is_dropconnect_config(config): args['config'] = tabular_dropconnect_config(**config)
     learn = tabular_learner(dls, layers=[int(n) for n in p['layers'].split(',')], **args)
     learn.add_cb(SkipValidation())
     with learn.no_bar(), learn.no_logging(): train(learn, p, limits, seed)

@@ -7,7 +7,7 @@ prints a markdown table: test rows, mean and standard deviation over the seeds, 
 import statistics, warnings
 import torch
 from fastcore.script import anno_parser
-from fastai_dropconnect.masks import check_int
+from fastai_dropconnect.checks import check_int
 from .networks import fit_network, one_cycle, zero_restarts
 from .search import score
 from .spaces import Limits
@@ -16,10 +16,10 @@ from .tables import Options, development_table, test_rows
 EPOCHS = dict(bulldozers=5, adult=5, california=20)
 BASE = dict(layers='200,100', lr=1e-2, wd=1e-2, quantile=False)
 STEPS = {'plain fastai (`Normalize`)': {}, '`QuantileNormalize`': dict(quantile=True), "and `num_embeddings='ple'`": dict(num_embed_dim=16, bins=48),
-         'and `n_members=8`': dict(n_members=8), 'and 4 cycles of half the epochs': dict(n_cycles=4, sparsity=.3, embed_sparsity=.5)}
+         'and `members=8`': dict(members=8), 'and 4 cycles of half the epochs': dict(n_cycles=4, sparsity=.3, embed_sparsity=.5)}
 
 def train(learn, p, *args): (zero_restarts if 'n_cycles' in p else one_cycle)(learn, p, *args)
-def members(p): return dict(config=dict(n_members=p['n_members'])) if 'n_members' in p else {}
+def members(p): return dict(config=dict(members=p['members'])) if 'members' in p else {}
 
 
 def test_scores(table, test, p:dict, seeds:int) -> list:

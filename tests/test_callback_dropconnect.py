@@ -1,0 +1,248 @@
+"What the callback `DropConnect` promises: noise in training batches, and a model that is left as it was whatever happens"
+import copy, contextlib, pickle, warnings
+import pytest, torch
+import torch.nn.functional as F
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.schedule import *
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.tabular.all import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException,
+                                DataLoaders, L, Learner, ProgressCallback, noop, params, set_seed)
+from torch import nn
+from torch.utils.data import TensorDataset
+from fastai_dropconnect.all import *
+
+torch.set_num_threads(1)
+modes = pytest.mark.parametrize('mode', ['example','batch','gaussian'])
+
+
+def make_dls(n=64, bs=16):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 4, generator=g)
+    ds = TensorDataset(x, x.prod(1, keepdim=True) + x[:,:1])
+    return DataLoaders.from_dsets(ds, ds, bs=bs, shuffle=True, device='cpu', num_workers=0)
+
+def make_learn(*cbs, seed=0, model=None, **kw):
+    set_seed(seed)
+    model = model or nn.Sequential(nn.Linear(4,12), nn.Tanh(), nn.Linear(12,8), nn.Tanh(), nn.Linear(8,1))
+    learn = Learner(make_dls(), model, F.mse_loss, cbs=L(cbs), **kw)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+def state(model):
+    "All that could be changed in a model: classes, attributes, hooks, keys"
+    return [(n, id(m), type(m), sorted(vars(m)), list(m._parameters), [len(h) for k,h in vars(m).items() if k.endswith('_hooks')])
+            for n,m in model.named_modules()] + list(model.state_dict()) + [id(p) for p in model.parameters()]
+
+def snapshot(learn): return [p.detach().clone() for p in learn.model.parameters()]
+def seeded_fit(learn, *args):
+    set_seed(1)
+    learn.fit(*args)
+    return learn
+
+def same(a, b): return all(torch.equal(x, y) for x,y in zip(a, b))
+
+class Seen(Callback):
+    "Which layers were noisy, with which p, in training and validation"
+    order = 90
+    def __init__(self): self.train,self.valid = [],[]
+    def after_pred(self):
+        (self.train if self.training else self.valid).append([getattr(m, '_dropconnect', {}).get('p') for m in self.learn.model if isinstance(m, nn.Linear)])
+
+
+@modes
+def test_a_fit_is_that_of_the_model_with_dropconnect_layers(mode):
+    "Same random numbers, same weights in the end as with `DropConnectLinear` in the model"
+    learn = make_learn(DropConnect(.4, mode))
+    before = state(learn.model)
+    seeded_fit(learn, 2, 1e-2)
+    assert state(learn.model)==before
+    model = make_learn().model
+    for i in (0,2): model[i] = DropConnectLinear.from_linear(model[i], .4, mode)
+    other,plain = [seeded_fit(l, 2, 1e-2) for l in (make_learn(model=model), make_learn())]
+    assert same(snapshot(learn), snapshot(other)) and not same(snapshot(learn), snapshot(plain))
+    assert [v[:2] for v in learn.recorder.values]==[v[:2] for v in other.recorder.values]
+
+
+def test_nothing_in_validation_and_predictions():
+    learn = make_learn(DropConnect(.5), seen := Seen())
+    learn.fit(1)
+    assert seen.train == [[.5,.5,None]]*4 and seen.valid == [[None]*3]*4
+    x = torch.randn(8, 4)
+    learn.model.train()
+    assert torch.equal(learn.model(x), learn.model(x))
+    preds,targs = learn.get_preds()
+    assert torch.equal(preds, learn.model.eval()(learn.dls.valid_ds.tensors[0])) and learn.validate()[0]==pytest.approx(F.mse_loss(preds, targs).item())
+
+
+def test_p_zero_is_plain_and_the_seed_repeats():
+    runs = [make_learn(*cbs) for cbs in ([], [DropConnect(0.)], [DropConnect(.5)], [DropConnect(.5)])]
+    for l in runs: seeded_fit(l, 1, 1e-2)
+    plain,zero,a,b = map(snapshot, runs)
+    assert same(plain, zero) and same(a, b) and not same(a, plain)
+
+
+@pytest.mark.parametrize('weight_p,layers,want', [
+    ({'0': .1, '4': .2}, None, [.1,None,.2]), (.3, ['4'], [None,None,.3]), (.3, lambda n,m: m.weight.shape[0]==8 if isinstance(m, nn.Linear) else False, [None,.3,None]),
+    (lambda n,m: .1 if n=='0' else .6, None, [.1,.6,None])])
+def test_layers_and_a_value_for_each(weight_p, layers, want):
+    learn = make_learn(DropConnect(weight_p, layers=layers), seen := Seen())
+    learn.fit(1)
+    assert seen.train == [want]*4
+
+
+def test_schedules():
+    for sched,ends in ((SchedCos(0,.5), (0,.5)), (SchedLin(.4,0), (.4,0)), (combined_cos(.5,0,.3,0), (0,0))):
+        learn = make_learn(DropConnect(sched), seen := Seen())
+        learn.fit(5)
+        ps = [p[0] for p in seen.train]
+        assert len(ps)==20 and ps[0]==pytest.approx(ends[0]) and ps[-1]==pytest.approx(ends[1], abs=.06)
+        assert ps == pytest.approx([sched(i/20) for i in range(20)], abs=1e-6)
+
+
+@pytest.mark.parametrize('event', ['before_batch','after_pred','after_backward','after_step','after_batch','after_epoch'])
+@pytest.mark.parametrize('how', [RuntimeError('no'), KeyboardInterrupt(), CancelBatchException(), CancelTrainException(), CancelEpochException(), CancelFitException()],
+                         ids=lambda e: type(e).__name__)
+def test_left_as_it_was_whatever_happens(event, how):
+    def stop(self):
+        if self.learn.train_iter>=2: raise how
+    def run(learn, *cbs):
+        with contextlib.suppress(RuntimeError, KeyboardInterrupt, CancelBatchException, CancelTrainException, CancelEpochException):
+            learn.fit(2, cbs=[*cbs, Callback(**{event: stop})])
+    learn = make_learn()
+    before = state(learn.model)
+    run(learn, DropConnect(.5))
+    assert state(learn.model)==before and not {'_do_one_batch','drop_connect'} & set(vars(learn))
+    learn = make_learn(DropConnect(.5))
+    before = state(learn.model)
+    run(learn)
+    assert state(learn.model)==before
+    learn.fit(1)
+    assert state(learn.model)==before
+
+
+def test_an_error_in_the_model_itself():
+    class Bad(nn.Module):
+        def forward(self, x): raise KeyboardInterrupt
+    learn = make_learn(DropConnect(.5, layers=['0']), model=nn.Sequential(nn.Linear(4,8), Bad(), nn.Linear(8,1)))
+    before = state(learn.model)
+    with pytest.raises(KeyboardInterrupt): learn.fit(1)
+    assert state(learn.model)==before
+
+
+def test_copies_in_the_middle_of_a_batch_are_plain():
+    class Copy(Callback):
+        def after_step(self): self.copies = [copy.deepcopy(self.learn.model), pickle.loads(pickle.dumps(self.learn.model)), pickle.loads(pickle.dumps(self.learn.model, 2))]
+    learn = make_learn(DropConnect(.5), Copy())
+    learn.fit(1)
+    for m in learn.copy.copies:
+        assert [type(l) for l in m]==[type(l) for l in learn.model] and same(m.parameters(), learn.model.parameters())
+        assert not any('_dropconnect' in vars(l) for l in m)
+
+
+def test_the_learner_itself_is_copied_and_goes_on():
+    learn = make_learn(DropConnect(.5), Seen())
+    learn.fit(1)
+    for again in (pickle.loads(pickle.dumps(learn)), copy.deepcopy(learn)):
+        again.fit(1, 1e-2)
+        assert len(again.seen.train)==8 and again.seen.train[-1]==[.5,.5,None] and len(learn.seen.train)==4
+        again.remove_cb(DropConnect)
+        assert '_do_one_batch' not in vars(again) and '_do_one_batch' in vars(learn)
+
+
+def test_the_optimizer_stays_and_two_at_once():
+    learn = make_learn()
+    learn.fit(1, 1e-2)
+    opt,moments = learn.opt,learn.opt.state[learn.model[0].weight]['grad_avg']
+    learn.fit(1, 1e-2, cbs=[DropConnect({'0':.2}), DropConnect({'2':.3}), seen := Seen()])
+    assert seen.train == [[.2,.3,None]]*4
+    assert learn.opt is opt and opt.state[learn.model[0].weight]['grad_avg'] is moments
+
+
+@pytest.mark.parametrize('cb', [lambda: GradientAccumulation(40), lambda: MixedPrecision('bf16'), lambda: MixedPrecision(), lambda: GradientClip(.1),
+                                lambda: FrozenZeroInit(.5), lambda: RecalibrateBN()], ids=['acc','bf16','fp16','clip','frozen','bn'])
+@modes
+def test_with_other_callbacks(cb, mode):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')      # fp16 says that there is no CUDA
+        learn = make_learn(DropConnect(.5, mode), cb(), seen := Seen())
+        learn.fit_one_cycle(2, 1e-2)
+    assert len(seen.train)==8 and all(p.isfinite().all() for p in learn.model.parameters())
+
+
+@pytest.mark.parametrize('weight_p', [.5, SchedLin(0,.5)], ids=['number','schedule'])
+@pytest.mark.parametrize('wrap', [True,False])
+def test_a_compiled_model(wrap, weight_p):
+    "Noise in training and none in validation, with the same random numbers as without compiling"
+    def run(comp, *cbs):
+        learn = make_learn(*cbs)
+        if comp and wrap: learn.model = torch.compile(learn.model, backend='aot_eager')
+        elif comp: learn.model.compile(backend='aot_eager')
+        before = state(learn.model)
+        seeded_fit(learn, 2, 1e-2)
+        assert state(learn.model)==before
+        learn.model.eval()
+        assert same(learn.model(torch.ones(2,4)), learn.model(torch.ones(2,4)))
+        return snapshot(learn)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        plain,eager,comp = run(True),run(False, DropConnect(weight_p, 'gaussian')),run(True, DropConnect(weight_p, 'gaussian'))
+    for a,b in zip(eager, comp): torch.testing.assert_close(a, b)
+    assert not any(torch.equal(a, b) for a,b in zip(plain, comp))
+
+
+def test_lr_find_and_fine_tune(tmp_path):
+    learn = make_learn(DropConnect(.5), seen := Seen(), path=tmp_path, splitter=lambda m: [params(m[:2]), params(m[2:])])
+    before,weights = state(learn.model),snapshot(learn)
+    learn.lr_find(show_plot=False, num_it=8, suggest_funcs=None)
+    assert seen.train and same(snapshot(learn), weights)
+    learn.fine_tune(1, 1e-2)
+    learn.freeze(); learn.fit(1); learn.unfreeze()
+    assert state(learn.model)==before and all(p==[.5,.5,None] for p in seen.train)
+
+
+def test_checkpointed_blocks_get_the_same_mask_again():
+    class Checkpointed(nn.Module):
+        def __init__(self, m): super().__init__(); self.m = m
+        def forward(self, x): return torch.utils.checkpoint.checkpoint(self.m, x, use_reentrant=False)
+    def run(wrap):
+        net = make_learn().model
+        learn = make_learn(DropConnect(.5, layers=lambda n,m: isinstance(m, nn.Linear) and m.in_features==12), model=nn.Sequential(net[:2], wrap(net[2]), net[3:]))
+        return snapshot(seeded_fit(learn, 1, 1e-2))
+    assert same(run(noop), run(Checkpointed))
+
+
+def test_attention():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inp,self.att,self.mid,self.out = nn.Linear(4,8),nn.MultiheadAttention(8,2,batch_first=True),nn.Linear(8,8),nn.Linear(8,1)
+        def forward(self, x):
+            x = self.inp(x)[:,None]
+            return self.out(self.mid(self.att(x, x, x, need_weights=False)[0][:,0]))
+    learn = make_learn(cb := DropConnect(.5), model=Net())
+    learn.fit(1)
+    assert [m for m,_ in cb._layers]==[learn.model.inp, learn.model.mid]
+    with pytest.raises(TypeError, match='att.out_proj'): make_learn(DropConnect(layers=['att.out_proj']), model=Net()).fit(1)
+
+
+@pytest.mark.parametrize('kw,error,says', [
+    (dict(weight_p=1), ValueError, 'weight_p=1'), (dict(weight_p='x'), TypeError, "weight_p='x'"), (dict(mode='a'), ValueError, "mode='a'"),
+    (dict(weight_p=SchedLin(0,1)), ValueError, r'weight_p\(1.0\)=1.0'), (dict(weight_p={'0':2}), ValueError, 'weight_p=2'), (dict(layers=0), TypeError, 'layers=0')])
+def test_errors_come_from_the_constructor(kw, error, says):
+    with pytest.raises(error, match=says): DropConnect(**kw)
+
+
+def test_two_processes(two_processes):
+    two_processes('''
+        from test_callback_dropconnect import make_learn, state, snapshot, same, DropConnect, Callback
+        class Draws(Callback):
+            def after_pred(self):
+                if self.training: self.out = [type(self.learn.model.module[0]).__name__, self.learn.model.module[0](torch.ones(1,4)).tolist()]
+        learn = make_learn(DropConnect(.5), Draws(), seed=rank)
+        before = state(learn.model)
+        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2)
+        assert state(learn.model)==before
+        both = gather((snapshot(learn), learn.draws.out))
+        assert same(both[0][0], both[1][0]) and both[0][1][0]=='NoisyLinear' and both[0][1][1]!=both[1][1][1]
+    ''')
