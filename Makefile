@@ -1,5 +1,5 @@
 # make demo [DATA=TrainAndValid.csv] | make test | make bench [BENCH=--quick] | make bench-accuracy [DATA=...] [ARGS=--quick]
-# make export | make readme | make clean
+# make lint | make export | make readme | make clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ DATA ?=
 OUT ?= bulldozers_out
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test bench bench-accuracy export readme clean
+.PHONY: demo test lint bench bench-accuracy export readme clean
 
 $(VENV)/.installed: $(CONSTRAINTS) settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3,10) else 0)'
@@ -32,6 +32,11 @@ bench-accuracy: $(VENV)/.bench-accuracy
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 nbdev-test
 	OMP_NUM_THREADS=1 pytest
+
+# Imports, names and the habits of the house: floors, sizes, docstrings, public names
+lint: $(VENV)/.installed
+	ruff check .
+	pytest -q tests/test_house.py
 
 # Its wheel asks for a newer Python than its code needs; without it the table has one contestant less
 build/bench_packages/dropconnect: | $(VENV)/.installed

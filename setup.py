@@ -22,6 +22,7 @@ def version():
 setup(
     version=version(),
     packages=find_packages(include=[lib, f'{lib}.*']),
+    package_data={lib: ['py.typed']},
     install_requires=lines('requirements'),
     extras_require={'dev': lines('dev_requirements')},
     entry_points={'console_scripts': lines('console_scripts'), 'nbdev': [f'{lib} = {lib}._modidx:d']},

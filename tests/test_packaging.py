@@ -88,6 +88,7 @@ def test_the_wheel_has_all_metadata(installed):
     eps = {(e.group, e.name, e.value) for e in dist.entry_points}
     assert eps == {('nbdev', LIB, f'{LIB}._modidx:d')} | {('console_scripts', *[o.strip() for o in l.split('=')]) for l in lines(cfg['console_scripts'])}
     assert any(str(f).endswith('licenses/LICENSE') for f in dist.files)
+    assert f'{LIB}/py.typed' in map(str, dist.files)
     modules = {str(p.relative_to(ROOT)) for p in (ROOT/LIB).rglob('*.py')}
     assert modules == {str(f) for f in dist.files if str(f).startswith(f'{LIB}/') and str(f).endswith('.py')}
 
