@@ -8,7 +8,8 @@ __all__ = ['DataError', 'valid_start', 'time_split', 'tabular_dls']
 # %% ../../nbs/320_tabular.data.ipynb #ac7d01db
 import numpy as np, pandas as pd
 from fastai.data.core import DataLoaders
-from fastai.tabular import data # gives `TabularPandas.dataloaders` loaders that can make a `test_dl`
+# the next import gives `TabularPandas.dataloaders` loaders that can make a `test_dl`
+from fastai.tabular import data # noqa: F401
 from fastai.tabular.core import TabularPandas
 from ..checks import check_date, check_int, check_p, check_positive
 

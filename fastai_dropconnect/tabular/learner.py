@@ -6,10 +6,11 @@
 __all__ = ['TabularLearner', 'AverageMembers', 'tabular_learner']
 
 # %% ../../nbs/340_tabular.learner.ipynb #9a4fbc01
-from dataclasses import replace
-import fastai.tabular.all     # noqa: F401. It gives every Learner `no_bar`, `fit_one_cycle`, `lr_find`
-import pandas as pd
 from collections.abc import Callable
+from dataclasses import replace
+# the next import gives every Learner `no_bar`, `fit_one_cycle`, `lr_find`
+import fastai.tabular.all # noqa: F401
+import pandas as pd
 from fastai.basics import Callback, Learner, get_c, get_model
 from fastai.tabular import learner as fastai_learner
 from fastai.tabular.data import TabularDataLoaders
@@ -35,14 +36,14 @@ class TabularLearner(fastai_learner.TabularLearner):
         if missing: raise ValueError(f'`row` must have the columns of the training frame, but {missing} are missing')
         with self.no_bar(): return super().predict(row.drop(self.dls.y_names, errors='ignore'))
 
-# %% ../../nbs/340_tabular.learner.ipynb #a17e9fb6
+# %% ../../nbs/340_tabular.learner.ipynb #e79c1300
 def _complete_config(
     config:dict, # Not changed
     dls:TabularDataLoaders,
     loss_func:Callable,
     n_out:int # Number of outputs
 ) -> dict: # A copy
-    "Add the edges of the bins and the average of the members to `config`, where it asks for them"
+    "Return `config` with the edges of its bins and the average of its members"
     res = dict(config)
     vectors = num_embeddings_of(config.get('num_embeddings'))
     if vectors: res['num_embeddings'] = vectors.fitted(dls.train_ds.conts.to_numpy('float32', na_value=float('nan')))
