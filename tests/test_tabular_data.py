@@ -52,17 +52,24 @@ def test_dates_with_a_time_zone_count_in_their_own_time(zone):
 
 
 @pytest.mark.parametrize('dates,exc,match', [
-    (TEN[:0], DataError, '`dates` must have rows'), (days('2011-01-01', None, '2011-01-02', None), DataError, '2 of 4 rows have none'),
-    (pd.Series(['2011-01-01','2011-01-02']), TypeError, '`dates` must be a Series of dates'), (['2011-01-01'], TypeError, 'got list'),
+    (TEN[:0], DataError, '`dates` must have rows'),
+    (days('2011-01-01', None, '2011-01-02', None), DataError, '2 of 4 rows have none'),
+    (pd.Series(['2011-01-01','2011-01-02']), TypeError, '`dates` must be a Series of dates'),
+    (['2011-01-01'], TypeError, 'got list'),
     (pd.Series([2011, 2012]), TypeError, 'got int64')], ids=['empty','missing','text','list','numbers'])
 def test_dates_are_checked(dates, exc, match):
     with pytest.raises(exc, match=match): time_split(dates)
 
 
 @pytest.mark.parametrize('kw,exc,match', [
-    (dict(valid_share=0), ValueError, 'valid_share=0'), (dict(valid_share=1), ValueError, 'valid_share=1'), (dict(valid_share=np.nan), ValueError, 'valid_share=nan'),
-    (dict(valid_share='half'), TypeError, "valid_share='half'"), (dict(valid_from='soon'), ValueError, "valid_from='soon'"), (dict(valid_from=5), ValueError, 'valid_from=5'),
-    (dict(valid_from='2031-01-01'), DataError, 'validation period from 2031-01-01 has no rows: the rows go from 2020-01-01 to 2020-01-10'),
+    (dict(valid_share=0), ValueError, 'valid_share=0'),
+    (dict(valid_share=1), ValueError, 'valid_share=1'),
+    (dict(valid_share=np.nan), ValueError, 'valid_share=nan'),
+    (dict(valid_share='half'), TypeError, "valid_share='half'"),
+    (dict(valid_from='soon'), ValueError, "valid_from='soon'"),
+    (dict(valid_from=5), ValueError, 'valid_from=5'),
+    (dict(valid_from='2031-01-01'), DataError,
+     'validation period from 2031-01-01 has no rows: the rows go from 2020-01-01 to 2020-01-10'),
     (dict(valid_from='2020-01-01'), DataError, 'training period before 2020-01-01 has no rows: the rows go from')])
 def test_shares_and_days_are_checked(kw, exc, match):
     with pytest.raises(exc, match=match): time_split(TEN, **kw)

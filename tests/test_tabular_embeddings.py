@@ -36,7 +36,7 @@ def learner(dls, path=None, **kw):
 
 def test_bins_have_equally_many_rows():
     x = torch.randn(4800, 2)
-    for b,c in zip(quantile_bins(x, 48), x.T):
+    for b,c in zip(quantile_bins(x, 48), x.T, strict=True):
         assert len(b) == 49 and b[0] == c.min() and b[-1] == c.max()
         assert (torch.histogram(c, b)[0]-100).abs().max() <= 1
 

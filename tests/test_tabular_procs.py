@@ -143,9 +143,11 @@ def test_show_batch_and_export(tmp_path, capsys):
 
 TRAIN = pd.DataFrame(dict(a=[1.,np.nan,3.,4.], b=[5.,6.,7.,7.], c=[np.nan]*4))
 
-def filled(proc, later=dict(a=[1.,np.nan], b=[np.nan,6.], c=[2.,np.nan])):
+LATER = pd.DataFrame(dict(a=[1.,np.nan], b=[np.nan,6.], c=[2.,np.nan]))
+
+def filled(proc, later=LATER):
     to = TabularPandas(TRAIN, [proc], cont_names=['a','b','c'])
-    new = to.new(pd.DataFrame(later))
+    new = to.new(later)
     new.process()
     return to,new.items
 
@@ -168,7 +170,7 @@ def test_only_gaps_in_training_make_a_category():
 def test_fill_strategies():
     frame = dict(a=[np.nan], b=[np.nan], c=[np.nan])
     constant = FillMissingAnywhere(FillStrategy.constant, fill_vals=dict(a=-1., b=-2., c=-3.))
-    assert filled(constant, frame)[1].iloc[0,:3].tolist() == [-1,-2,-3]
+    assert filled(constant, pd.DataFrame(frame))[1].iloc[0,:3].tolist() == [-1,-2,-3]
     to = TabularPandas(TRAIN[['b']], [FillMissingAnywhere(FillStrategy.mode)], cont_names=['b'])
     new = to.new(pd.DataFrame(dict(b=[np.nan])))
     new.process()
