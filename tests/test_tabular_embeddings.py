@@ -1,11 +1,10 @@
-"Continuous columns on their way in: QuantileNormalize, and vectors for numbers"
-import re, warnings
+"Vectors for continuous columns: bins, settings and layers, alone and in the learner"
+import copy, pickle, re, warnings
 from functools import partial
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pytest, torch
 from conftest import make_table
-from fastai.tabular.all import Categorify, FillMissing, TabularDataLoaders, TabularModel, TabularPandas, load_learner, set_seed
+from fastai.tabular.all import Categorify, FillMissing, TabularDataLoaders, TabularModel, load_learner, set_seed
 from hypothesis import given, strategies as st
-from scipy import stats
 from torch import nn
 
 from fastai_dropconnect.all import *
@@ -17,141 +16,34 @@ KINDS = ['ple', 'periodic']
 kinds = pytest.mark.parametrize('kind', KINDS)
 
 
-def skewed(n=1000, seed=0):
-    r = np.random.default_rng(seed)
-    return pd.DataFrame(dict(long=r.lognormal(0, 2, n), few=r.integers(0, 4, n), spike=np.where(r.random(n)<.9, 0, r.random(n)), huge=1.3e9+r.integers(0, 10**7, n), same=5,
-                             y=r.random(n)))
-
-def pandas(df, *procs, conts=None, splits=None, **kw):
-    splits = splits or (list(range(len(df)*4//5)),list(range(len(df)*4//5, len(df))))
-    return TabularPandas(df, procs=list(procs), cont_names=conts or [c for c in df if c!='y'], y_names='y', splits=splits, **kw)
-
-def make(df=None, procs=(Categorify,FillMissing,QuantileNormalize), cats=('color','code','flag'), conts=('a','b'), **kw):
+def make(df=None, conts=('a','b')):
     df = make_table() if df is None else df
-    return TabularDataLoaders.from_df(df, procs=list(procs), cat_names=list(cats), cont_names=list(conts), y_names='y', valid_idx=list(range(len(df)*4//5, len(df))), bs=32, **kw)
+    return TabularDataLoaders.from_df(df, procs=[Categorify,FillMissing,QuantileNormalize], cat_names=['color','code','flag'],
+                                      cont_names=list(conts), y_names='y', valid_idx=list(range(len(df)*4//5, len(df))), bs=32)
 
 def fit(learn, n=1):
     with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(n, 1e-2)
     return learn
+
 def preds(learn, dl=None):
     with learn.no_bar(): return learn.get_preds(dl=dl)[0]
+
 def learner(dls, path=None, **kw):
     set_seed(0)
     return tabular_learner(dls, layers=[20,10], config=tabular_dropconnect_config(**kw), path=path)
-
-# QuantileNormalize
-
-NORMAL = QuantileNormalize(output_distribution='normal')
-
-@pytest.mark.parametrize('proc,dist', [(QuantileNormalize, stats.uniform(-3**.5, 12**.5)), (NORMAL, stats.norm())])
-def test_training_rows_get_the_distribution(proc, dist):
-    to = pandas(skewed(5000), proc)
-    for c in ('long','huge'): assert stats.kstest(to.train.conts[c], dist.cdf).statistic < 0.01
-    assert (to.conts.dtypes == 'float32').all()
-
-
-def test_only_training_rows_count():
-    df = skewed()
-    other = df.copy()
-    other.loc[800:, ['long','few','spike','huge']] += 100
-    a,b = pandas(df, QuantileNormalize),pandas(other, QuantileNormalize)
-    assert a.train.conts.equals(b.train.conts) and not a.valid.conts.equals(b.valid.conts)
-
-
-def test_equal_values_get_the_middle_of_their_ranks():
-    df = pd.DataFrame(dict(x=np.repeat([-7.,0,1,30], [300,400,200,100]), y=0.))
-    ranks = np.array([.15,.5,.8,.95])
-    for proc,want in ((QuantileNormalize, (ranks-.5)*12**.5), (NORMAL, stats.norm.ppf(ranks))):
-        to = pandas(df, proc, splits=(list(range(1000)),[]))
-        got = to.conts.x.groupby(df.x.loc[to.items.index]).unique()
-        assert all(len(v)==1 for v in got)
-        np.testing.assert_allclose([v[0] for v in got], want, atol=0.05)
-
-
-@pytest.mark.parametrize('proc,end', [(QuantileNormalize, 3**.5), (NORMAL, 5.2)])
-def test_order_is_kept_and_unseen_ranges_are_clipped(proc, end):
-    to = pandas(skewed(), proc)
-    new = to.new(pd.DataFrame({c: np.linspace(-1e10, 1e10, 101) for c in to.cont_names}))
-    new.process()
-    z = new.conts.to_numpy()
-    assert (np.diff(z, axis=0) >= 0).all()
-    np.testing.assert_allclose(z[[0,-1]], np.repeat([[-end],[end]], z.shape[1], 1), rtol=.001)
-
-
-@pytest.mark.parametrize('proc', [QuantileNormalize, NORMAL])
-def test_decode_gives_the_values_back(proc):
-    df = skewed()
-    to = pandas(df, proc)
-    back = to.decode().items.sort_index()
-    for c,tol in dict(long=.05, few=1e-3, spike=.05, huge=1e-3, same=1e-6).items():
-        scale = np.maximum(df[c].abs(), .05)
-        assert ((back[c]-df[c]).abs()/scale).quantile(.99) < tol, c
-
-
-def test_missing_values_stay_missing_or_are_filled_before():
-    df = skewed()
-    df.loc[::3, 'long'] = np.nan
-    to = pandas(df, QuantileNormalize)
-    assert to.conts.long.isna().eq(df.long.loc[to.items.index].isna()).all()
-    assert abs(to.train.conts.long.mean()) < .05       # the others are ranked among themselves
-    for procs in ((FillMissing,QuantileNormalize,Categorify), (QuantileNormalize,Categorify,FillMissing)):
-        filled = pandas(df, *procs)
-        assert filled.conts.notna().all(axis=None) and filled.cat_names == ['long_na']
-        assert [type(f) for f in filled.procs.fs if type(f) in procs] == [FillMissing,Categorify,QuantileNormalize]
-
-
-def test_few_rows_no_rows_no_columns_and_odd_types():
-    for n in (1, 2, 5): assert np.isfinite(pandas(skewed(n+1), QuantileNormalize, splits=(list(range(n)),[n])).conts.to_numpy()).all()
-    to = pandas(skewed(), QuantileNormalize)
-    empty = to.new(skewed()[:0])
-    empty.process()
-    assert empty.conts.shape == (0,5)
-    assert not len(TabularPandas(make_table()[['color','y']], [Categorify,QuantileNormalize], cat_names=['color'], y_names='y', splits=([0,1,2,3],[4])).cont_names)
-    df = skewed().convert_dtypes()
-    df.loc[3, 'few'] = pd.NA
-    odd = pandas(df, QuantileNormalize, reduce_memory=False)
-    assert odd.conts.few.isna().sum()==1 and np.isfinite(odd.conts.drop(columns='few').to_numpy()).all()
-
-
-def test_subsample_and_seed():
-    df = skewed(5000)
-    a,b,c = [pandas(df, QuantileNormalize(subsample=1000, seed=s)).conts for s in (0,0,1)]
-    assert a.equals(b) and not a.equals(c)
-    assert stats.kstest(c.long, 'norm').statistic < 0.08
-
-
-@pytest.mark.parametrize('kw,exc,match', [(dict(n_quantiles=1), ValueError, 'n_quantiles=1'), (dict(n_quantiles=2.5), TypeError, 'n_quantiles=2.5'), (dict(subsample=99), ValueError, 'subsample=99'),
-                                          (dict(seed=-1), ValueError, 'seed=-1'), (dict(seed=True), TypeError, 'seed=True')])
-def test_quantile_errors(kw, exc, match):
-    with pytest.raises(exc, match=match): QuantileNormalize(**kw)
-
-
-def test_show_batch_and_export(tmp_path, capsys):
-    dls = make()
-    dls.show_batch()
-    learn = fit(learner(dls, path=tmp_path))
-    learn.export()
-    again = load_learner(tmp_path/'export.pkl')
-    test = make_table(40, seed=5).drop(columns='y')
-    assert torch.equal(preds(again, again.dls.test_dl(test)), preds(learn, learn.dls.test_dl(test)))
-    assert torch.allclose(again.predict(test.iloc[3])[2], preds(learn, learn.dls.test_dl(test))[3], atol=1e-5)
-    sizes = []
-    for n in (300, 3000, 30000):
-        learner(make(make_table(n)), path=tmp_path).export()
-        sizes.append((tmp_path/'export.pkl').stat().st_size)
-    assert sizes[-1] < sizes[0] + 2*2*1000*8 + 2000     # 1,000 quantiles of two columns
 
 # Bins
 
 def test_bins_have_equally_many_rows():
     x = torch.randn(4800, 2)
-    for b,c in zip(quantile_bins(x, 48), x.T):
+    for b,c in zip(quantile_bins(x, 48), x.T, strict=True):
         assert len(b) == 49 and b[0] == c.min() and b[-1] == c.max()
         assert (torch.histogram(c, b)[0]-100).abs().max() <= 1
 
 
 def test_bins_of_columns_with_few_values_or_none():
-    x = np.stack([np.arange(90)%3, np.full(90, -4.), np.full(90, np.nan), np.where(np.arange(90)%2, np.nan, np.arange(90)), np.r_[np.zeros(89), 1]], 1)
+    rows = np.arange(90)
+    x = np.stack([rows%3, np.full(90, -4.), np.full(90, np.nan), np.where(rows%2, np.nan, rows), np.r_[np.zeros(89), 1]], 1)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         bins = quantile_bins(x, 16)
@@ -160,7 +52,7 @@ def test_bins_of_columns_with_few_values_or_none():
     for b in bins: assert (b.diff() > 0).all() and b.isfinite().all()
     assert res(torch.randn(7, 5)*100).isfinite().all()
     assert [len(b) for b in quantile_bins(torch.ones(1, 2))] == [2,2]
-    with pytest.raises(ValueError, match='with rows to find'): quantile_bins(torch.ones(0, 2))
+    with pytest.raises(ValueError, match='at least one row'): quantile_bins(torch.ones(0, 2))
     for bad,exc in ((1,ValueError), (2.5,TypeError), (True,TypeError)):
         with pytest.raises(exc, match=f'n_bins={bad}'): quantile_bins(x, bad)
 
@@ -199,7 +91,7 @@ def test_bins_may_be_given():
     bins = [torch.linspace(-3, 3, 5), torch.linspace(-1, 1, 3)]
     assert learner(make(), num_embeddings=PLE(bins=bins)).model.num_embeds[-2].module.impl.weight.shape == (2,4)
 
-# Numeric embeddings in the model
+# Vectors in the model
 
 def settings(kind, dim=6, **kw): return PLE(dim, 8, **kw).fitted(torch.randn(100, 3)) if kind=='ple' else Periodic(dim, **kw)
 def model(kind, weight_p=0., **kw): return TabularDropConnectModel(**TAB, num_embeddings=settings(kind, weight_p=weight_p), **kw)
@@ -223,7 +115,8 @@ def test_shapes_and_gradients(kind):
     m.train()(cats, conts).square().sum().backward()
     assert (conts.grad.abs().sum(0) > 0).all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in m.num_embeds.parameters())
-    assert TabularDropConnectModel([], 3, 2, [20], num_embeddings=settings(kind))(torch.empty(4, 0).long(), torch.randn(4, 3)).shape == (4,2)
+    only_numbers = TabularDropConnectModel([], 3, 2, [20], num_embeddings=settings(kind))
+    assert only_numbers(torch.empty(4, 0).long(), torch.randn(4, 3)).shape == (4,2)
     none = TabularDropConnectModel([(10,4)], 0, 2, [20], num_embeddings=kind)
     assert none.num_embeds is None and none(torch.zeros(4, 1).long(), torch.empty(4, 0)).shape == (4,2)
 
@@ -273,7 +166,8 @@ def test_learners(kind, target, tmp_path):
     df = make_table()
     if target=='class': df['y'] = np.where(df.y > df.y.median(), 'high', 'low')
     df['same'] = 3.
-    learn = fit(learner(make(df, conts=('a','b','same')), num_embeddings=settings(kind), path=tmp_path), 2)
+    def new(): return learner(make(df, conts=('a','b','same')), num_embeddings=settings(kind), path=tmp_path)
+    learn = fit(new(), 2)
     p = preds(learn)
     assert p.isfinite().all() and p.shape == (120, 2 if target=='class' else 1)
     learn.export()
@@ -282,7 +176,7 @@ def test_learners(kind, target, tmp_path):
     assert torch.equal(preds(again, again.dls.test_dl(test)), preds(learn, learn.dls.test_dl(test)))
     assert torch.allclose(again.predict(test.iloc[3])[2], preds(learn, learn.dls.test_dl(test))[3], atol=1e-5)
     learn.save('w')
-    assert torch.equal(preds(learner(make(df, conts=('a','b','same')), num_embeddings=settings(kind), path=tmp_path).load('w')), p)
+    assert torch.equal(preds(new().load('w')), p)
 
 
 @pytest.mark.parametrize('bad', ['spline', 1, True, PLE])
@@ -291,8 +185,10 @@ def test_unknown_vectors_are_named(bad):
         with pytest.raises(ValueError, match=re.escape(f'num_embeddings={bad!r}')): f(num_embeddings=bad)
 
 
-@pytest.mark.parametrize('settings,kw,exc,match', [(PLE, dict(dim=0), ValueError, 'dim=0'), (PLE, dict(dim=1.5), TypeError, 'dim=1.5'), (Periodic, dict(frequency_scale=0), ValueError, 'frequency_scale=0'),
-                                                   (PLE, dict(weight_p=1), ValueError, 'weight_p=1'), (Periodic, dict(weight_p=1), ValueError, 'weight_p=1')])
+@pytest.mark.parametrize('settings,kw,exc,match', [
+    (PLE, dict(dim=0), ValueError, 'dim=0'), (PLE, dict(dim=1.5), TypeError, 'dim=1.5'), (PLE, dict(weight_p=1), ValueError, 'weight_p=1'),
+    (Periodic, dict(dim='8'), TypeError, "dim='8'"), (Periodic, dict(frequency_scale=0), ValueError, 'frequency_scale=0'),
+    (Periodic, dict(frequency_scale=float('inf')), ValueError, 'frequency_scale=inf'), (Periodic, dict(weight_p=1), ValueError, 'weight_p=1')])
 def test_settings_check_themselves(settings, kw, exc, match):
     with pytest.raises(exc, match=match): settings(**kw)
 
@@ -301,4 +197,50 @@ def test_errors_of_bins():
     for bad,exc in ((1,ValueError), ('a',TypeError)):
         with pytest.raises(exc, match='bins='): PLE(bins=bad)
     for bins in (48, quantile_bins(torch.randn(50, 2))):
-        with pytest.raises(ValueError, match='one for each of the 3'): TabularDropConnectModel(**TAB, num_embeddings=PLE(bins=bins))
+        with pytest.raises(ValueError, match='edges of each of the 3'): TabularDropConnectModel(**TAB, num_embeddings=PLE(bins=bins))
+
+
+@pytest.mark.parametrize('bad,exc', [([[0.,1.],[1.,0.]], ValueError), ([[0.,1.],[0.]], ValueError), ([[0.,1.],[0.,np.nan]], ValueError),
+                                     ([[0.,1.],[0.,0.]], ValueError), ([[0.,1.],torch.zeros(2, 2)], ValueError), ([[0.,1.],'ab'], TypeError)])
+def test_edges_are_checked_where_they_come_in(bad, exc):
+    with pytest.raises(exc, match=r'`bins` must be .* ascending numbers, got bins\[1\]='): PLE(bins=bad)
+
+
+def test_edges_may_be_lists_arrays_or_tensors():
+    edges = [[0,1,2.5], [-1.,3.]]
+    same = PLE(bins=edges)
+    for other in ([torch.tensor(e) for e in edges], tuple(np.array(e) for e in edges)): assert PLE(bins=other) == same
+    assert same.layer(2)(torch.zeros(5, 2)).shape == (5,32)
+
+
+def test_settings_keep_their_own_edges():
+    edges = torch.tensor([0.,1,2])
+    settings = PLE(bins=[edges])
+    edges += 5
+    assert settings == PLE(bins=[[0,1,2]])
+
+
+def test_settings_compare_by_value():
+    x = torch.randn(100, 2)
+    a,b = [PLE(8, 5).fitted(x) for _ in range(2)]
+    assert a == b and hash(a) == hash(b) and a.fitted(x+1) is a
+    assert a != PLE(8, 5) and a != PLE(8, 5).fitted(x+1) and a != PLE(4, 5).fitted(x) and a != PLE(8, 5, weight_p=.1).fitted(x) and a != 5
+    assert len({a, b, PLE(), PLE(), Periodic(), Periodic()}) == 3
+    assert Periodic(8) == Periodic(8) != Periodic(4) and MaskedMembers(4) == MaskedMembers(4) != MaskedMembers(5)
+
+
+def test_settings_show_their_values_briefly():
+    assert repr(PLE(8)) == 'PLE(dim=8, bins=48, weight_p=0.0)'
+    assert repr(PLE(8).fitted(torch.randn(1000, 20))) == 'PLE(dim=8, bins=<edges of 20 columns>, weight_p=0.0)'
+
+
+@pytest.mark.parametrize('copied', [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=['copy','deepcopy','pickle'])
+def test_settings_can_be_copied(copied):
+    fitted = PLE(6, 8).fitted(torch.randn(100, 3))
+    for s in (PLE(), fitted, Periodic(4, .5), MaskedMembers(3, average='mean')): assert copied(s) == s
+    for a,b in zip(copied(fitted).layer(3).buffers(), fitted.layer(3).buffers(), strict=True): assert torch.equal(a, b)
+
+
+def test_settings_cannot_be_changed():
+    for s,name in ((PLE(),'dim'), (Periodic(),'dim'), (MaskedMembers(),'n')):
+        with pytest.raises(AttributeError): setattr(s, name, 3)

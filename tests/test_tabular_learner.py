@@ -5,8 +5,8 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.tabular import learner as fastai_learner
-from fastai.tabular.all import (EarlyStoppingCallback, SaveModelCallback, TabularModel, accuracy, load_learner, ranger, rmse, set_seed,
-                                tabular_config)
+from fastai.tabular.all import (Categorify, EarlyStoppingCallback, FillMissing, Normalize, SaveModelCallback, TabularDataLoaders,
+                                TabularModel, accuracy, load_learner, ranger, rmse, set_seed, tabular_config)
 
 from conftest import make_dls, make_table
 from fastai_dropconnect.all import *
@@ -59,7 +59,8 @@ def test_a_config_makes_the_model_and_is_not_used_up(dls, mode):
 
 
 def test_wrong_length_is_named_by_the_learner(dls):
-    with pytest.raises(ValueError, match=r'one per hidden layer \(2\)'): tabular_learner(dls, config=tabular_dropconnect_config(weight_p=[0.1]*3))
+    config = tabular_dropconnect_config(weight_p=[0.1]*3)
+    with pytest.raises(ValueError, match=r'one per hidden layer \(2\)'): tabular_learner(dls, config=config)
 
 
 @modes
@@ -70,19 +71,25 @@ def test_it_learns_and_a_seed_repeats_the_fit(dls, mode):
 
 # fastai's features
 
-def feature_cbs(path):
-    return {'clip': [GradientClip(0.1)], 'accumulate': [GradientAccumulation(64)], 'fp16': [MixedPrecision()], 'bf16': [MixedPrecision(amp_mode='bf16')],
-            'save': [SaveModelCallback(fname=str(path/'m'))], 'stop': [EarlyStoppingCallback(min_delta=100)], 'recalibrate': [RecalibrateBN()],
-            'all': [GradientClip(0.1), GradientAccumulation(64), SaveModelCallback(fname=str(path/'m')), RecalibrateBN(every_epoch=True)]}
+FEATURES = { # name: function of a folder
+    'clip': lambda path: [GradientClip(0.1)],
+    'accumulate': lambda path: [GradientAccumulation(64)],
+    'fp16': lambda path: [MixedPrecision()],
+    'bf16': lambda path: [MixedPrecision(amp_mode='bf16')],
+    'save': lambda path: [SaveModelCallback(fname=str(path/'m'))],
+    'stop': lambda path: [EarlyStoppingCallback(min_delta=100)],
+    'recalibrate': lambda path: [RecalibrateBN()],
+    'all': lambda path: [GradientClip(0.1), GradientAccumulation(64), SaveModelCallback(fname=str(path/'m')),
+                         RecalibrateBN(every_epoch=True)]}
 
 @modes
-@pytest.mark.parametrize('name', list(feature_cbs(__import__('pathlib').Path())))
+@pytest.mark.parametrize('name', FEATURES)
 def test_composes_with_callbacks(dls, mode, name, tmp_path):
     learn = learner(dls, mode)
     before = values(learn)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')     # autocast for CUDA on a machine without
-        fit(learn, 2, cbs=feature_cbs(tmp_path)[name])
+        fit(learn, 2, cbs=FEATURES[name](tmp_path))
     assert (values(learn) != before).any() and values(learn).isfinite().all() and preds(learn).isfinite().all()
 
 
@@ -175,8 +182,9 @@ def test_predict_takes_a_row_of_the_training_frame(dls):
         assert isinstance(row.items, pd.DataFrame) and abs(row.items.y.iloc[0]-pred.item()) < 1e-5
 
 
-@pytest.mark.parametrize('change', [lambda d: d.convert_dtypes(), lambda d: d.astype({'color':'category'}), lambda d: d.astype({'code':'float'}),
-                                    lambda d: d.assign(extra=pd.Timestamp('2020-01-01'))], ids=['nullable','category','float','extra'])
+@pytest.mark.parametrize('change', [
+    lambda d: d.convert_dtypes(), lambda d: d.astype({'color':'category'}), lambda d: d.astype({'code':'float'}),
+    lambda d: d.assign(extra=pd.Timestamp('2020-01-01'))], ids=['nullable','category','float','extra'])
 def test_predict_takes_rows_of_other_frames(dls, change):
     df,learn = make_table(),fit(learner(dls))
     other = change(df.copy())
@@ -195,8 +203,8 @@ def test_predict_of_classes():
 
 def test_predict_of_an_all_number_frame():
     df = make_table().drop(columns=['color','flag'])
-    from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify,FillMissing,Normalize], cat_names=['code'], cont_names=['a','b'], y_names='y', valid_idx=list(range(100)), bs=32)
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify,FillMissing,Normalize], cat_names=['code'], cont_names=['a','b'],
+                                     y_names='y', valid_idx=list(range(100)), bs=32)
     learn = fit(tabular_learner(dls, layers=[20], config=tabular_dropconnect_config(mode='batch')))
     want = preds(learn, learn.dls.test_dl(df))
     for i in range(5): assert torch.allclose(learn.predict(df.iloc[i])[2], want[i], atol=1e-5)
@@ -256,7 +264,8 @@ def test_the_callback_acts_only_on_a_fit(dls, tmp_path):
 
 @modes
 def test_fewer_rows_than_a_batch(mode):
-    learn = fit(learner(make_dls(make_table(40), bs=64), mode, cbs=RecalibrateBN()))     # no training batch at all: nothing changes, nothing fails
+    # no training batch at all: nothing changes, nothing fails
+    learn = fit(learner(make_dls(make_table(40), bs=64), mode, cbs=RecalibrateBN()))
     assert preds(learn).shape == (8,1)
 
 
