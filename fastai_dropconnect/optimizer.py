@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FusedAdam']
 
-# %% ../nbs/390_optimizer.ipynb #a2fcc9f7
+# %% ../nbs/390_optimizer.ipynb #63a9d4ae
 import torch
 from fastai.optimizer import Adam, Optimizer, _update
 from torch import Tensor
 
-# %% ../nbs/390_optimizer.ipynb #53b5f07a
+# %% ../nbs/390_optimizer.ipynb #9e91df47
 _fused_types = torch.float32,torch.float64
 
 def _is_fusable(p:Tensor) -> bool:
@@ -18,7 +18,7 @@ def _is_fusable(p:Tensor) -> bool:
     g = p.grad
     return p.dtype in _fused_types and g.dtype==p.dtype and g.layout==torch.strided and p.device.type in ('cpu','cuda')
 
-# %% ../nbs/390_optimizer.ipynb #40873f95
+# %% ../nbs/390_optimizer.ipynb #04a6b474
 def _buckets(params, state) -> dict: # From what one call has in common to lists of parameters
     "Sort the parameters of a group by weight decay, number of steps, type and device"
     res = {}
@@ -29,7 +29,7 @@ def _buckets(params, state) -> dict: # From what one call has in common to lists
         res.setdefault((st.get('do_wd', True), st['step'], p.dtype, p.device), []).append(p)
     return res
 
-# %% ../nbs/390_optimizer.ipynb #02107793
+# %% ../nbs/390_optimizer.ipynb #061a5a85
 class FusedAdam(Optimizer):
     "fastai's `Adam` (Kingma and Ba 2015, with the weight decay of AdamW) in a fused kernel"
     def __init__(self,
@@ -60,9 +60,10 @@ class FusedAdam(Optimizer):
         "Update `params`, which have made the same number of steps"
         states,steps = [self.state[p] for p in params],[torch.full((), float(step), device=device)]*len(params)
         kernel = torch._fused_adamw_ if self.decouple_wd else torch._fused_adam_
-        kernel(params, [p.grad for p in params], [s['grad_avg'] for s in states], [s['sqr_avg'] for s in states], [], steps,
-               lr=float(hypers['lr']), beta1=float(hypers['mom']), beta2=float(hypers['sqr_mom']), eps=float(hypers['eps']),
-               weight_decay=float(hypers['wd']) if do_wd else 0., amsgrad=False, maximize=False)
+        lr,mom,sqr_mom,eps,wd = [float(hypers[k]) for k in ('lr','mom','sqr_mom','eps','wd')]
+        kernel(params, [p.grad for p in params], [s['grad_avg'] for s in states], [s['sqr_avg'] for s in states], [],
+               steps, lr=lr, beta1=mom, beta2=sqr_mom, eps=eps, weight_decay=wd if do_wd else 0., amsgrad=False,
+               maximize=False)
 
     def _plain_step(self, p, hypers):
         "Update one parameter by fastai's functions"
