@@ -2,7 +2,7 @@
 import importlib.util, os, sys
 from pathlib import Path
 import numpy as np, pytest, torch
-from fastai_dropconnect.masks import mask_counters, mask_keys, mask_lanes
+from fastai_dropconnect.masks import mask_counters, mask_keys, mask_words
 numba = pytest.importorskip('numba')
 if numba.config.DISABLE_JIT: pytest.skip('these loops need compiled code', allow_module_level=True)
 
@@ -25,7 +25,7 @@ def test_the_stream_is_the_numbers_of_the_masks(bits, order, axes, capsysbinary)
     "`axes`: of (seed, block, row of a block, output, input), the fastest last"
     S,B,O,I = bits.orders[order][0]
     bits.stream('ours', order, n_bytes=2*(2*S*B*4*O*I))      # two pieces of 16-bit numbers
-    def piece(first): return torch.stack([mask_lanes(mask_keys(torch.tensor(s), range(B), O), mask_counters(I)) for s in range(first, first+S)])
+    def piece(first): return torch.stack([mask_words(mask_keys(torch.tensor(s), range(B), O), mask_counters(I)) for s in range(first, first+S)])
     want = torch.stack([piece(first).permute(axes).flatten() for first in (1, 1+S)]).flatten()
     assert np.array_equal(np.frombuffer(capsysbinary.readouterr().out, np.uint16), (want >> 16 & 0xffff).numpy())
 
