@@ -32,9 +32,7 @@ def usable(device:torch.device) -> bool: # On the CPU, unless `NUMBA_DISABLE_JIT
 # %% ../../nbs/110_kernels.numba.ipynb #8a78237e
 _not_announced = threading.Lock()    # taken by the first compilation and never released
 
-def _compilation_message(
-    cache_path:str|None # Folder of numba's cache, if there is one
-) -> str:
+def _compilation_message(cache_path:str|None) -> str:
     "Say what takes so long, and whether it is cached"
     msg = 'fastai_dropconnect: compiling the CPU kernels, which takes about 10 seconds '
     if cache_path: return f'{msg}and happens once: the result is cached in {cache_path}'
@@ -67,10 +65,7 @@ class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm, t):
         super().__init__(dmm, t, ir.VectorType(dmm.lookup(t.elem).get_value_type(), _vector_sz))
 
-def _vector_pointer(
-    context, builder, array_type, array,
-    i # Index of the first number
-): # LLVM pointer to the vector, and its alignment in bytes
+def _vector_pointer(context, builder, array_type, array, i): # LLVM pointer, and its alignment in bytes
     "Build the address of the vector that begins at `array[i]`"
     p = builder.gep(context.make_array(array_type)(context, builder, array).data, [i])
     elem = p.type.pointee
@@ -90,9 +85,7 @@ def _define_operator(
     def _(a, b):
         if isinstance(a, _Vector) and isinstance(b, _Vector): return lambda a, b: call(a, b)
 
-_define_operator(operator.add, ir.IRBuilder.add)
-_define_operator(operator.mul, ir.IRBuilder.mul)
-_define_operator(operator.xor, ir.IRBuilder.xor)
+for op in operator.add,operator.mul,operator.xor: _define_operator(op, getattr(ir.IRBuilder, op.__name__))
 _define_operator(operator.lshift, ir.IRBuilder.shl)
 _define_operator(operator.rshift, ir.IRBuilder.lshr)
 _define_operator(operator.lt, lambda builder, a, b: builder.icmp_signed('<', a, b), types.boolean)
@@ -344,10 +337,8 @@ def _thread_pool(n:int) -> ThreadPoolExecutor:
         return _pool
 
 # %% ../../nbs/110_kernels.numba.ipynb #54997605
-def _n_threads(
-    work:int # Products to compute
-) -> int: # At least 1, at most torch's number of threads
-    "Choose how many threads are worth starting"
+def _n_threads(work:int) -> int: # At least 1, at most torch's number of threads
+    "Choose how many threads are worth starting for `work` products"
     return max(1, min(torch.get_num_threads(), work//2**20))
 
 def _run_in_threads(
