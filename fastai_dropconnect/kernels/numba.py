@@ -9,6 +9,7 @@ __all__ = ['grad_input', 'grad_weight', 'grads', 'usable', 'forward']
 import operator, os, sys, threading, numba, numpy as np, torch, torch.nn.functional as F
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import pairwise
 from llvmlite import ir
 from numba.core import cgutils, event as numba_events, types
 from numba.extending import intrinsic, models, overload, register_model
@@ -221,7 +222,7 @@ def _forward(
     first, last # Row blocks to compute
 ):
     "Compute the outputs of the row blocks from `first` to before `last`"
-    (n,n_in),(n_out,width) = x.shape,w.shape
+    n,(n_out,width) = len(x),w.shape
     counters,keys = _counters(width),np.empty((3,n_out), np.uint32)
     rows = _aligned_zeros(4*width, x.dtype).reshape(4, width)
     limit,zero = _broadcast(limit),_broadcast(x.dtype.type(0))
@@ -350,7 +351,7 @@ def _run_in_threads(
     "Call `kernel` on consecutive parts of `range(n)`, one for each thread"
     n_threads = max(1, min(n_threads, n))
     cuts = [n*j//n_threads for j in range(n_threads+1)]
-    others = [_thread_pool(n_threads-1).submit(kernel, *args, *cut) for cut in zip(cuts[1:], cuts[2:])]
+    others = [_thread_pool(n_threads-1).submit(kernel, *args, *cut) for cut in pairwise(cuts[1:])]
     kernel(*args, 0, cuts[1])
     for o in others: o.result()
 

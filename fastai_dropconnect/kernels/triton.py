@@ -58,8 +58,8 @@ def _row_masks(
     o, # Numbers of the outputs, shape `(O,)`
     counters, # Of the inputs, shape `(I,)`
     limit # From `word_limit`
-):
-    "Compute which of the four rows of a block keep each weight: four masks of shape `(O, I)`"
+): # Four masks, shape `(O, I)`
+    "Compute which of the four rows of a block keep each weight"
     x = (_key(low, high, block, o, _key_salt1)[:,None] ^ counters[None,:]) * tl.full((), _MIX1, tl.uint32)
     x = x ^ (x >> 15)
     a = x*tl.full((), _WORD1, tl.uint32) + _key(low, high, block, o, _key_salt2)[:,None]
@@ -87,8 +87,8 @@ def _forward(
     O: tl.constexpr, I: tl.constexpr, # Outputs and inputs of a piece
     dtype: tl.constexpr # Type to sum in
 ):
-    "Compute `O` outputs of the four rows of a block; the grid is (row blocks, groups of outputs)"
-    b = tl.program_id(0)
+    "Compute `O` outputs of the four rows of a block"
+    b = tl.program_id(0)    # grid: row blocks, groups of outputs
     r,o = b.to(tl.int64)*4,tl.program_id(1)*O + tl.arange(0, O)
     low,high = _load_seed(seed)
     s0,s1,s2,s3 = tl.zeros((O,I), dtype),tl.zeros((O,I), dtype),tl.zeros((O,I), dtype),tl.zeros((O,I), dtype)
@@ -150,8 +150,8 @@ def _grad_input(
     O: tl.constexpr, I: tl.constexpr, # Outputs and inputs of a piece
     dtype: tl.constexpr # Type to sum in
 ):
-    "Compute the gradient of `I` inputs of four rows; the grid is (row blocks, groups of inputs)"
-    b = tl.program_id(0)
+    "Compute the gradient of `I` inputs of the four rows of a block"
+    b = tl.program_id(0)    # grid: row blocks, groups of inputs
     r,i = b.to(tl.int64)*4,tl.program_id(1)*I + tl.arange(0, I)
     low,high = _load_seed(seed)
     counters = _counters(i)
@@ -197,7 +197,8 @@ def _grad_weight(
     O: tl.constexpr, I: tl.constexpr, # Outputs and inputs of a piece
     dtype: tl.constexpr # Type to sum in
 ):
-    "Compute the gradient of `O x I` weights over the rows of a part; the grid is (outputs, inputs, parts)"
+    "Compute the gradient of `O x I` weights over the rows of a part"
+    # grid: groups of outputs, groups of inputs, parts of the batch
     o,i = tl.program_id(0)*O + tl.arange(0, O),tl.program_id(1)*I + tl.arange(0, I)
     part = tl.program_id(2)
     low,high = _load_seed(seed)
