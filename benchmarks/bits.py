@@ -82,12 +82,12 @@ def fill(kind, m, t, seeds, b0, o0, i0, res):
 
 def multipliers(kind):
     "Those that make the two words of a block"
-    return (u32(0x846ca68b),u32(0x915f77f5)) if kind=='hashed_counters' else tuple(u32(m%2**32) for m in masks._words)
+    return (u32(0x846ca68b),u32(0x915f77f5)) if kind=='hashed_counters' else tuple(u32(m%2**32) for m in masks._word_multipliers)
 
 def counters(kind, n):
     "Of the first `n` inputs"
     if kind!='hashed_counters': return masks.mask_counters(n).numpy().view(np.uint32).astype(np.uint32)
-    return masks._mix(torch.arange(1, n+1, dtype=torch.int32)*masks._golden).numpy().view(np.uint32).astype(np.uint32)
+    return masks._mix(torch.arange(1, n+1, dtype=torch.int32)*masks._key_step).numpy().view(np.uint32).astype(np.uint32)
 
 def make(kind, seeds, B, O, I, b0=0, o0=0, i0=0):
     "16-bit numbers, shape `(seeds, blocks, 4, outputs, inputs)`"
@@ -96,12 +96,12 @@ def make(kind, seeds, B, O, I, b0=0, o0=0, i0=0):
     return res
 
 def check_twins():
-    "Raise unless `make` gives the bits of `masks.mask_lanes`, `dropped` those of `masks.mask_bits`, and Philox its published numbers"
+    "Raise unless `make` gives the bits of `masks.mask_words`, `dropped` those of `masks.mask_bits`, and Philox its published numbers"
     for seed in (0, -1, 2**62+12345, -2**63):
         keys,t = masks.mask_keys(torch.tensor(seed), range(3, 8), 7),masks.mask_counters(33)
         got = make('ours', [seed], 5, 7, 33, b0=3)[0]
-        if not np.array_equal(masks.mask_lanes(keys, t).numpy().view(np.uint32) >> 16, got):
-            raise AssertionError(f'the generator here differs from masks.mask_lanes: {seed=}')
+        if not np.array_equal(masks.mask_words(keys, t).numpy().view(np.uint32) >> 16, got):
+            raise AssertionError(f'the generator here differs from masks.mask_words: {seed=}')
         for p in ps:
             kept = masks.mask_bits(keys, t, masks.drop_threshold(p)).numpy()!=0
             if not np.array_equal(kept, ~dropped(got, p).reshape(20, 7, 33)): raise AssertionError(f'thresholds differ: {p=}')

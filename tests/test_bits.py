@@ -1,8 +1,8 @@
-"The statistical tests of benchmarks/bits.py with few samples, and that they find a weakened generator"
+"Statistical tests of benchmarks/bits.py with few samples; they must also find a weakened generator"
 import importlib.util, os, sys
 from pathlib import Path
 import numpy as np, pytest, torch
-from fastai_dropconnect.masks import mask_counters, mask_keys, mask_lanes
+from fastai_dropconnect.masks import mask_counters, mask_keys, mask_words
 numba = pytest.importorskip('numba')
 if numba.config.DISABLE_JIT: pytest.skip('these loops need compiled code', allow_module_level=True)
 
@@ -16,16 +16,16 @@ def load(name):
 def bits(): return load('bits')
 
 scale = .003
-lowest = 1e-6   # about 1250 tests with fixed seeds: good bits have a chance of 1 in 800 to be below with any of them
+lowest = 1e-6   # about 1250 tests with fixed seeds: with good bits the chance that any is below is 1 in 800
 
 def test_the_generator_under_test_is_that_of_the_masks(bits): bits.check_twins()
 
 @pytest.mark.parametrize('order,axes', [('inputs',(0,1,2,3,4)), ('outputs',(0,1,2,4,3)), ('rows',(0,3,4,1,2)), ('seeds',(1,2,3,4,0))])
 def test_the_stream_is_the_numbers_of_the_masks(bits, order, axes, capsysbinary):
-    "`axes`: of (seed, block, row of a block, output, input), the fastest last"
+    "`axes` orders (seed, block, row of a block, output, input), the fastest last"
     S,B,O,I = bits.orders[order][0]
     bits.stream('ours', order, n_bytes=2*(2*S*B*4*O*I))      # two pieces of 16-bit numbers
-    def piece(first): return torch.stack([mask_lanes(mask_keys(torch.tensor(s), range(B), O), mask_counters(I)) for s in range(first, first+S)])
+    def piece(first): return torch.stack([mask_words(mask_keys(torch.tensor(s), range(B), O), mask_counters(I)) for s in range(first, first+S)])
     want = torch.stack([piece(first).permute(axes).flatten() for first in (1, 1+S)]).flatten()
     assert np.array_equal(np.frombuffer(capsysbinary.readouterr().out, np.uint16), (want >> 16 & 0xffff).numpy())
 
@@ -56,7 +56,7 @@ def test_a_generator_without_the_xorshift_fails(bits, name, details):
     for detail in details: assert min(r.p_value for r in rows if detail in r.detail)<lowest**2
 
 def weak_pairs(bits, kind, n=2048):
-    "Correlation at p=0.5 of the masks of those pairs of inputs whose counters differ in upper bits only, the weak ones"
+    "Correlations at p=0.5 of the masks of weak pairs of inputs, whose counters differ only in upper bits"
     d = bits.pairs(kind, n, 10)[0]
     return np.abs([bits.correlations(d, M, 2**16) for M in bits.multipliers(kind)])
 
