@@ -21,7 +21,8 @@ MODELS = { # family in accuracy.csv: label, whether it uses this package
     'catboost': ('CatBoost', False),
     'lightgbm': ('LightGBM', False)}
 CAPTION = '''Test error against plain fastai (line at 0); further left is better, blue uses this package.
-Mean over three seeds, bars: one standard deviation, grey band: that of plain fastai. Same six-trial search for every model, one CPU thread.'''
+Mean over three seeds, bars: one standard deviation, grey band: that of plain fastai. \
+Same six-trial search for every model, one CPU thread.'''
 OURS, OTHER, TEXT, GRID = '#1f6fb2', '#6e7781', '#24292f', '#d8dee4'     # readable on a white page
 
 
@@ -42,7 +43,8 @@ def draw(
     table = changes(results)
     fig = Figure(figsize=(9.6,3.9), dpi=180, layout='constrained', facecolor='white')
     axs = fig.subplots(1, len(TITLES), sharey=True)
-    for ax,(dataset,(title,error)) in zip(axs, TITLES.items(), strict=True): _panel(ax, table.loc[dataset], title, error)
+    for ax,(dataset,(title,error)) in zip(axs, TITLES.items(), strict=True):
+        _panel(ax, table.loc[dataset], title, error)
     axs[0].set_yticks(range(len(MODELS)), [label for label,_ in MODELS.values()], color=TEXT, fontsize=10)
     axs[0].invert_yaxis()
     for tick,(_,ours) in zip(axs[0].get_yticklabels(), MODELS.values(), strict=True):
