@@ -1,10 +1,11 @@
-import io, random, warnings, zipfile
+"Reading Kaggle's file, features, the split by time, and encoding"
+import io, subprocess, sys, warnings, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback import progress, schedule # noqa: F401
 from fastai.learner import load_learner
+from fastai.tabular.core import TabularPandas
 from fastai.tabular.learner import tabular_learner
-from fastai_dropconnect.bulldozers import data as b, synthetic
 from fastai_dropconnect.bulldozers.data import *
 from fastai_dropconnect.tabular.data import DataError, time_split
 from fastai_dropconnect.tabular.procs import FillMissingAnywhere
@@ -25,48 +26,6 @@ def small(): return synthetic_bulldozers(40, seed=4)
 def save(df, path, **kw):
     df.to_csv(path, index=False, **kw)
     return path
-
-
-# --- synthetic sales
-
-def test_synthetic_has_kaggles_columns_and_types(sales):
-    assert list(sales.columns) == list(KAGGLE_COLUMNS.index) and len(KAGGLE_COLUMNS) == 53
-    assert sales.SalePrice.dtype == sales.YearMade.dtype == float and sales.saledate.dtype == 'datetime64[ns]'
-    assert sales.ProductSize.cat.ordered and list(sales.ProductSize.cat.categories) == MACHINE_SIZES
-    for c in columns_of('id', 'code', 'category'): assert sales[c].dropna().map(lambda v: isinstance(v, str)).all(), c
-    assert (sales.SalePrice > 0).all() and sales.SalesID.is_unique
-
-def test_synthetic_depends_on_the_seed_only_and_leaves_global_randomness_alone():
-    np.random.seed(5); random.seed(5); torch.manual_seed(5)
-    before = np.random.get_state()[1].copy(), random.getstate(), torch.get_rng_state()
-    first = synthetic_bulldozers(200, seed=8)
-    after = np.random.get_state()[1], random.getstate(), torch.get_rng_state()
-    assert (before[0] == after[0]).all() and before[1] == after[1] and torch.equal(before[2], after[2])
-    np.random.seed(6)
-    pd.testing.assert_frame_equal(first, synthetic_bulldozers(200, seed=8))
-    assert not first.equals(synthetic_bulldozers(200, seed=9))
-
-def test_synthetic_noise_is_what_it_says(sales, monkeypatch):
-    monkeypatch.setattr(synthetic, 'SYNTHETIC_NOISE', 0.)
-    noise = np.log(sales.SalePrice) - np.log(synthetic_bulldozers(1500, seed=3).SalePrice)
-    assert noise.std() == pytest.approx(SYNTHETIC_NOISE, rel=.06) and abs(noise.mean()) < .015
-
-def test_synthetic_gaps_follow_the_kind_of_machine(sales):
-    for c in KAGGLE_COLUMNS.index[KAGGLE_COLUMNS.groups.str.len() > 0]:
-        has = sales.ProductGroup.isin(KAGGLE_COLUMNS.groups[c])
-        assert sales[c][~has].isna().all() and sales[c][has].notna().mean() > .9, c
-    assert (sales.YearMade == 1000).mean() == pytest.approx(.1, abs=.03)
-    assert (sales.MachineHoursCurrentMeter == 0).mean() == pytest.approx(.1, abs=.03)
-
-@pytest.mark.parametrize('n', [1, 2, 7])
-def test_synthetic_takes_any_size(n, tmp_path):
-    df = synthetic_bulldozers(n, seed=1)
-    pd.testing.assert_frame_equal(read_bulldozers(save(df, tmp_path/'a.csv')), df)
-
-@pytest.mark.parametrize('kw,error,name', [(dict(n=0), ValueError, 'n=0'), (dict(n=2.), TypeError, 'n=2.0'), (dict(n=True), TypeError, 'n=True'),
-    (dict(seed=-1), ValueError, 'seed=-1'), (dict(seed='x'), TypeError, "seed='x'")])
-def test_synthetic_checks_its_arguments(kw, error, name):
-    with pytest.raises(error, match=f'got {name}'): synthetic_bulldozers(**{'n': 5, **kw})
 
 
 # --- reading
@@ -208,9 +167,9 @@ def test_split_of_few_days():
     two = pd.Series(pd.to_datetime(['2011-01-01 10:00']*9 + ['2011-01-02 09:00']).astype('datetime64[ns]'))
     assert time_split(two) == (list(range(9)), [9])
     assert time_split(two, valid_share=.99) == (list(range(9)), [9])
-    with pytest.raises(DataError, match='all 9 sales are of one day, 2011-01-01'): time_split(two[:9])
+    with pytest.raises(DataError, match='all 9 (sales|rows) are of one day, 2011-01-01'): time_split(two[:9])
 
-@pytest.mark.parametrize('day,error,text', [('2031-01-01', DataError, 'validation period from 2031-01-01 has no rows: the sales go from 2004'),
+@pytest.mark.parametrize('day,error,text', [('2031-01-01', DataError, 'validation period from 2031-01-01 has no rows: the (sales|rows) go from 2004'),
     ('1999-01-01', DataError, 'training period before 1999-01-01 has no rows'), ('soon', ValueError, "valid_from='soon'"), ('5', ValueError, "valid_from='5'"),
     (5, ValueError, 'valid_from=5'), (['2011-01-01'], ValueError, 'valid_from')])
 def test_split_checks_its_date(sales, day, error, text):
@@ -253,7 +212,7 @@ def test_a_gap_anywhere_is_filled_with_the_training_median(sales):
     new = sales.head(2).drop(columns='SalePrice').assign(YearMade=np.nan, MachineHoursCurrentMeter=np.nan, ProductSize=pd.NA, state=None)
     assert encode_sales(to.train, new).xs.notna().all().all()
     proc, frame = FillMissingAnywhere(), pd.DataFrame(dict(a=[1., 2., 9.], b=[np.nan, 4., 6.], c=[np.nan]*3))
-    t = b.TabularPandas(frame, [proc], cont_names=['a', 'b', 'c'])
+    t = TabularPandas(frame, [proc], cont_names=['a', 'b', 'c'])
     assert proc.na_dict == dict(a=2., b=5., c=0.) and t.cat_names == ['b_na', 'c_na']
     later = t.new(pd.DataFrame(dict(a=[np.nan], b=[1.], c=[1.])))
     later.process()
@@ -303,15 +262,7 @@ def test_the_real_file():
     assert df.auctioneerID.nunique() == plain.auctioneerID.nunique() < 20
     assert encode_sales(bulldozers_pandas(df).train, new).xs.notna().all().all()
 
-@needs_real
-def test_synthetic_gaps_resemble_the_real_ones():
-    real, made = read_bulldozers(REAL/'TrainAndValid.csv'), synthetic_bulldozers(3000)
-    far = (real.isna().mean() - made.isna().mean()).abs()
-    assert far.max() < .3 and far.mean() < .08, far.nlargest(5)
-
-
 def test_the_module_alone_makes_dataloaders_for_tables():
-    import subprocess, sys
     code = '''
 from fastai_dropconnect.bulldozers.data import *
 from fastai_dropconnect.bulldozers.synthetic import *

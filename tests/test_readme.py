@@ -1,0 +1,80 @@
+"README is short, reads on a package index, and its numbers are those of the benchmark"
+import json, re, sys
+from pathlib import Path
+import pandas as pd, pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks import readme_chart # noqa: E402
+
+REPO = 'fastai-dropconnect/fastai_dropconnect'
+FILES = [f'https://github.com/{REPO}/blob/main/', f'https://raw.githubusercontent.com/{REPO}/main/']
+DOCS = 'https://fastai-dropconnect.github.io/fastai_dropconnect/'
+FAMILIES = {'zero restarts': 'zero-restarts', 'vectors for numbers': 'fastai+ple', 'all three': 'masked-zero-restarts+ple'}
+
+
+@pytest.fixture(scope='module')
+def readme(): return (ROOT/'README.md').read_text()
+
+@pytest.fixture(scope='module')
+def results(): return pd.read_csv(ROOT/'benchmarks'/'results'/'accuracy.csv')
+
+@pytest.fixture(scope='module')
+def means(results): return results.groupby(['dataset','family'])[['test','seconds']].mean()
+
+
+def test_it_is_short(readme): assert len(readme.split()) <= 560
+
+def test_links_are_absolute_and_lead_somewhere(readme):
+    links = re.findall(r'\]\(([^)]+)\)', readme)
+    assert links and all(l.startswith('https://') for l in links)
+    for link in links:
+        for start in FILES:
+            if link.startswith(start): assert (ROOT/link.removeprefix(start)).exists(), link
+        page = link.removeprefix(DOCS).removesuffix('.html')
+        if link.startswith(DOCS) and page: assert list((ROOT/'nbs').glob(f'*_{page}.ipynb')) or (ROOT/'nbs'/f'{page}.ipynb').exists(), link
+
+def test_commands_stand_on_lines_of_their_own(readme):
+    for command in ('make demo', 'make test', 'make demo DATA=path/to/TrainAndValid.csv'): assert command in readme.split('\n')
+
+def test_code_is_that_of_the_notebook(readme):
+    cells = [''.join(c['source']) for c in json.loads((ROOT/'nbs'/'index.ipynb').read_text())['cells'] if c['cell_type']=='code']
+    shown = re.findall(r'```python\n(.*?)\n```', readme, re.DOTALL)
+    assert shown == [c for c in cells if not c.startswith('#|')]
+    lines = shown[0].split('\n')
+    assert len(lines) <= 10 and lines[:2] == ['from fastai.tabular.all import *', 'from fastai_dropconnect.all import *']
+
+def test_the_table_is_that_of_the_benchmark(readme, means):
+    rows = [[c.strip(' *') for c in l.strip('|').split('|')] for l in readme.split('\n') if re.match(r'\| .*0\.\d{4}', l)]
+    assert len(rows) == 3
+    for what,table,*numbers in rows:
+        dataset = 'bulldozers' if table.startswith('auctions') else 'adult'
+        want = [means.test[dataset, f] for f in ('fastai', FAMILIES[what], 'lightgbm')]
+        assert numbers == [f'{w:.4f}' for w in want], what
+
+def test_sentences_say_what_the_benchmark_found(readme, means):
+    auctions,adult,houses = (means.loc[d] for d in ('bulldozers','adult','california'))
+    below = {o: 100*(1 - auctions.test['zero-restarts']/auctions.test[o]) for o in ('fastai','lightgbm')}
+    assert f'{below["fastai"]:.1f} % below plain fastai and {below["lightgbm"]:.1f} % below LightGBM' in readme
+    assert 'six times the training time' in readme and round(auctions.seconds['zero-restarts']/auctions.seconds['fastai']) == 6
+    assert f'the best of {len(adult)} models on adult' in readme and adult.test.idxmax() == 'masked-zero-restarts+ple'
+    assert houses.test.idxmin() == 'catboost'
+
+def test_what_does_not_help_is_named(readme, means, results):
+    "None of these is better than plain fastai by two standard errors of the difference"
+    assert 'DropConnect itself in any mode, dropout, and zeros set once at the start clearly help on none' in readme
+    stats = results.groupby(['dataset','family']).test.agg(['mean','sem'])
+    for dataset,sign in (('bulldozers',1), ('california',1), ('adult',-1)):
+        plain = stats.loc[dataset,'fastai']
+        for family in ('dropconnect-example','dropconnect-batch','dropconnect-gaussian','fastai-dropout','frozen-zero'):
+            own = stats.loc[dataset,family]
+            gain = sign*(plain['mean']-own['mean'])
+            assert gain < 2*(plain['sem']**2+own['sem']**2)**.5, (dataset, family)
+
+def test_the_chart_shows_changes_against_plain_fastai(results, means, tmp_path):
+    table = readme_chart.changes(results)
+    assert table.change.xs('fastai', level='family').abs().max() < 1e-9
+    want = 100*((1-means.test['adult','fastai+ple'])/(1-means.test['adult','fastai'])-1)
+    assert table.change['adult','fastai+ple'] == pytest.approx(want)
+    readme_chart.draw(results).savefig(tmp_path/'chart.png')
+    assert (tmp_path/'chart.png').stat().st_size > 20_000
