@@ -112,7 +112,7 @@ def test_conversion_keeps_the_mode_and_the_hooks():
 
 @pytest.mark.parametrize('bad', [nn.Conv1d(2, 3, 1), nn.Identity(), None, nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Bilinear(2, 3, 4)])
 def test_only_plain_layers_are_converted(bad):
-    with pytest.raises(TypeError, match='must be an nn.Linear'): DropConnectLinear.from_linear(bad)
+    with pytest.raises(TypeError, match='`linear` must be a plain Linear'): DropConnectLinear.from_linear(bad)
 
 
 @pytest.mark.parametrize('mode', MODES)
