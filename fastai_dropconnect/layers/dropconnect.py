@@ -39,7 +39,7 @@ class DropConnectLinear(nn.Linear):
         *,
         bias:bool=True, # Learn an additive bias?
         p:float=0.5, # Probability that a connection is dropped in a training pass, `0 <= p < 1`
-        mode:str='example', # 'example': a mask per row, 'batch': one for all, 'gaussian': noise of the same mean and variance
+        mode:str='example', # 'example': a mask per row, 'batch': one for all, 'gaussian': noise of equal mean and variance
         drop_bias:bool=False, # Drop entries of the bias too?
         sample_eval:bool=False, # In eval, draw from the Gaussian (Wan et al., section 3.2) instead of its mean?
         device=None, # As in `nn.Linear`
@@ -51,7 +51,8 @@ class DropConnectLinear(nn.Linear):
         self.drop_bias = bool(drop_bias)
         self.sample_eval = bool(sample_eval)
 
-    def forward(self, x:Tensor) -> Tensor: return self.dropconnect(x, self.p, self.mode, self.drop_bias, self.sample_eval)
+    def forward(self, x:Tensor) -> Tensor:
+        return self.dropconnect(x, self.p, self.mode, self.drop_bias, self.sample_eval)
 
     def dropconnect(self, x:Tensor, p:float, mode:str, drop_bias:bool, sample_eval:bool=False) -> Tensor:
         "Run `forward` with these settings instead of the layer's own"
@@ -84,7 +85,7 @@ class DropConnectEmbedding(nn.Embedding):
         num_embeddings:int, # Rows of the table
         embedding_dim:int, # Length of each row
         *,
-        p:float=0.1, # Probability that a row is zeroed in a training pass, `0 <= p < 1`; others are multiplied by `1/(1-p)`
+        p:float=0.1, # Probability that a row is zeroed in a training pass (others are scaled by `1/(1-p)`), `0 <= p < 1`
         **kwargs # Further arguments of `nn.Embedding`
     ):
         super().__init__(num_embeddings, embedding_dim, **kwargs)

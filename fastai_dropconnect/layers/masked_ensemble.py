@@ -83,7 +83,7 @@ class EnsembleLinear(DropConnectLinear):
         if not self.training or p==0: return member_linear(x, weights, bias, self.shared_input)
         if self.shared_input: return linear_dropconnect(x, weights.flatten(0, 1), bias, p, mode, True, drop_bias)
         biases = [None]*k if bias is None else bias.chunk(k)
-        members = zip(x.chunk(k, -1), weights, biases)
+        members = zip(x.chunk(k, -1), weights, biases, strict=True)
         return torch.cat([linear_dropconnect(*xwb, p, mode, True, drop_bias) for xwb in members], -1)
 
     def member(self,
@@ -100,7 +100,7 @@ class EnsembleLinear(DropConnectLinear):
     @classmethod
     def from_linear(cls, linear:nn.Linear, **kwargs):
         "Raise `TypeError`: members do not fit into the parameters of one layer"
-        raise TypeError(f'{cls.__name__} cannot share the parameters of one layer: use `masked_ensemble_`, or make it from sizes')
+        raise TypeError(f'{cls.__name__} cannot share the parameters of one layer: use `masked_ensemble_`')
 
     def to_linear(self):
         "Raise `TypeError`: several members do not fit into one `nn.Linear`"
@@ -118,8 +118,8 @@ class MaskedEnsembleLinear(EnsembleLinear):
         out_features:int, # Outputs of each member
         *,
         n_members:int, # Number of masks; each member also has its own bias
-        sparsity:float=0.5, # Share of each unit's connections that each mask leaves out, `0 <= sparsity < 1`; one at least is kept
-        **kwargs # Further arguments of `EnsembleLinear`: `shared_input`, `bias`, `p`, `mode`, `drop_bias`, `device`, `dtype`
+        sparsity:float=0.5, # Share of each unit's connections that each mask leaves out, `0 <= sparsity < 1`
+        **kwargs # As in `EnsembleLinear`: `shared_input`, `bias`, `p`, `mode`, `drop_bias`, `device`, `dtype`
     ):
         sparsity = check_p(sparsity, 'sparsity')
         super().__init__(in_features, out_features, n_members=n_members, **kwargs)
@@ -150,7 +150,8 @@ def _repeat_batchnorm(bn:nn.Module, n_members:int) -> nn.Module:
 def _ensemble_linear(linear:nn.Linear, n_members:int, sparsity:float|None, shared_input:bool) -> EnsembleLinear:
     "Return a new ensemble of layers like `linear`, without masks if `sparsity` is `None`"
     w = linear.weight
-    settings = dict(n_members=n_members, shared_input=shared_input, bias=linear.bias is not None, device=w.device, dtype=w.dtype)
+    settings = dict(n_members=n_members, shared_input=shared_input)
+    settings.update(bias=linear.bias is not None, device=w.device, dtype=w.dtype)
     if isinstance(linear, DropConnectLinear): settings.update(p=linear.p, mode=linear.mode, drop_bias=linear.drop_bias)
     if sparsity is None: return EnsembleLinear(linear.in_features, linear.out_features, **settings)
     return MaskedEnsembleLinear(linear.in_features, linear.out_features, sparsity=sparsity, **settings)
@@ -163,7 +164,7 @@ def _all_children(model:nn.Module):
         yield from _all_children(child)
 
 def masked_ensemble_(
-    model:nn.Module, # Changed in place; its layers must be defined in the order of the pass, and others work on single columns
+    model:nn.Module, # Changed in place; its layers are defined in the order of the pass, and act on single columns if not linear
     n_members:int, # Number of members
     sparsity:float=0.5 # Share of each unit's connections that each mask leaves out
 ) -> nn.Module: # `model`: `(n, n_in)` to `(n, n_members*n_out)`. Raises `ValueError` if it contains no linear layer
@@ -177,8 +178,8 @@ def masked_ensemble_(
     for parent,name,child in children:
         if isinstance(child, nn.Linear):
             n_seen += 1
-            is_last = n_seen==n_linear
-            setattr(parent, name, _ensemble_linear(child, n_members, None if is_last else sparsity, shared_input=n_seen==1))
+            masked = sparsity if n_seen < n_linear else None
+            setattr(parent, name, _ensemble_linear(child, n_members, masked, shared_input=n_seen==1))
         elif isinstance(child, nn.BatchNorm1d) and n_seen:
             setattr(parent, name, _repeat_batchnorm(child, n_members))
     return model

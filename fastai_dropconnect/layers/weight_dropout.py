@@ -25,10 +25,10 @@ def _preserve_rnns(module:nn.Module):
     for m in rnns: vars(m)['flatten_parameters'] = lambda: None      # it would copy all weights in each pass
     try:
         with warnings.catch_warnings() if on_cuda else nullcontext():
-            if on_cuda: warnings.filterwarnings('ignore', message='RNN module weights are not part of single contiguous chunk')
+            if on_cuda: warnings.filterwarnings('ignore', message='RNN module weights are not part of single contig')
             yield
     finally:
-        for m,lists in zip(rnns, own):
+        for m,lists in zip(rnns, own, strict=True):
             del vars(m)['flatten_parameters']
             vars(m).update(lists)
 
@@ -46,7 +46,8 @@ class WeightDropout(nn.Module):
         self.layer_names = listify(layer_names)
         known = [n for n,_ in module.named_parameters()]
         if not self.layer_names or not set(self.layer_names) <= set(known):
-            raise ValueError(f'`layer_names` must be names of parameters of the module ({", ".join(known)}), got layer_names={layer_names!r}')
+            raise ValueError(f'`layer_names` must be names of parameters of the module ({", ".join(known)}), '
+                             f'got layer_names={layer_names!r}')
 
     def forward(self, *args, **kwargs): # What `module` returns
         if not self.training or self.weight_p==0: return self.module(*args, **kwargs)
@@ -71,10 +72,11 @@ class EmbeddingDropout(nn.Module):
     "Look up `emb` and drop whole rows of it in training: `(*)` to `(*, embedding_dim)`"
     def __init__(self,
         emb:nn.Embedding, # Shared, not copied
-        embed_p:float # Probability that a row is zeroed in training, `0 <= embed_p < 1`; others are multiplied by `1/(1-embed_p)`
+        embed_p:float # Probability that a row is zeroed in training (others are scaled by `1/(1-embed_p)`), `0 <= embed_p < 1`
     ):
         super().__init__()
-        if not isinstance(emb, nn.Embedding): raise TypeError(f'`emb` must be an nn.Embedding, got {type(emb).__name__}')
+        if not isinstance(emb, nn.Embedding):
+            raise TypeError(f'`emb` must be an nn.Embedding, got {type(emb).__name__}')
         self.emb = emb
         self.embed_p = check_p(embed_p, 'embed_p')
 

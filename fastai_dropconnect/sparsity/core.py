@@ -49,16 +49,16 @@ def wrapped_optimizers(
         yield opt
         opt = vars(opt).get('opt')
 
-# %% ../../nbs/240_sparsity.core.ipynb #61a712a2
+# %% ../../nbs/240_sparsity.core.ipynb #54cde1ef
 def clean_slow_weights(
     opt, # An optimizer of torch or fastai, also `Lookahead` or `OptimWrapper`
     masks:dict # From each parameter to the bits of its mask
 ):
     "Set the slow copies of masked weights in `opt` to the weights' present values"
     for o in wrapped_optimizers(opt):
-        slow_lists = getattr(o, 'slow_weights', None) or []
-        for weights,slow_weights in zip(getattr(o, 'param_lists', []), slow_lists):
-            for p,slow in zip(weights, slow_weights):
+        if getattr(o, 'slow_weights', None) is None: continue
+        for weights,slow_weights in zip(o.param_lists, o.slow_weights, strict=True):
+            for p,slow in zip(weights, slow_weights, strict=True):
                 if p in masks: slow.data.copy_(torch.where(masks[p]!=0, slow, p))
 
 # %% ../../nbs/240_sparsity.core.ipynb #f12162fb
@@ -77,7 +77,7 @@ def clean_optimizer(
                 fill_masked_(t, bits, square if name in _square_names else 0.)
     clean_slow_weights(opt, masks)
 
-# %% ../../nbs/240_sparsity.core.ipynb #0ccf8559
+# %% ../../nbs/240_sparsity.core.ipynb #66f53687
 class HeldWeights:
     "Weights held at zero, or at their present values, where masks are `False`"
     clean_every = 1000      # steps
@@ -102,7 +102,7 @@ class HeldWeights:
 
     def mask_weights(self):
         "Set the held weights to the values they are held at"
-        for (p,bits),value in zip(self.bits.items(), self._values):
+        for (p,bits),value in zip(self.bits.items(), self._values, strict=True):
             w = as_bits(p).bitwise_and_(bits)
             if value is not None: w.bitwise_or_(value)
 
