@@ -164,7 +164,7 @@ def _all_children(model:nn.Module):
         yield from _all_children(child)
 
 def masked_ensemble_(
-    model:nn.Module, # Changed in place; its layers are defined in the order of the pass, and act on single columns if not linear
+    model:nn.Module, # Changed in place; modules are defined in the order of the pass
     n_members:int, # Number of members
     sparsity:float=0.5 # Share of each unit's connections that each mask leaves out
 ) -> nn.Module: # `model`: `(n, n_in)` to `(n, n_members*n_out)`. Raises `ValueError` if it contains no linear layer
