@@ -1,4 +1,4 @@
-"What every layer and model promises, run over every public class and mode"
+"What every layer and model promises, checked for every public class, mode and kernel"
 import copy, importlib.util, io, os, pickle
 import pytest, torch, torch.nn.functional as F
 from fastai.tabular.all import Embedding, TabularModel
@@ -29,18 +29,21 @@ CASES = ([pytest.param(lambda m=m,b=b: case_linear(m, b), id=f'linear-{m}{"-drop
          + [pytest.param(lambda m=m: case_tabular(m), id=f'tabular-{m}') for m in MODES] + [pytest.param(case_embedding, id='embedding')])
 cases = pytest.mark.parametrize('case', CASES)
 
-# Layers and models that no plain one has the parameters of
+# Layers and models without a plain counterpart
 def case_ensemble(cls, mode, **kw): return cls(12, 5, n_members=3, p=0.3, mode=mode, **kw),None,(torch.randn(16, 12 if kw.get('shared_input') else 36),)
+def case_weight_dropout(): return WeightDropout(nn.Linear(12, 5), 0.3, 'weight'),None,(torch.randn(16, 12),)
+def case_embedding_dropout(): return EmbeddingDropout(nn.Embedding(10, 4), 0.3),None,(torch.randint(0, 10, (16,)),)
 def case_inputs(**kw): return TabularDropConnectModel(**TAB, weight_p=0.3, **kw),None,tabular_args()
 EXTRAS = ([pytest.param(lambda c=c,m=m: case_ensemble(c, m), id=f'{c.__name__}-{m}') for c in (EnsembleLinear,MaskedEnsembleLinear) for m in MODES]
           + [pytest.param(lambda: case_ensemble(MaskedEnsembleLinear, 'example', shared_input=True, drop_bias=True), id='MaskedEnsembleLinear-shared_input')]
           + [pytest.param(lambda m=m: case_inputs(members=3, mode=m), id=f'members-{m}') for m in MODES]
           + [pytest.param(lambda: case_inputs(num_embeddings=PLE(bins=6, weight_p=0.2).fitted(torch.randn(50, 3))), id='ple'),
-             pytest.param(lambda: case_inputs(num_embeddings='periodic', members=2), id='periodic-members')])
+             pytest.param(lambda: case_inputs(num_embeddings='periodic', members=2), id='periodic-members'),
+             pytest.param(case_weight_dropout, id='weight_dropout-batch'), pytest.param(case_embedding_dropout, id='embedding_dropout')])
 more_cases = pytest.mark.parametrize('case', CASES+EXTRAS)
 
 
-# Triton's interpreter takes milliseconds for what a GPU does in microseconds, so it goes through those tests only that make few passes
+# Triton's interpreter is a thousand times slower than a GPU, so it runs only the tests that make few passes
 INTERPRETED = '''test_shapes test_small_layers test_non_contiguous_inputs test_dtypes test_autocast test_p_0_is_plain_in_training test_training_is_noisy
     test_example_equals_the_dense_expression_with_the_same_mask test_only_the_gradients_that_are_asked_for test_a_row_of_zeros_has_finite_gradients
     test_a_dropped_infinite_weight_does_no_harm_and_backward_uses_the_forward_mask test_torch_manual_seed_repeats_a_pass
@@ -55,7 +58,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True)
 def _backend(request, monkeypatch):
-    "Everything holds whichever kernel makes the sums"
+    "Run every test with each kernel"
     monkeypatch.setenv('FASTAI_DROPCONNECT_BACKEND', request.param)
 
 
@@ -112,7 +115,7 @@ def test_conversion_keeps_the_mode_and_the_hooks():
 
 @pytest.mark.parametrize('bad', [nn.Conv1d(2, 3, 1), nn.Identity(), None, nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Bilinear(2, 3, 4)])
 def test_only_plain_layers_are_converted(bad):
-    with pytest.raises(TypeError, match='must be an nn.Linear'): DropConnectLinear.from_linear(bad)
+    with pytest.raises(TypeError, match='`linear` must be a plain Linear'): DropConnectLinear.from_linear(bad)
 
 
 @pytest.mark.parametrize('mode', MODES)
@@ -412,7 +415,7 @@ def test_activation_checkpointing(mode, reentrant):
         grads.append((x.grad.clone(), layer.weight.grad.clone()))
     for a,b in zip(*grads): torch.testing.assert_close(a, b)
 
-# 8. torch.compile (fastai's own features: test_learner.py)
+# 8. torch.compile (fastai's features: test_tabular_learner.py and the tests of the callbacks)
 
 @pytest.mark.parametrize('mode,drop_bias', LAYERS)
 def test_compiles_without_a_graph_break(mode, drop_bias):
@@ -469,12 +472,15 @@ BAD_P = [(1.5, ValueError), (1, ValueError), (-0.1, ValueError), (float('nan'), 
 def test_a_wrong_probability_is_named(bad, error):
     calls = {'p': [lambda: linear(p=bad), lambda: DropConnectLinear.from_linear(nn.Linear(2, 2), bad), lambda: dropconnect(torch.ones(2), bad),
                    lambda: linear_dropconnect(torch.ones(2, 2), torch.ones(2, 2), p=bad), lambda: DropConnectEmbedding(3, 2, p=bad),
-                   lambda: DropConnectEmbedding.from_embedding(nn.Embedding(3, 2), bad)],
-             'weight_p': [lambda: TabularDropConnectModel(**TAB, weight_p=bad), lambda: TabularDropConnectModel(**TAB, weight_p=[0.1,bad]),
+                   lambda: DropConnectEmbedding.from_embedding(nn.Embedding(3, 2), bad), lambda: EnsembleLinear(3, 2, n_members=2, p=bad),
+                   lambda: MaskedEnsembleLinear(3, 2, n_members=2, p=bad)],
+             'sparsity': [lambda: MaskedEnsembleLinear(3, 2, n_members=2, sparsity=bad), lambda: masked_ensemble_(nn.Sequential(nn.Linear(2, 2)), 2, bad)],
+             'embed_p': [lambda: EmbeddingDropout(nn.Embedding(3, 2), bad)],
+             'weight_p': [lambda: WeightDropout(nn.Linear(3, 2), bad, 'weight'),
+                          lambda: TabularDropConnectModel(**TAB, weight_p=bad), lambda: TabularDropConnectModel(**TAB, weight_p=[0.1,bad]),
                           lambda: tabular_dropconnect_config(weight_p=bad), lambda: tabular_dropconnect_config(weight_p=[bad])],
              'out_p': [lambda: TabularDropConnectModel(**TAB, out_p=bad), lambda: tabular_dropconnect_config(out_p=bad)],
              'embed_weight_p': [lambda: TabularDropConnectModel(**TAB, embed_weight_p=bad), lambda: tabular_dropconnect_config(embed_weight_p=bad)]}
-    if bad is None: del calls['weight_p'][::2]     # for the whole model it stands for the default
     for name,fs in calls.items():
         for f in fs:
             with pytest.raises(error) as e: f()

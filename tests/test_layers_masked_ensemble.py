@@ -1,9 +1,10 @@
-"A masked ensemble is K networks: each is a plain one, and the ensemble's answer is the mean of theirs"
+"A masked ensemble is K plain networks, and it predicts the mean of their predictions"
 import copy, pickle
 import pandas as pd, pytest, torch, torch.nn.functional as F
 from conftest import make_dls, make_table
-from fastai.tabular.all import (AMPMode, BCEWithLogitsLossFlat, Callback, CrossEntropyLossFlat, EarlyStoppingCallback, GradientAccumulation, GradientClip, L1LossFlat, MSELossFlat,
-                                MixedPrecision, RocAuc, SaveModelCallback, TabularModel, accuracy, load_learner, rmse, set_seed)
+from fastai.tabular.all import (AMPMode, BCEWithLogitsLossFlat, Callback, CrossEntropyLossFlat, EarlyStoppingCallback, GradientAccumulation,
+                                GradientClip, L1LossFlat, MSELossFlat, MixedPrecision, RocAuc, SaveModelCallback, TabularModel, accuracy,
+                                load_learner, rmse, set_seed)
 from torch import nn
 
 from fastai_dropconnect.all import *
@@ -100,7 +101,7 @@ def test_autocast(cls, shared, dtype):
 
 @pytest.mark.parametrize('sparsity', [0, .3, .5, .9])
 def test_masks_are_exact_differ_and_stay(sparsity):
-    layer = MaskedEnsembleLinear(40, 30, 8, sparsity)
+    layer = MaskedEnsembleLinear(40, 30, n_members=8, sparsity=sparsity)
     masks = unpack_masks(layer.masks, 8)
     assert (masks.sum(-1) == 40-round(sparsity*40)).all()
     if sparsity:
@@ -116,16 +117,39 @@ def test_masks_are_exact_differ_and_stay(sparsity):
 
 def test_outputs_start_as_large_as_those_of_a_full_layer():
     x = torch.randn(4000, 400)
-    stds = [(MaskedEnsembleLinear(400, 50, 2, s, bias=False, shared_input=True)(x)).std().item() for s in (0, .5, .9)]
+    stds = [(MaskedEnsembleLinear(400, 50, n_members=2, sparsity=s, bias=False, shared_input=True)(x)).std().item() for s in (0, .5, .9)]
     for s in stds: assert abs(s/(1/3)**.5 - 1) < 0.05
 
 
 def test_dropconnect_of_members_has_the_right_mean_and_variance():
-    p,layer,x = 0.3,MaskedEnsembleLinear(10, 4, 2, p=0.3, bias=False, dtype=torch.float64),torch.randn(20, dtype=torch.float64)
+    p,layer,x = 0.3,MaskedEnsembleLinear(10, 4, n_members=2, p=0.3, bias=False, dtype=torch.float64),torch.randn(20, dtype=torch.float64)
     with torch.no_grad(): y,plain,w = layer(x.expand(20000, -1)),layer.eval()(x),layer.member_weights()
     var = torch.cat([p/(1-p)*(w[k]*x.chunk(2)[k]).square().sum(1) for k in range(2)])
     assert ((y.mean(0)-plain).abs() < 5*(var/20000).sqrt()).all()
     assert ((y.var(0)/var - 1).abs() < 0.1).all()
+
+
+@pytest.mark.parametrize('cls', [EnsembleLinear, MaskedEnsembleLinear])
+def test_settings_are_given_by_keyword(cls):
+    with pytest.raises(TypeError, match='positional'): cls(3, 2, 2)
+    with pytest.raises(TypeError, match='n_members'): cls(3, 2)
+
+
+def test_dropconnect_layers_keep_their_settings_in_an_ensemble():
+    model = masked_ensemble_(nn.Sequential(DropConnectLinear(6, 8, p=.3, mode='batch', drop_bias=True), nn.ReLU(), DropConnectLinear(8, 2, p=.1, bias=False)), 3)
+    assert [(m.p, m.mode, m.drop_bias) for m in (model[0], model[2])] == [(.3, 'batch', True), (.1, 'example', False)]
+    assert model[0].bias.shape==(24,) and model[2].bias is None
+    x = torch.randn(5, 6)
+    assert (model(x) != model(x)).any() and torch.equal(model.eval()(x), model(x))
+
+
+def test_batch_norms_are_widened_with_their_statistics():
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    for _ in range(3): model(torch.randn(20, 6))
+    first,mean,var = model[0],model[2].running_mean.clone(),model[2].running_var.clone()
+    masked_ensemble_(model, 3)
+    assert model[0] is first and torch.equal(model[2].running_mean, mean.repeat(3)) and torch.equal(model[2].running_var, var.repeat(3))
+    assert model[2].num_batches_tracked==3 and model(torch.randn(20, 6)).shape==(20,6)
 
 # The model
 
@@ -178,10 +202,11 @@ def test_callbacks_select_the_shared_weights():
     assert type(model.layers[-1][0]) is EnsembleLinear
 
 
-def test_an_ensemble_is_no_linear_layer_to_convert():
-    for layer in (EnsembleLinear(3, 2, 2), MaskedEnsembleLinear(3, 2, 2)):
-        with pytest.raises(TypeError): DropConnectLinear.from_linear(layer)
-        with pytest.raises(TypeError): layer.to_linear()
+def test_an_ensemble_does_not_convert_to_or_from_one_layer():
+    for layer in (EnsembleLinear(3, 2, n_members=2), MaskedEnsembleLinear(3, 2, n_members=2)):
+        with pytest.raises(TypeError, match='`linear` must be a plain Linear'): DropConnectLinear.from_linear(layer)
+        with pytest.raises(TypeError, match='use `masked_ensemble_`'): type(layer).from_linear(nn.Linear(3, 2))
+        with pytest.raises(TypeError, match=r'has 2 members.*use `member\(k\)`'): layer.to_linear()
 
 
 @pytest.mark.parametrize('kw,match', [(lambda: dict(members=0), 'members=0'), (lambda: dict(members=MaskedMembers(2, sparsity=1)), 'sparsity=1'),
@@ -317,7 +342,7 @@ def test_lr_find_and_fine_tune():
 
 
 def test_weight_dropout_takes_the_layer():
-    layer = MaskedEnsembleLinear(12, 5, K)
+    layer = MaskedEnsembleLinear(12, 5, n_members=K)
     wrapped,x = WeightDropout(layer, 0.5, 'weight'),torch.randn(8, 12*K)
     assert (wrapped(x) != wrapped(x)).any() and torch.equal(wrapped.eval()(x), layer.eval()(x))
 

@@ -1,4 +1,4 @@
-"What `WeightDropout` and `EmbeddingDropout` promise: any parameter of any module, fastai's place in its AWD-LSTM, and copies that are copies"
+"What `WeightDropout` and `EmbeddingDropout` promise: any parameter of any module, use in fastai's AWD-LSTM, independent copies"
 import copy, io, pickle, sys, warnings
 from unittest.mock import patch
 import pytest, torch
@@ -257,3 +257,9 @@ def test_what_is_registered_twice_is_exchanged_once_and_put_back(module, x):
     before = weight.detach().clone()
     torch.optim.SGD(wd.parameters(), 1.).step()
     assert not torch.equal(module.b.weight, before)
+
+
+def test_a_pass_on_the_cpu_leaves_the_filters_of_warnings_alone():
+    wd,before = WeightDropout(lstm(), .5),list(warnings.filters)
+    wd(seq)
+    assert warnings.filters == before
