@@ -222,7 +222,7 @@ def test_attention():
             return self.out(self.mid(self.att(x, x, x, need_weights=False)[0][:,0]))
     learn = make_learn(cb := DropConnect(.5), model=Net())
     learn.fit(1)
-    assert [m for m,_ in cb._layers]==[learn.model.inp, learn.model.mid]
+    assert [m for m,_ in cb._layer_ps]==[learn.model.inp, learn.model.mid]
     with pytest.raises(TypeError, match='att.out_proj'): make_learn(DropConnect(layers=['att.out_proj']), model=Net()).fit(1)
 
 
