@@ -101,6 +101,7 @@ class RecalibrateBN(LeanCallback):
     ): self.every_epoch = every_epoch
 
     def before_fit(self):
+        if self.learn.lock.locked(): return     # a validation
         self.run = not hasattr(self.learn, 'lr_finder')
         self._trained = False
 
@@ -110,4 +111,5 @@ class RecalibrateBN(LeanCallback):
         if self._trained and (self.every_epoch or self.epoch==self.n_epoch-1): recalibrate_bn(self.learn)
 
     def after_fit(self):
-        if self._trained: recalibrate_bn(self.learn)    # again, for weights that another callback has loaded
+        if self.learn.lock.locked() or not self._trained: return
+        recalibrate_bn(self.learn)              # again, for weights that another callback has loaded
