@@ -27,7 +27,7 @@ def draw_masks(
     generator = torch.Generator().manual_seed(seed)
     masks = {}
     for n,(p,sparsity) in weights.items():
-        drawn = exact_mask(p.shape, sparsity, per=per, generator=generator)     # always: later masks do not depend on what is found
+        drawn = exact_mask(p.shape, sparsity, per=per, generator=generator)     # always, for a seed to repeat all masks
         found = zeros_as_mask(p, sparsity, per) if find_zeros else None
         masks[n] = (drawn, False) if found is None else (found, True)
     return masks
@@ -36,7 +36,7 @@ def draw_masks(
 def zero_masked_(
     weight:Tensor, # Changed in place
     mask:Tensor, # bool, `True` = kept
-    rescale:bool=False # Divide the kept entries by the root of their share, to keep the variance of the layer's outputs?
+    rescale:bool=False # Divide the others by the root of their share, to keep the variance of the outputs?
 ):
     "Set the entries of `weight` to zero where `mask` is `False`"
     as_bits(weight).bitwise_and_(bit_mask(mask, weight))
@@ -46,15 +46,15 @@ def zero_masked_(
 # %% ../../nbs/365_callback.frozen_zero.ipynb #e8c2df8c
 class FrozenZeroInit(RecordingCallback):
     "Set a random part of the weights to zero before the first fit, and hold them there"
-    order = TrainEvalCallback.order+1       # after the model is on its device, before other callbacks see weights or gradients
+    order = TrainEvalCallback.order+1       # the model is on its device, no other callback has seen it
     _stateattrs = ('_held','_last_owner')
     _held = None                            # in a fit: `HeldWeights`
     _in_lr_find = False
     _last_owner = None                      # after its removal: weak references to the Learner and the model
     def __init__(self,
-        sparsity=0.5, # Share of each selected weight: a number, a dictionary {layer name: number}, or a function of (name, module)
+        sparsity=0.5, # Share of each weight: number, dictionary {layer name: number}, or function of (name, module)
         mask_grads:bool=True, # Hold the weights? With `False` they start at zero and train freely
-        rescale:bool=False, # Multiply the other weights by `1/sqrt(1-sparsity)`, to keep the variance of a layer's outputs?
+        rescale:bool=False, # Multiply the others by `1/sqrt(1-sparsity)`, to keep the variance of the outputs?
         zero:bool=True, # With `False` the weights are held at their initial values instead of zero
         per:str='tensor', # 'tensor': an exact count in all; 'row': the same count for each output of a layer
         layers=None, # `None` for the hidden linear layers, names of layers, or a function of (name, module)
@@ -62,8 +62,10 @@ class FrozenZeroInit(RecordingCallback):
         seed:int=None # For the masks; by default drawn from torch's random numbers
     ):
         super().__init__(MaskRecord())
-        if not zero and not mask_grads: raise ValueError('`mask_grads` must be True with zero=False (else nothing is done), got mask_grads=False')
-        if not zero and rescale: raise ValueError('`rescale` must be False with zero=False (no weight becomes zero), got rescale=True')
+        if not zero and not mask_grads:
+            raise ValueError('`mask_grads` must be True with zero=False (else nothing is done), got mask_grads=False')
+        if not zero and rescale:
+            raise ValueError('`rescale` must be False with zero=False (no weight becomes zero), got rescale=True')
         self.sparsity = check_values(sparsity, 'sparsity', layers)
         self.layers = check_layers(layers)
         self.params = params
@@ -74,12 +76,13 @@ class FrozenZeroInit(RecordingCallback):
 
     def _reset(self):
         self.record.clear()
-        self.stds = {}              # from the name of each weight to its standard deviation before and after it was zeroed
+        self.stds = {}      # from the name of each weight to its standard deviations, before and after it was zeroed
         self.released = False
 
     def on_add(self, learn:Learner):
         owner = learn,inner_model(learn.model)
-        if self._last_owner and not any(ref() is o for ref,o in zip(self._last_owner, owner)): self._reset()
+        same = [ref() is o for ref,o in zip(self._last_owner or (), owner)]
+        if same and not any(same): self._reset()
         super().on_add(learn)
 
     def on_remove(self, learn:Learner):
@@ -117,8 +120,8 @@ def _hold(self:FrozenZeroInit) -> HeldWeights: # Empty if all weights train free
 def before_fit(self:FrozenZeroInit):
     if self.learn.lock.locked(): return     # a validation
     if self.mask_grads and hasattr(self.learn, 'non_native_mixed_precision'):
-        raise ValueError('`mask_grads` must be False with `to_non_native_fp16`, whose optimizer trains a copy of the weights '
-                         '(or use `to_fp16`), got mask_grads=True')
+        raise ValueError('`mask_grads` must be False with `to_non_native_fp16`, whose optimizer trains a copy '
+                         'of the weights (or use `to_fp16`), got mask_grads=True')
     self.record.attach(inner_model(self.learn.model))
     self._held = None
     self._in_lr_find = hasattr(self.learn, 'lr_finder')
@@ -172,7 +175,8 @@ def report(self:FrozenZeroInit) -> pd.DataFrame: # One row for each selected wei
         masked = 1-self.record[n].float().mean().item() if n in self.record else 0.
         std_before,std_after = self.stds.get(n, (np.nan,np.nan))
         rows[n] = dict(shape=tuple(p.shape), sparsity=sparsity, masked=masked, zeros=zeros.float().mean().item(),
-                       dead_inputs=_n_all_zero(zeros, 1), dead_outputs=_n_all_zero(zeros, 0), std_before=std_before, std_after=std_after)
+                       dead_inputs=_n_all_zero(zeros, 1), dead_outputs=_n_all_zero(zeros, 0),
+                       std_before=std_before, std_after=std_after)
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('weight')
 
 # %% ../../nbs/365_callback.frozen_zero.ipynb #b7c4f43c
