@@ -259,8 +259,9 @@ class Tables(Callback):
 def test_a_default_collab_learner_is_told_what_to_pass():
     learn = collab()
     before = state(learn.model)
-    with pytest.raises(ValueError, match='`layers`') as e: learn.fit(1, cbs=DropConnect())
-    assert 'layers=[]' not in str(e.value)
+    says = r"`layers` must be given for a model without a hidden nn.Linear: choose from \['u_weight', 'i_weight', 'u_bias', 'i_bias'\]"
+    with pytest.raises(ValueError, match=says): learn.fit(1, cbs=DropConnect())
+    learn.fit(1, cbs=DropConnect({'u_weight': .1}))
     assert state(learn.model)==before and not {'_do_one_batch','drop_connect'} & set(vars(learn))
 
 
@@ -392,7 +393,7 @@ def awd_lstm(ours=False):
 def test_a_language_model_is_told_what_to_pass():
     learn = awd_lstm()
     before = state(learn.model)
-    with pytest.raises(ValueError, match='`layers`'): learn.fit(1, cbs=DropConnect())
+    with pytest.raises(ValueError, match=r"choose from \['1.decoder'\], for recurrent layers use `WeightDropout`"): learn.fit(1, cbs=DropConnect())
     with pytest.raises(TypeError, match='0.rnns.0.module of type LSTM, for a recurrent layer use `WeightDropout`'):
         learn.fit(1, cbs=DropConnect(layers=['0.rnns.0.module']))
     with pytest.raises(TypeError, match='0.encoder of type Embedding, which fastai\'s `EmbeddingDropout` never calls: use its `embed_p`'):
