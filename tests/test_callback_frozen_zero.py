@@ -1,4 +1,4 @@
-"What `FrozenZeroInit` promises: after each step of any optimizer the masked weights are exactly what they must be, in this fit and all others"
+"`FrozenZeroInit` holds masked weights exactly where they are, after each step of any optimizer, in all fits"
 import contextlib, copy, io, pickle, warnings
 from functools import partial
 import numpy as np, pandas as pd, pytest, torch
@@ -44,7 +44,7 @@ def same(xs, ys): return len(xs)==len(ys) and all(torch.equal(x, y) for x,y in z
 def snapshot(learn): return [p.detach().clone() for p in learn.model.parameters()]
 
 class Watch(Callback):
-    "After each step, before anyone else looks: are the masked weights what they were when the fit began?"
+    "Check after each step that the masked weights are what they were when the fit began"
     order = FrozenZeroInit.order+1
     def before_train(self):
         cb = self.learn.frozen_zero_init
@@ -97,7 +97,7 @@ def test_the_optimizer_remembers_nothing_that_a_release_could_bring_back():
 
 
 def test_in_a_fit_roots_of_zero_are_avoided():
-    "The root of an exact zero takes torch eight times as long"
+    "torch takes eight times as long for the root of an exact zero"
     class State(Callback):
         def after_batch(self):
             if not self.training: return
@@ -273,7 +273,7 @@ def test_save_and_load_in_another_process(tmp_path, zero, with_opt):
 
 
 def test_a_mask_is_found_in_the_weights_themselves(tmp_path):
-    "The callback comes only after the weights were loaded, from a Learner that had lost its own"
+    "The callback is added after weights were loaded that a Learner without it had saved"
     learn = make_learn(FrozenZeroInit(.4, per='row', rescale=True), path=tmp_path)
     learn.fit(1, 1e-2)
     masks = masked(learn)
@@ -357,7 +357,7 @@ def compiled(model, wrap):
 
 @pytest.mark.parametrize('wrap', [True,False])
 def test_a_compiled_model(wrap):
-    "Same weights as without compiling; the masks of before are found again when the model is compiled between two fits"
+    "A compiled model trains to the same weights, and keeps its masks when it is compiled between two fits"
     def seeded(f):
         set_seed(1)
         return f(make_model())
@@ -404,6 +404,90 @@ def test_averaged_copies_have_the_zeros_too():
     learn = make_learn(FrozenZeroInit(.5), EMA())
     learn.fit(2, 1e-2)
     assert same([learn.ema.avg[i].weight==0 for i in (0,3)], masked(learn))
+
+# One Learner at a time
+
+def test_a_second_learner_at_the_same_time_is_refused():
+    cb = FrozenZeroInit(.5)
+    learn,other = make_learn(cb),make_learn(seed=1)
+    learn.fit(1, 1e-2)
+    masks,before = masked(learn),snapshot(other)
+    for give in (lambda: other.fit(1, cbs=cb), lambda: other.add_cb(cb), lambda: make_learn(cb)):
+        with pytest.raises(ValueError, match='belongs to another Learner: make a new FrozenZeroInit for each Learner'): give()
+    assert same(snapshot(other), before) and not other.model._state_dict_hooks
+    learn.fit(1, 1e-2)
+    assert same(masked(learn), masks) and same(zeros(learn), masks)
+
+
+@pytest.mark.parametrize('kw', [{}, dict(mask_grads=False), dict(zero=False), dict(rescale=True)])
+def test_given_to_another_learner_it_starts_anew(kw):
+    cb = FrozenZeroInit(.5, **kw)
+    first,second,alone = make_learn(),make_learn(seed=1),make_learn(seed=1)
+    first.fit(1, 1e-2, cbs=cb)
+    record = {n:cb.record[n] for n in cb.record}
+    first.fit(1, 1e-2, cbs=cb)
+    assert all(torch.equal(cb.record[n], m) for n,m in record.items())
+    other = FrozenZeroInit(.5, **kw)
+    for l,c in ((second,cb),(alone,other)):
+        set_seed(5)
+        l.fit(1, 1e-2, cbs=c)
+    assert same(snapshot(second), snapshot(alone)) and cb.stds==other.stds
+    assert not any(torch.equal(cb.record[n], m) for n,m in record.items())
+
+
+def test_the_same_model_in_another_learner_keeps_its_masks():
+    cb = FrozenZeroInit(.5, mask_grads=False)
+    learn = make_learn()
+    learn.fit(1, 1e-2, cbs=cb)
+    before = snapshot(learn)
+    again = make_learn(model=learn.model)
+    again.fit(1, 0., cbs=cb)
+    assert same(snapshot(again), before)
+
+
+def test_released_for_one_learner_it_holds_for_the_next():
+    cb = FrozenZeroInit(.5)
+    learn = make_learn(cb)
+    learn.fit(1)
+    cb.release()
+    learn.remove_cb(cb)
+    learn.fit(1, 1e-2, cbs=cb)
+    assert not any(z.any() for z in zeros(learn))
+    other = make_learn(cb, seed=1)
+    other.fit(1, 1e-2)
+    assert [z.sum().item() for z in zeros(other)] == [24, 48]
+
+# Validation
+
+@pytest.mark.parametrize('kw', [{}, dict(zero=False), dict(mask_grads=False)])
+def test_validation_and_predictions_change_nothing(kw):
+    learn = make_learn(FrozenZeroInit(.5, **kw))
+    before = snapshot(learn)
+    learn.validate()
+    learn.get_preds()
+    assert same(snapshot(learn), before) and not list(learn.frozen_zero_init.record)
+
+
+def test_validation_in_the_middle_of_a_fit_does_not_end_the_hold():
+    class Peek(Callback):
+        order = 90
+        def after_batch(self):
+            if not self.training or self.learn.iter!=1: return
+            own = self.learn.iter,self.learn.n_iter,self.learn.dl
+            self.learn.validate()
+            self.learn.model.train()
+            self.learn.training = True
+            self.learn.iter,self.learn.n_iter,self.learn.dl = own
+    learn = make_learn(FrozenZeroInit(.5), Peek(), Watch(), opt_func=ranger)
+    learn.fit(2, 1e-2)
+    assert learn.watch.steps==6 and same(zeros(learn), masked(learn))
+
+
+@pytest.mark.parametrize('mask_grads', [True,False])
+def test_a_weight_without_entries_is_not_rescaled(mask_grads):
+    learn = make_learn(FrozenZeroInit(.9, mask_grads, rescale=True, layers=['1']), model=nn.Sequential(nn.Linear(4,1), nn.Linear(1,1)))
+    learn.fit(1, 0.)
+    assert learn.model[1].weight.item()==0 and learn.recorder.values[0][0] < 10
 
 # Letting go, and looking
 
