@@ -98,14 +98,14 @@ _restarts = dict(n_cycles=8, cycle_len=None, restart_sparsity=.3, embed_sparsity
 _ple = dict(num_embeddings='ple')
 _members = dict(members=8)
 
-# %% ../nbs/400_recipes.ipynb #d9337452
+# %% ../nbs/400_recipes.ipynb #0c44f3f4
 RECIPES = {
     'fastai': Recipe("fastai's tabular model, trained for one cycle"),
     'ple': Recipe('Piecewise linear embeddings of the continuous columns', _ple),
     'frozen-zero': Recipe('Random hidden weights that stay at zero', _zeros, FrozenZeroInit),
     'free-zero': Recipe('Random hidden weights that start at zero', _zeros | dict(mask_grads=False), FrozenZeroInit),
-    'dropconnect-example': Recipe('DropConnect with a mask for every row', _weight_p | dict(mode='example'), RecalibrateBN),
-    'dropconnect-batch': Recipe('DropConnect with one mask per batch', _weight_p | dict(mode='batch'), RecalibrateBN),
+    'dropconnect-example': Recipe('DropConnect with a mask per row', _weight_p | dict(mode='example'), RecalibrateBN),
+    'dropconnect-batch': Recipe('DropConnect with a mask per batch', _weight_p | dict(mode='batch'), RecalibrateBN),
     'dropconnect-gaussian': Recipe('DropConnect as Gaussian noise', _weight_p | dict(mode='gaussian'), RecalibrateBN),
     'zero-restarts': Recipe('The average over cycles that start with random zeros', _restarts, fit=_zero_restarts),
     'ple-zero-restarts': Recipe('Zero restarts with embeddings', _ple | _restarts, fit=_zero_restarts),
