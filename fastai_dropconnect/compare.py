@@ -293,13 +293,20 @@ _by_color = sorted(MODELS, key=lambda m: m not in DEFAULT_MODELS)
 
 def _color(model): return _palette[_by_color.index(model)%len(_palette)]
 
-# %% ../nbs/520_compare.ipynb #08dcb5c0
+# %% ../nbs/520_compare.ipynb #4e9bd10e
+def _plot_row(ax, y, r, by_seed):
+    "Plot a model `r` of the leaderboard at height `y`"
+    spread = None if pd.isna(r.spread) else r.spread
+    if len(by_seed)>1: ax.plot(by_seed, [y+.22]*len(by_seed), 'o', color='.6', ms=4)
+    ax.errorbar(r.rmse, y, xerr=spread, fmt='o', color=_color(r.model), ms=8, capsize=4, lw=2)
+    ax.annotate(f'{r.rmse:.4f}', (r.rmse, y), (0, 8), textcoords='offset points', ha='center', fontsize=10)
+
 def plot_leaderboard(
     board:pd.DataFrame, # From `leaderboard`
     fits:list, # From `fit_models`
     source:str # Where the data came from
 ) -> Figure:
-    "Plot the RMSE of each model: mean, standard deviation over the seeds, and a gray point per seed"
+    "Plot the RMSE of each model: mean and spread in color, and each seed in gray"
     note = '\ncolor: mean and standard deviation over the seeds; gray: each seed' if board.seeds.max()>1 else ''
     label = f'RMSE of the log price (lower is better){note}'
     fig, ax = _figure(f'Validation error, {source}', label, '', (8, 1.8+.45*len(board)))
@@ -311,13 +318,6 @@ def plot_leaderboard(
     ax.grid(axis='x', alpha=.3)
     ax.xaxis.set_major_locator(MaxNLocator(6))
     return fig
-
-def _plot_row(ax, y, r, by_seed):
-    "Plot a model `r` of the leaderboard at height `y`"
-    spread = None if pd.isna(r.spread) else r.spread
-    if len(by_seed)>1: ax.plot(by_seed, [y+.22]*len(by_seed), 'o', color='.6', ms=4)
-    ax.errorbar(r.rmse, y, xerr=spread, fmt='o', color=_color(r.model), ms=8, capsize=4, lw=2)
-    ax.annotate(f'{r.rmse:.4f}', (r.rmse, y), (0, 8), textcoords='offset points', ha='center', fontsize=10)
 
 # %% ../nbs/520_compare.ipynb #780f7dff
 def _dollar_axes(ax, low, high):

@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from rtdl_num_embeddings import PiecewiseLinearEmbeddings
 from conftest import make_table
+from fastai_dropconnect.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.accuracy import __main__ as command, run as running, steps
 from benchmarks.accuracy.families import FAMILIES
+from benchmarks.accuracy.networks import settings_of
 from benchmarks.accuracy.report import AIMS, aims_reached, board_text, chosen, short_text, summary
 from benchmarks.accuracy.results import COLUMNS, append_result, matching, read_results
 from benchmarks.accuracy.run import Job, load
@@ -130,6 +132,20 @@ def test_spaces_have_their_defaults_inside():
     for f in FAMILIES.values():
         assert suggest(f.space, FirstOption()).keys()==defaults(f.space).keys()
         for s in f.space.values(): assert isinstance(s, Choice) or s.low<=s.default<=s.high
+
+def test_all_recorded_results_are_current():
+    "A family whose search space changes is searched again: the results on record count only with an unchanged fingerprint"
+    results = read_results(ROOT/'benchmarks'/'results'/'accuracy.csv')
+    assert len(results)>=225 and set(results.family)<=set(FAMILIES)
+    assert (results.space==results.family.map({n: f.fingerprint for n,f in FAMILIES.items()})).all()
+
+@pytest.mark.parametrize('name', [n for n,f in FAMILIES.items() if 'recipe' in getattr(f.fit, 'keywords', {})])
+def test_networks_are_recipes(name):
+    f = FAMILIES[name]
+    recipe,p = RECIPES[f.fit.keywords['recipe']],defaults(f.space)
+    settings = recipe.replace(**f.fit.keywords['settings'](p), **settings_of(p, LIMITS)).settings      # all of them are known
+    assert ('num_embeddings' in settings)==name.endswith('+ple') and ('members' in settings)==('masked' in name)
+    assert ('n_cycles' in settings)==('restarts' in name) and settings['wd']==p['wd']
 
 @needs_optuna
 def test_the_search_does_not_see_test_rows(tmp_path, monkeypatch):
@@ -307,16 +323,17 @@ def test_the_command_prints_the_table(tmp_path, capsys):
 def test_steps_add_one_thing_after_the_other(monkeypatch, capsys):
     monkeypatch.setattr(steps, 'EPOCHS', dict(numbers=2))
     asked = []
-    def fit(table, rows, p, seed, limits, arguments, train):
-        asked.append(p | dict(arguments=arguments(p), rows=len(rows)))
-        return steps_fit(table, rows, p, seed, limits, arguments=arguments, train=train)
+    def fit(table, rows, p, seed, limits, recipe, settings):
+        asked.append(p | dict(recipe=recipe, members=settings(p).get('members'), rows=len(rows)))
+        return steps_fit(table, rows, p, seed, limits, recipe=recipe, settings=settings)
     steps_fit = steps.fit_network
     monkeypatch.setattr(steps, 'fit_network', fit)
     steps.main(seeds=2)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines)==2+5 and lines[0]=='| | numbers, RMSE, 2 epochs |' and all(line.count('±')==1 for line in lines[2:])
     assert [a['quantile'] for a in asked]==[False]*2+[True]*8 and ['bins' in a for a in asked]==[False]*4+[True]*6
-    assert [a['arguments'] for a in asked]==[{}]*6+[dict(config=dict(members=8))]*4
+    assert [a['members'] for a in asked]==[None]*6+[8]*4
     assert ['n_cycles' in a for a in asked]==[False]*8+[True]*2
+    assert [a['recipe'] for a in asked]==['fastai']*8+['zero-restarts']*2
     assert {a['rows'] for a in asked}=={len(development_table('numbers', Options()).development)}      # the test rows are not among them
     with pytest.raises(ValueError, match='seeds=1'): steps.main(seeds=1)

@@ -6,7 +6,6 @@ from fastai.tabular.all import Callback, Categorify, CategoryBlock, Normalize, R
 from torch import nn
 from fastai_dropconnect.all import *
 from fastai_dropconnect.compare import kept_networks
-from fastai_dropconnect.tabular.model import is_dropconnect_config
 from .spaces import Fitted, Limits
 from .tables import Table
 
@@ -54,13 +53,20 @@ def learner_predict(learn, table:Table, scaler:Scaler, rows:pd.DataFrame) -> np.
 def tensor_bytes(model:nn.Module) -> int: return sum(t.nbytes for t in model.state_dict().values())
 
 
-def one_cycle(learn, p, limits, seed):
-    learn.fit_one_cycle(min(p['epochs'], limits.epochs), p['lr'], wd=p['wd'])
+def settings_of(
+    p:dict, # Hyperparameters
+    limits:Limits
+) -> dict: # Settings that every family has
+    "Weight decay, vectors for numbers if there are any, and cycles within the limits"
+    settings = dict(wd=p['wd'])
+    if p.get('num_embed_dim'): settings['num_embeddings'] = PLE(p['num_embed_dim'], p['bins'])
+    if 'n_cycles' in p:
+        cycle_len = min(p['cycle_len'], limits.epochs)
+        settings |= dict(cycle_len=cycle_len, n_cycles=min(p['n_cycles'], limits.epochs//cycle_len))
+    return settings
 
-def zero_restarts(learn, p, limits, seed):
-    cycle_len = min(p['cycle_len'], limits.epochs)
-    learn.fit_zero_restarts(min(p['n_cycles'], limits.epochs//cycle_len), cycle_len, p['lr'], p['sparsity'], p['embed_sparsity'], seed=seed, wd=p['wd'])
 
+def no_settings(p): return {}
 
 def fit_network(
     table:Table,
@@ -69,18 +75,19 @@ def fit_network(
     seed:int,
     limits:Limits,
     valid:pd.DataFrame=None, # Not used: nothing is stopped early
-    arguments=lambda p: {}, # Arguments of `tabular_learner` from `p`
-    train=one_cycle # How to train
+    recipe='fastai', # Name of the recipe
+    settings=no_settings # From the hyperparameters to settings of the recipe
 ) -> Fitted:
-    "Train a tabular Learner"
+    "Train a recipe of the package with hyperparameters"
     set_seed(seed)
     scaler = Scaler(table, rows)
     dls = network_dls(table, scaler.apply(table, rows), p['quantile'])
-    args = arguments(p) | ({} if table.classes else dict(y_range=scaler.y_range))
-    if p.get('num_embed_dim'): args['config'] = args.get('config', {}) | dict(num_embeddings=PLE(p['num_embed_dim'], p['bins']))
-    if (config := args.get('config')) and is_dropconnect_config(config): args['config'] = tabular_dropconnect_config(**config)
-    learn = tabular_learner(dls, layers=[int(n) for n in p['layers'].split(',')], **args)
+    made = RECIPES[recipe].replace(**settings_of(p, limits), **settings(p))
+    if 'n_cycles' in p: made = made.replace(seed=seed)      # of the zeros
+    y_range = {} if table.classes else dict(y_range=scaler.y_range)
+    learn = made.learner(dls, layers=[int(n) for n in p['layers'].split(',')], **y_range)
     learn.add_cb(SkipValidation())
-    with learn.no_bar(), learn.no_logging(): train(learn, p, limits, seed)
+    epochs = min(p.get('epochs', 1), limits.epochs)      # cycles have a number of epochs of their own
+    with learn.no_bar(), learn.no_logging(): made.train(learn, epochs, p['lr'])
     learn.remove_cb(SkipValidation)
     return Fitted(partial(learner_predict, learn, table, scaler), tensor_bytes(learn.model)*kept_networks(learn))

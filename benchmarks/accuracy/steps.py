@@ -8,7 +8,7 @@ import statistics, warnings
 import torch
 from fastcore.script import anno_parser
 from fastai_dropconnect.checks import check_int
-from .networks import fit_network, one_cycle, zero_restarts
+from .networks import fit_network
 from .search import score
 from .spaces import Limits
 from .tables import Options, development_table, test_rows
@@ -18,13 +18,18 @@ BASE = dict(layers='200,100', lr=1e-2, wd=1e-2, quantile=False)
 STEPS = {'plain fastai (`Normalize`)': {}, '`QuantileNormalize`': dict(quantile=True), "and `num_embeddings='ple'`": dict(num_embed_dim=16, bins=48),
          'and `members=8`': dict(members=8), 'and 4 cycles of half the epochs': dict(n_cycles=4, sparsity=.3, embed_sparsity=.5)}
 
-def train(learn, p, *args): (zero_restarts if 'n_cycles' in p else one_cycle)(learn, p, *args)
-def members(p): return dict(config=dict(members=p['members'])) if 'members' in p else {}
+def recipe(p): return 'zero-restarts' if 'n_cycles' in p else 'fastai'
+
+def settings(p):
+    "From the hyperparameters to settings of the recipe"
+    members = dict(members=p['members']) if 'members' in p else {}
+    restarts = dict(restart_sparsity=p['sparsity'], embed_sparsity=p['embed_sparsity']) if 'n_cycles' in p else {}
+    return members | restarts
 
 
 def test_scores(table, test, p:dict, seeds:int) -> list:
     "A score of the test rows for each seed"
-    fits = [fit_network(table, table.development, p, seed, Limits(), arguments=members, train=train) for seed in range(seeds)]
+    fits = [fit_network(table, table.development, p, seed, Limits(), recipe=recipe(p), settings=settings) for seed in range(seeds)]
     return [score(table, test[table.target].to_numpy(), f.predict(test)) for f in fits]
 
 
