@@ -1,4 +1,4 @@
-"The families of models, and what is searched for each; the first trial of each is its defaults"
+"Families of models and their search spaces; the first trial of each family is its defaults"
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -14,12 +14,12 @@ from .trees import fit_catboost, fit_extra_trees, fit_lightgbm, fit_random_fores
 @dataclass(frozen=True)
 class Family:
     fit:Callable           # (table, rows, hyperparameters, seed, limits, valid=None) -> Fitted
-    space:dict             # Name of each hyperparameter: what to search
+    space:dict             # {name of a hyperparameter: what to search}
     package:str = None     # Optional package that it needs
-    ours:bool = False      # Has it a technique of this package?
+    ours:bool = False      # Does it use a technique of this package?
 
     @property
-    def fingerprint(self): return crc32(repr(self.space).encode())      # of what is searched: another space, another study
+    def fingerprint(self): return crc32(repr(self.space).encode())      # results with another search space do not count
     @property
     def missing(self): return self.package is not None and find_spec(self.package) is None
 
@@ -27,7 +27,7 @@ class Family:
 _layers = ('500,250', '200,100', '256,256', '512,256,128')
 _network = dict(layers=Choice(_layers), lr=Real(1e-3, 2e-2, 1e-2, log=True), wd=Real(1e-3, .3, 1e-2, log=True), quantile=Choice((False, True)))
 _epochs = dict(epochs=Whole(3, 32, 10, log=True))
-# Vectors of pieces come with ranks first, as TabM does
+# Piecewise linear embeddings try ranks first, as TabM does
 _ple = dict(quantile=Choice((True, False)), num_embed_dim=Whole(4, 24, 16), bins=Whole(8, 64, 48, log=True))
 _weight_p = dict(weight_p=Real(.02, .5, .1))
 _cycles = dict(n_cycles=Whole(4, 12, 8), cycle_len=Whole(1, 4, 2, log=True), sparsity=Real(0., .6, .3), embed_sparsity=Real(0., .8, .5))
