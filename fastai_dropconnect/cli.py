@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from fastai.tabular.core import TabularPandas
 
-# %% ../nbs/600_cli.ipynb #1423026d
+# %% ../nbs/600_cli.ipynb #440432de
 OUTPUTS = ['leaderboard.csv', 'leaderboard.png', 'predicted_actual.png', 'learning_curves.png', 'predictions.csv',
            'export.pkl', 'submission.csv']
 
@@ -27,6 +27,7 @@ def _existing(path):
     while not path.exists() and not path.is_symlink(): path = path.parent
     return path
 
+# %% ../nbs/600_cli.ipynb #b39fcb62
 def check_out(
     out:str|Path # Folder for the results
 ):
@@ -75,12 +76,13 @@ class _Job:
         split = f'{n:,} before {self.start:%Y-%m-%d} train, the {k:,} from then on validate'
         return f'Data: {self.source}\n{n+k:,} sales: {split}; {seeds}'
 
-# %% ../nbs/600_cli.ipynb #2a23dd03
+# %% ../nbs/600_cli.ipynb #a909bf57
 def _say(text):
     "Write progress to stderr at once"
     sys.stderr.write(text)
     sys.stderr.flush()
 
+# %% ../nbs/600_cli.ipynb #8b9a536f
 def _read(path, test=False):
     "Read a file of sales, and say so: a large one takes a while"
     from fastai_dropconnect.bulldozers.data import read_bulldozers
@@ -173,7 +175,7 @@ def compare_on_bulldozers(
                    out, rows)
     return _run(job)
 
-# %% ../nbs/600_cli.ipynb #b2a48a89
+# %% ../nbs/600_cli.ipynb #ccdbfb69
 _prog = 'dropconnect-bulldozers'
 
 def _fail(text, status):
@@ -183,13 +185,14 @@ def _fail(text, status):
 
 def _show_warning(message, *args, **kwargs): _fail(f'warning: {message}', 0)
 
+# %% ../nbs/600_cli.ipynb #fceb6d8b
 def _parse(argv):
     "Return the arguments of `compare_on_bulldozers`"
     argv = [re.sub('^--[a-z_]+', lambda m: m[0].replace('_', '-'), a) for a in argv]
     args = vars(anno_parser(compare_on_bulldozers, prog=_prog).parse_args(argv))
     return {k: v for k,v in args.items() if k not in ('pdb','xtra')}
 
-# %% ../nbs/600_cli.ipynb #309d5656
+# %% ../nbs/600_cli.ipynb #25bfe114
 def _prepare_and_run(args):
     "Return the exit status"
     with warnings.catch_warnings():
@@ -201,6 +204,7 @@ def _prepare_and_run(args):
         _run(job)
     return 0
 
+# %% ../nbs/600_cli.ipynb #a425eed2
 def dropconnect_bulldozers(
     argv:list|None=None # Arguments, by default those of the command line
 ) -> int: # Exit status: 0, 2 for wrong arguments or data, 130 if interrupted

@@ -358,13 +358,13 @@ def _cut_axis(ax, curves):
     low, high = np.nanmin(values), np.median([c.mean(axis=1).iloc[-1] for c in curves])*1.8
     if np.nanmax(values) > high: ax.set_ylim(low-.05*(high-low), high)
 
-# %% ../nbs/520_compare.ipynb #2a2626e3
+# %% ../nbs/520_compare.ipynb #a5295a18
 def plot_curves(
     fits:list, # From `fit_models`
     models:list, # The models to show
     source:str # Where the data came from
 ) -> Figure:
-    "Plot the validation RMSE after each epoch: mean over the seeds, and a band from best to worst"
+    "Plot the validation RMSE after each epoch: the mean, and a band over the seeds"
     curves = _rmse_curves(fits, models)
     several = max(c.shape[1] for c in curves.values())>1
     note = '\nline: mean over the seeds; band: best to worst seed' if several else ''

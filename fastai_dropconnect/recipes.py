@@ -129,11 +129,12 @@ def recipes_for(
     "Return the recipes that fit the columns of `dls`"
     return {n: r for n,r in RECIPES.items() if dls.cont_names or not r.settings.get('num_embeddings')}
 
-# %% ../nbs/400_recipes.ipynb #dbb7ce0a
+# %% ../nbs/400_recipes.ipynb #3ae0ab2e
 def _fresh(dls):
     "Return `dls` with loaders that draw the order of batches anew"
     return type(dls)(*[dl.new() for dl in dls.loaders], path=dls.path, device=dls.device)
 
+# %% ../nbs/400_recipes.ipynb #78749037
 def train_recipe(
     dls, # `TabularDataLoaders`; their own state does not change
     recipe:str|Recipe, # A name in `RECIPES`, or a recipe such as `RECIPES['ple'].replace(wd=.1)`
@@ -183,7 +184,7 @@ def _metric_names(metrics):
     "Return names without the underscore of fastai's '_rmse'"
     return [m.name.lstrip('_') for m in L(metrics).map(mk_metric)]
 
-# %% ../nbs/400_recipes.ipynb #75a27517
+# %% ../nbs/400_recipes.ipynb #48afa20b
 def _named(recipes, dls):
     "Return the recipes to train, as a dictionary"
     if recipes is None: return recipes_for(dls)
@@ -193,12 +194,13 @@ def _named(recipes, dls):
     known = ', '.join(RECIPES)
     raise ValueError(f'`recipes` must be a dict of recipes, or some of {known}, got recipes={recipes!r}')
 
+# %% ../nbs/400_recipes.ipynb #4955ba35
 def _scores(learn):
     "Return the validation loss and the metrics by name"
     with learn.no_bar(), learn.no_logging(), no_random(), learn.removed_cbs(learn._grab_cbs(TrackerCallback)):
         return dict(zip(['loss', *_metric_names(learn.metrics)], learn.validate(), strict=True))
 
-# %% ../nbs/400_recipes.ipynb #c8dea308
+# %% ../nbs/400_recipes.ipynb #5585c7b6
 def _with_progress(jobs, verbose, comment):
     "Yield `jobs` behind a progress bar that shows `comment(job)` while the job runs"
     bar = progress_bar(jobs, leave=False) if verbose else jobs
@@ -208,6 +210,7 @@ def _with_progress(jobs, verbose, comment):
             bar.update_bar(i)
         yield job
 
+# %% ../nbs/400_recipes.ipynb #8d6e726c
 def _best_so_far(fits, by, sign):
     "Return text on the recipe with the best mean among `fits`, or nothing before there is one"
     means = {r: np.mean([f[by] for f in fits if f['recipe']==r]) for r in (f['recipe'] for f in fits)}
@@ -230,7 +233,7 @@ def _train_all(dls, recipes, seeds, by, sign, verbose, **kwargs):
         learns.setdefault(name, learn)
     return fits,learns
 
-# %% ../nbs/400_recipes.ipynb #49154e15
+# %% ../nbs/400_recipes.ipynb #15f2c1dc
 @dataclass
 class Choice:
     "What `choose_recipe` found"
@@ -238,6 +241,7 @@ class Choice:
     learn:TabularLearner # Trained by it with the first seed
     table:pd.DataFrame # A row for each recipe, with means over the seeds
 
+# %% ../nbs/400_recipes.ipynb #14db78b4
 def _summary(fits, recipes, by, sign):
     "Return the table of all recipes"
     by_seed = {c: np.array([f[c] for f in fits], float).reshape(len(recipes), -1) for c in fits[0] if c!='recipe'}

@@ -15,13 +15,13 @@ from fastai_dropconnect.compare import MODELS, RECIPES, TREES
 COMMAND = Path(sys.executable).parent/'dropconnect-bulldozers'
 REAL = Path(__file__).parents[2]/'shared'/'data'/'bulldozers'
 needs_real = pytest.mark.skipif(not (REAL/'TrainAndValid.csv').exists(), reason=f'Kaggle\'s file is not at {REAL}')
-ENV = dict(os.environ, OMP_NUM_THREADS='1') # on so few rows threads only wait for each other, above all on a busy machine
+ENV = dict(os.environ, OMP_NUM_THREADS='1') # with so few rows, threads only wait for each other
 N_FITS = 2*len([*RECIPES, *TREES])      # of two seeds
 QUICK = '--epochs 1 --cycles 2 --layers 20 --seeds 1'.split()
 
 
 def run(*args, cwd=None):
-    "Run the installed command: its exit status, stdout and stderr"
+    "Run the installed command, and return its exit status, stdout and stderr"
     r = subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=300, env=ENV)
     return r.returncode, r.stdout, r.stderr
 
@@ -50,7 +50,7 @@ def test_every_model_is_on_the_leaderboard(all_models):
     assert board.parameters[networks].gt(1000).all() and board.seconds_per_epoch[networks].gt(0).all() and board.parameters[~networks].isna().all()
     for r in board.itertuples(): assert f'{r.rmse:.4f}' in said and r.model in said
 
-def test_the_head_says_source_split_and_size(all_models):
+def test_the_heading_says_source_split_and_size(all_models):
     _, said, errors, _ = all_models
     df = synthetic_bulldozers(700)
     n = (df.saledate < '2011-06-01').sum()
@@ -141,7 +141,7 @@ def test_interrupted_by_the_user(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 def imported(code):
-    "Run `code` in a fresh Python: the heavy packages that it imported"
+    "Run `code` in a fresh Python, and return the heavy packages that it imports"
     code = f"{code}\nimport sys\nprint([m for m in ('torch','fastai','sklearn','matplotlib','pandas','fastai.vision','torchvision') if m in sys.modules])"
     return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=ENV).stdout.splitlines()[-1]
 
@@ -240,7 +240,7 @@ def test_a_disk_that_refuses_leaves_the_earlier_results(tmp_path, capsys, monkey
     assert dropconnect_bulldozers(args) == 0
     assert (out/'mine.txt').exists() and 'rmse' in (out/'leaderboard.csv').read_text()
 
-def test_results_of_an_earlier_run_do_not_stay(tmp_path, capsys):
+def test_results_of_an_earlier_run_are_deleted(tmp_path, capsys):
     out = tmp_path/'out'
     out.mkdir()
     (out/'submission.csv').write_text('earlier')
