@@ -1,5 +1,6 @@
-"""Quality of the random bits of `fastai_dropconnect.masks`: statistical tests of the mask generator, of Philox4x32 as the
-control, of a weakened copy of the generator that the tests must find, and of one whose counters are plain hashes
+"""Statistical tests of the random bits of `fastai_dropconnect.masks`
+
+The tests also run on three controls: Philox4x32, a weakened copy of our generator that must fail, and a copy with plain hashes as counters.
 
     python benchmarks/bits.py                         # all tests of all generators, writes results/bits.csv
     python benchmarks/bits.py --quick                 # a hundredth of the samples
@@ -22,7 +23,7 @@ u32,u64 = np.uint32,np.uint64
 
 # ---- generators -------------------------------------------------------------------------------------------------------------
 
-M1,M2,G = u32(0x7feb352d),u32(0x846ca68b),u32(0x9e3779b9)      # of the hash `masks._mix`
+M1,M2,G = u32(0x7feb352d),u32(0x846ca68b),u32(0x9e3779b9)      # constants of the hash `masks._mix`
 S0,S1,S2 = u32(0x85ebca6b),u32(0xc2b2ae35),u32(0x27d4eb2f)
 P0,P1,W0,W1 = u64(0xD2511F53),u64(0xCD9E8D57),u32(0x9E3779B9),u32(0xBB67AE85)
 low = u64(0xffffffff)
@@ -44,7 +45,7 @@ def mix(x): return shr(mul(shr(mul(shr(x, 16), M1), 15), M2), 16)
 
 @njit(inline='always')
 def key(seed, b, o, salt):
-    "As `masks._key`, of one block and one output"
+    "Compute `masks._key` for one block and one output"
     k = mix(add(mix(u32(seed & low) ^ salt), u32(seed >> u64(32))))
     return mix(mix(add(k, mul(u32(b), G))) ^ mul(u32(o), G))
 
@@ -81,16 +82,16 @@ def fill(kind, m, t, seeds, b0, o0, i0, res):
                     res[s,b,2,o,i],res[s,b,3,o,i] = shl16(z) >> u32(16),z >> u32(16)
 
 def multipliers(kind):
-    "Those that make the two words of a block"
+    "Return the multipliers that make the two words of a block"
     return (u32(0x846ca68b),u32(0x915f77f5)) if kind=='hashed_counters' else tuple(u32(m%2**32) for m in masks._word_multipliers)
 
 def counters(kind, n):
-    "Of the first `n` inputs"
+    "Return the counters of the first `n` inputs"
     if kind!='hashed_counters': return masks.mask_counters(n).numpy().view(np.uint32).astype(np.uint32)
     return masks._mix(torch.arange(1, n+1, dtype=torch.int32)*masks._key_step).numpy().view(np.uint32).astype(np.uint32)
 
 def make(kind, seeds, B, O, I, b0=0, o0=0, i0=0):
-    "16-bit numbers, shape `(seeds, blocks, 4, outputs, inputs)`"
+    "Make 16-bit numbers of shape `(seeds, blocks, 4, outputs, inputs)`"
     res = np.empty((len(seeds), B, 4, O, I), np.uint16)
     fill(kinds.index(kind), multipliers(kind), counters(kind, i0+I)[i0:], np.asarray(seeds, np.int64).view(np.uint64), b0, o0, i0, res)
     return res
@@ -109,7 +110,7 @@ def check_twins():
     if zero!=['6627', 'e169', 'bc57', '9b00']: raise AssertionError(f'Philox4x32-10 of zeros is wrong: {zero}')
 
 def order(u):
-    "The number that is compared with the threshold: dropped if it is below"
+    "Return the number that is compared with the threshold; below it, a weight is dropped"
     return np.uint16(0x7fff) - u
 def dropped(u, p): return order(u) < masks.drop_threshold(p)
 edges = np.array([masks.drop_threshold(p) for p in ps], np.uint16)
@@ -120,7 +121,7 @@ thresholds = tuple(masks.drop_probability(int(e)) for e in edges)
 # ---- tools ------------------------------------------------------------------------------------------------------------------
 
 def chi2(counts, probs):
-    "Statistic, degrees of freedom and p; cells that expect fewer than 10 are pooled"
+    "Return statistic, degrees of freedom and p; cells with an expected count below 10 are pooled"
     counts,probs = np.asarray(counts, float).ravel(),np.asarray(probs, float).ravel()
     want = probs*counts.sum()
     few = want<10
@@ -145,7 +146,7 @@ def table(parts, res):
     _counts[len(parts)](*[np.ascontiguousarray(a).ravel() for a in parts], res)
 
 def judge(kind, test, detail, res):
-    "Rows for a table of joint classes: all cells, and for each p the cells of 'dropped' or not and the parity"
+    "Test a table of joint classes: all cells, and for each p the parity of 'dropped'"
     n,k = int(res.sum()),res.ndim
     probs = q
     for _ in range(k-1): probs = np.multiply.outer(probs, q)
@@ -163,14 +164,14 @@ def judge(kind, test, detail, res):
     return rows
 
 def split(x, axis, lag, k=2):
-    "`k` views of `x` in which equal places are `lag` apart along `axis`; no element is used twice"
+    "Return `k` views of `x` whose equal positions are `lag` apart along `axis`, without using an element twice"
     n = x.shape[axis]//(k*lag)
     x = x.take(range(n*k*lag), axis) if n*k*lag<x.shape[axis] else x
     x = x.reshape(*x.shape[:axis], n, k, lag, *x.shape[axis+1:])
     return [x[(slice(None),)*(axis+1)+(j,)] for j in range(k)]
 
 def square(x, a, b):
-    "Four corners: `a` and `b` are (axis, lag)"
+    "Return the four corners of rectangles; `a` and `b` are (axis, lag)"
     return [v for u in split(x, *a) for v in split(u, b[0]+(b[0]>a[0]), b[1])]
 
 # ---- tests ------------------------------------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ rng_of = lambda kind, name: np.random.default_rng(zlib.crc32(name.encode()))    
 def draw(rng, n): return rng.integers(-2**63, 2**63, n)
 
 def joint(kind, total):
-    "Joint counts of two, three and four numbers"
+    "Test the joint distribution of two, three and four numbers"
     tests,rng = {},rng_of(kind, 'joint')
     def count(test, detail, parts):
         if (test,detail) not in tests: tests[test,detail] = np.zeros((len(q),)*len(parts), np.int64)
@@ -208,7 +209,7 @@ def joint(kind, total):
     return [r for (test,detail),res in tests.items() for r in judge(kind, test, detail, res)]
 
 def seeds(kind, total):
-    "Pairs of seeds that are near each other, and rectangles of such pairs and neighbours of the other axes"
+    "Test pairs of similar seeds, and rectangles of such pairs with neighbors along other axes"
     rng,rows,S = rng_of(kind, 'seeds'),[],256
     bits = lambda k: np.array(1, np.uint64) << np.uint64(k)
     near = {'s, s+1': lambda s: s+1, 's, s+2**16': lambda s: s+2**16, 's, s+2**32': lambda s: s+2**32, 's, -s': lambda s: -s,
@@ -226,7 +227,7 @@ def seeds(kind, total):
     return rows
 
 def singles(kind, total):
-    "All 65536 values of a number, and the count of dropped at each position over many seeds"
+    "Test the 65536 values of a number, and how often each position is dropped over many seeds"
     rng,rows,S = rng_of(kind, 'singles'),[],2048
     values,counts,n = np.zeros((4, 2**16)),{(w,p): 0 for w in ('random','successive') for p in ps},0
     for c in range(max(1, round(total/(4*4*8*32*S*2)))):
@@ -244,7 +245,7 @@ def singles(kind, total):
     return rows
 
 def avalanche(kind, total):
-    "Which bits of a number move when a bit of the seed does"
+    "Test which bits of a number flip when a bit of the seed flips"
     rng,S = rng_of(kind, 'avalanche'),128
     reps = max(1, round(total/(64*4*2*8*32*S*2)))
     flips,weight = np.zeros((64, 16)),np.zeros(17)
@@ -261,7 +262,7 @@ def avalanche(kind, total):
             Row(kind, 'avalanche', 'number of bits that flip', int(n*64), *chi2(weight, stats.binom.pmf(range(17), 16, .5)))]
 
 def sums(kind, total):
-    "Number of dropped weights along an axis, against the binomial distribution"
+    "Test the number of dropped weights along an axis against the binomial distribution"
     B,O,I = 64,256,256
     rng,hist = rng_of(kind, 'sums'),{}
     for _ in range(max(1, round(total/(4*B*O*I)))):
@@ -297,7 +298,7 @@ def rank_probabilities(n=32):
     return res
 
 def rank(kind, total):
-    "Ranks of 32x32 matrices of masks at p=0.5"
+    "Test the ranks of 32x32 matrices of masks at p=0.5"
     B,O,I = 16,32,1024
     rng,hist = rng_of(kind, 'rank'),{}
     for _ in range(max(1, round(total/(4*B*O*I)))):
@@ -310,7 +311,7 @@ def rank(kind, total):
     return [Row(kind, 'rank', f'32x32 {name}', int(h.sum()), *chi2(h, rank_probabilities())) for name,h in hist.items()]
 
 def spectrum(kind, total):
-    "Mean power of each frequency along each axis, and the distribution of the power in long streams"
+    "Test the mean power of each frequency along each axis, and the distribution of power in long streams"
     B,O,I = 64,256,256
     rng,power,long,n_seq = rng_of(kind, 'spectrum'),{},[],{}
     for _ in range(max(1, round(total/(4*B*O*I)))):
@@ -332,7 +333,7 @@ def spectrum(kind, total):
     return rows
 
 def runs(kind, total):
-    "Lengths of runs of dropped and of kept weights"
+    "Test the lengths of runs of dropped and of kept weights"
     B,O,I = 64,64,512
     rng,hist = rng_of(kind, 'runs'),{}
     for _ in range(max(1, round(total/(4*B*O*I)))):
@@ -356,7 +357,7 @@ def runs(kind, total):
     return rows
 
 def correlated(kind, detail, n_samples, sums):
-    "Rows for the correlations of all pairs, of which `sums` are the sums of products of -1 and 1: all together, and the largest against the one expected of so many"
+    "Test the correlations of all pairs, and the largest of them; `sums` holds sums of products of -1 and 1"
     z = (sums[np.triu_indices(len(sums), 1)] if (sums==sums.T).all() else sums.ravel())/math.sqrt(n_samples)
     worst = np.abs(z).max()
     return [Row(kind, 'all pairs', f'{detail}, sum of squares', n_samples, (z**2).sum(), len(z), stats.chi2.sf((z**2).sum(), len(z))),
@@ -365,7 +366,7 @@ def correlated(kind, detail, n_samples, sums):
 def signs(u): return torch.from_numpy(np.where(dropped(u, .5), np.float32(1), np.float32(-1)))
 
 def input_pairs(kind, total, n=1024, like=((0,0), (1,1), (2,2), (3,3), (0,1), (2,3))):
-    "Correlation of the masks of each pair of `n` inputs at p=0.5, in the rows of a block that `like` names: some share a key"
+    "Test the correlation of each pair of `n` inputs at p=0.5, in the pairs of rows of a block in `like`"
     rng,N = rng_of(kind, f'{n} inputs'),max(1, min(2**7, round(total/(4*n))//1024))*1024
     res = torch.zeros(len(like), n, n)       # whole numbers: exact
     for _ in range(N//1024):
@@ -375,7 +376,7 @@ def input_pairs(kind, total, n=1024, like=((0,0), (1,1), (2,2), (3,3), (0,1), (2
     return [r for (j,k),c in zip(like, res) for r in correlated(kind, f'{n} inputs, rows {j},{k}', N, c.double().numpy())]
 
 def output_pairs(kind, total, n=512):
-    "The same of each pair of `n` outputs"
+    "Test the correlation of each pair of `n` outputs at p=0.5"
     rng,N,res = rng_of(kind, f'{n} outputs'),max(1, min(2**4, round(total/(64*n))//1024))*1024,torch.zeros(n, n)
     for _ in range(N//1024):
         d = signs(make(kind, draw(rng, 1), 4, n, 64)[0]).permute(0, 1, 3, 2).reshape(1024, n)
@@ -383,7 +384,7 @@ def output_pairs(kind, total, n=512):
     return correlated(kind, f'{n} outputs', N, res.double().numpy())
 
 def all_pairs(kind, total):
-    "Pairs of inputs, of many more inputs in two rows of a block that share no key, and of outputs"
+    "Test pairs of inputs, pairs of many more inputs in two rows of a block, and pairs of outputs"
     return input_pairs(kind, total) + input_pairs(kind, total, 4096, ((0,0), (2,2))) + output_pairs(kind, total)
 
 tests = dict(single=singles, joint=joint, seeds=seeds, avalanche=avalanche, sums=sums, rank=rank, spectrum=spectrum, runs=runs, all_pairs=all_pairs)
@@ -395,7 +396,7 @@ orders = dict(inputs=((1,16,64,256), (0,1,2,3,4)), outputs=((1,16,256,64), (0,1,
               rows=((1,256,32,32), (0,3,4,1,2)), seeds=((256,2,16,32), (1,2,3,4,0)))
 
 def stream(kind, order, first=1, n_bytes=math.inf):
-    "Write the lanes to standard output, two in each 32-bit word; seeds count up"
+    "Write the numbers to standard output, two in each 32-bit word, with increasing seeds"
     (S,B,O,I),axes = orders[order]
     while n_bytes>0:
         chunk = np.ascontiguousarray(make(kind, first+np.arange(S), B, O, I).transpose(axes))
@@ -413,7 +414,7 @@ def _exhaustive(m, k1, k2, cls, res):
         res[cls[shl16(y) >> u32(16)],cls[y >> u32(16)],cls[shl16(z) >> u32(16)],cls[z >> u32(16)]] += 1
 
 def exhaustive(kind, cases):
-    "All 2**32 states of a pair of keys: joint classes of the four rows of a block, for random keys"
+    "Print exact results over all 2**32 states for random pairs of keys"
     rng = np.random.default_rng(3)
     print(kind, *map(hex, multipliers(kind)))
     print(f'{"k1":>8} {"k2":>8} {"chi2/N":>9} ' + ' '.join(f'{f"p={p}":>9}' for p in ps) + '   largest |correlation| of two rows;  marginals exact')
@@ -433,7 +434,7 @@ def exhaustive(kind, cases):
 
 @njit(nogil=True, cache=True)
 def _overlap(ds, K, start, L, M, res):
-    "Mean over `K` states and all values of the second key: both of two inputs whose counters differ by `d` are dropped"
+    "Compute how often two inputs whose counters differ by `d` are both dropped, over `K` states and all second keys"
     one = 4294967296.
     for n in range(len(ds)):
         d,total,s = ds[n],0.,u32(start)
@@ -452,7 +453,7 @@ def correlations(ds, M, K, p=.5, start=9):
     return (res-t*t)/(t*(1-t))
 
 def worst(ds, M, steps=((2**10, 50000), (2**14, 100), (2**20, 4))):
-    "The differences with the largest correlation, found in steps of more and more states"
+    "Find the differences with the largest correlation, in steps with more and more states"
     for K,n in steps:
         c = correlations(ds, M, K, start=K)
         best = np.argsort(-abs(c))[:n]
@@ -460,11 +461,11 @@ def worst(ds, M, steps=((2**10, 50000), (2**14, 100), (2**20, 4))):
     return ds,c
 
 def zero_bits(d):
-    "Number of zero bits at the end of each of `d`"
+    "Count the zero bits at the end of each of `d`"
     return np.log2(d & -d.astype(np.int64)).astype(int)
 
 def pairs(kind, n, at_least=0):
-    "Differences of the counters of all pairs of `n` inputs that end in `at_least` zero bits, and the inputs: shape `(3, n_pairs)`"
+    "Return counter differences that end in `at_least` zero bits, with their two inputs: shape `(3, n_pairs)`"
     t,res = counters(kind, n),[]
     for i in range(n-1):
         d = t[i] ^ t[i+1:]
@@ -473,7 +474,7 @@ def pairs(kind, n, at_least=0):
     return np.concatenate(res, 1)
 
 def differences(kind, n):
-    "Correlation of the masks of pairs of `n` inputs, and of all differences of counters by the number of zero bits at their end"
+    "Print the correlation of pairs of `n` inputs, and of all counter differences by their zero bits at the end"
     print(f'{kind}: largest |correlation| at p=0.5 in rows 0,1 and rows 2,3; pairs of counters that differ in upper bits only are weak')
     for at_least in (0, 10) if n<=1024 else (10,):
         d,i,j = pairs(kind, n, at_least)
@@ -490,7 +491,7 @@ def differences(kind, n):
 # ---- the report -------------------------------------------------------------------------------------------------------------
 
 def summary(rows):
-    "Number of tests, smallest p and its test, for each generator and kind of test"
+    "Print the number of tests and the smallest p for each generator and kind of test"
     print(f'{"generator":>13} {"test":>10} {"number":>6} {"smallest p":>10} {"p<1e-3":>6} {"fails":>6}  where')
     for kind in dict.fromkeys(r.generator for r in rows):
         mine = [r for r in rows if r.generator==kind]
@@ -502,11 +503,11 @@ def summary(rows):
         print(f'{kind:>13} {"all":>10} {len(p):6} {p.min():10.1e} {(p<1e-3).sum():6} {(p<limit(rows)).sum():6}')
 
 def limit(rows):
-    "A test fails below this: one false alarm in a thousand runs of the whole battery, at most"
+    "Return the p below which a test fails: at most one false alarm in a thousand runs of all tests"
     return 1e-3/max(1, max(sum(r.generator==k for r in rows) for k in kinds))
 
 def battery(kind, scale=1., only=tests):
-    "All rows of one generator"
+    "Run the tests of one generator"
     rows = []
     for name in only:
         start = time.time()
@@ -520,7 +521,7 @@ def main():
     p.add_argument('--tests', nargs='+', choices=list(tests), default=list(tests))
     p.add_argument('--scale', type=float, default=1, help='factor on the number of samples')
     p.add_argument('--quick', action='store_true', help='the same as --scale 0.01')
-    p.add_argument('--out', default=Path(__file__).parent/'results'/'bits.csv', help='CSV; rows of other generators and tests in it are kept')
+    p.add_argument('--out', default=Path(__file__).parent/'results'/'bits.csv', help='CSV file; rows of other generators and tests stay in it')
     p.add_argument('--exhaustive', type=int, metavar='CASES')
     p.add_argument('--differences', type=int, metavar='INPUTS')
     p.add_argument('--stream', choices=kinds)

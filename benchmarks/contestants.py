@@ -4,7 +4,7 @@
     python benchmarks/contestants.py epoch '{"name": "gaussian"}'
 
 prints one line of JSON. Every contestant takes turns with the plain layer or Learner in the same process. A ratio is the median over
-the pairs of turns: what else the machine does meets both halves of a pair, or few pairs.
+pairs of turns, so other work on the machine slows down both halves of a pair, or only a few pairs.
 """
 import json, os, sys, time, warnings
 from functools import partial
@@ -18,14 +18,14 @@ from fastai_dropconnect.layers.dropconnect import DropConnectLinear
 packages = Path(__file__).parent.parent/'build'/'bench_packages'
 
 class Example(DropConnectLinear):
-    "Mode 'example' in the kernel of one backend"
+    "DropConnect in mode 'example' with the kernel of one backend"
     def __init__(self, n_in, n_out, p, backend):
         super().__init__(n_in, n_out, p=p)
         self.backend = backend
     def forward(self, x): return linear_dropconnect(x, self.weight, self.bias, self.p, backend=self.backend)
 
 class Dense(nn.Linear):
-    "A mask for each row, as a tensor `(n, n_out, n_in)`"
+    "DropConnect with a mask tensor of shape `(n, n_out, n_in)`"
     def __init__(self, n_in, n_out, p):
         super().__init__(n_in, n_out)
         self.p = p
@@ -36,9 +36,9 @@ class Dense(nn.Linear):
 def signs(*shape, device): return torch.empty(*shape, device=device).bernoulli_(.5).mul_(2).sub_(1)
 
 class Flipout(nn.Linear):
-    """Flipout (Wen et al. 2018, eq. 4): one perturbation of the weights, turned for each row by random signs of its inputs and outputs
+    """Flipout (Wen et al. 2018, eq. 4): one perturbation of the weights, with random signs of the inputs and outputs for each row
 
-    The perturbation is `±w*sqrt(p/(1-p))`, of the variance of DropConnect; with `p=0.5` it is DropConnect's own. Rows are not independent."""
+    The perturbation `±w*sqrt(p/(1-p))` has the variance of DropConnect, and equals it at `p=0.5`. Rows are not independent."""
     def __init__(self, n_in, n_out, p):
         super().__init__(n_in, n_out)
         self.std = (p/(1-p))**.5
@@ -71,10 +71,10 @@ contestants = {
 
 def turn(
     f, # Called without arguments
-    calls:int, # How often
-    clock # Returns the times of several hands
-) -> list: # Median time of a call by each hand
-    "The time of `f` in one turn"
+    calls:int, # Number of calls
+    clock # Returns several times, such as CPU time and wall time
+) -> list: # Median of each time of a call
+    "Measure `f` in one turn"
     times = []
     for _ in range(calls):
         start = clock()
@@ -86,10 +86,10 @@ def in_turns(
     f, # Called without arguments
     ref, # What to compare with
     clock, # Returns seconds of CPU time and of wall time
-    seconds:float, # Start no further pair after this time
-    turn_sz:float=.01 # Seconds of a turn; one call if that takes longer
-) -> list: # For each pair of turns the times of `f` and of `ref`, each by both hands of the clock
-    "Let `f` and `ref` take turns, either one first in every second pair"
+    seconds:float, # Start no new pair after this time
+    turn_sz:float=.01 # Seconds of a turn; a single call may take longer
+) -> list: # For each pair of turns, the times of `f` and the times of `ref`
+    "Measure `f` and `ref` in turns; each goes first in every second pair"
     calls = [max(1, min(100, round(turn_sz/max(turn(o, 1, clock)[1], 1e-9)))) for o in (f,ref)]
     pairs,stop = [],clock()[1]+seconds
     while not pairs or clock()[1]<stop:
@@ -101,14 +101,14 @@ def in_turns(
 def summary(
     pairs:list # From `in_turns`
 ) -> dict:
-    "Medians of the ratios by CPU time and by wall time, the ratio of the fastest turns, and times of a call"
+    "Compute the median ratios of CPU time and wall time, the ratio of the fastest turns, and the time of a call"
     cpu,wall = ([(f[hand],ref[hand]) for f,ref in pairs] for hand in (0,1))
     ratio = lambda times: median(f/ref for f,ref in times)
     best = lambda times: min(f for f,_ in times)/min(ref for _,ref in times)
     return dict(ratio=ratio(cpu), ratio_wall=ratio(wall), ratio_best=best(cpu), ms=1e3*median(f for f,_ in cpu), ms_plain=1e3*median(ref for _,ref in cpu), pairs=len(pairs))
 
 def clock_of(device):
-    "CPU time of this thread and wall time; on a GPU wall time twice, when its work is done"
+    "Return a clock of CPU time and wall time; for a GPU it waits for the work and returns wall time twice"
     if device=='cpu': return lambda: (time.thread_time(), time.perf_counter())
     def clock():
         torch.cuda.synchronize()
@@ -120,20 +120,20 @@ def _status_mb(key):
     return int(line.split()[1])/1024
 
 def peak_mb(f, device):
-    "MB of memory that the process takes while `f` runs, beyond those it had; `None` where the system does not tell"
+    "Measure the extra MB of memory while `f` runs; `None` where the system does not report it"
     if device!='cpu':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         f()
         return (torch.cuda.max_memory_allocated()-before)/2**20
-    try: Path('/proc/self/clear_refs').write_text('5')     # sets the peak, VmHWM, back to what is in use now
+    try: Path('/proc/self/clear_refs').write_text('5')     # resets the peak, VmHWM, to what is in use now
     except OSError: return f()
     before = _status_mb('VmRSS')
     f()
     return max(0., _status_mb('VmHWM')-before)
 
 def training_step(layer, n, n_in, n_out, device):
-    "A function that runs forward and backward, down to the input, on a batch of `n`"
+    "Return a function that runs forward and backward on a batch of `n`, with the gradient of the input"
     x,g = torch.randn(n, n_in, device=device, requires_grad=True),torch.randn(n, n_out, device=device)
     layer.to(device)
     def f():
@@ -142,7 +142,7 @@ def training_step(layer, n, n_in, n_out, device):
     return f
 
 def step(name:str, n:int, n_in:int, n_out:int, p:float, device:str='cpu', seconds:float=3.) -> dict:
-    "Forward and backward of a layer"
+    "Measure forward and backward of a layer"
     def make(name, *shape): return training_step(contestants[name](*shape[1:], p=p), *shape, device)
     make(name, 8, 16, 8)()      # imports and compiles
     f = make(name, n, n_in, n_out)
@@ -150,7 +150,7 @@ def step(name:str, n:int, n_in:int, n_out:int, p:float, device:str='cpu', second
     return dict(peak_mb=mb, **summary(in_turns(f, make(reference, n, n_in, n_out), clock_of(device), seconds)))
 
 def epoch(name:str, rows:int=100_000, bs:int=1024, layers:tuple=(500,250), p:float=.3, device:str='cpu', seconds:float=60.) -> dict:
-    "An epoch of a `tabular_learner` on 20 continuous columns of random numbers, validation included"
+    "Measure an epoch of a `tabular_learner` on 20 columns of random numbers, validation included"
     import numpy as np, pandas as pd
     from fastai.tabular.all import Normalize, TabularDataLoaders, noop
     from fastai_dropconnect.tabular.learner import tabular_learner

@@ -1,10 +1,10 @@
-"""dieharder's tests of the random bits of `fastai_dropconnect.masks`, read in four orders, and of two controls
+"""dieharder's tests of the random bits of `fastai_dropconnect.masks`, in four orders, and of two controls
 
     python benchmarks/dieharder.py                                                  # writes results/dieharder.csv, prints a summary
     python benchmarks/bits.py --stream ours --order rows | dieharder -g 200 -d 2    # one test by hand
 
-dieharder calls a p-value below 0.005 or above 0.995 weak. With 100 p-values to a test, 2 % of honest results are above: its Kolmogorov-Smirnov
-test compares with steps of 1/101. A weak test runs once more, on four times as many numbers that follow in the same stream.
+dieharder calls a p-value below 0.005 or above 0.995 weak. With 100 p-values per test, 2 % of good generators are above, because its
+Kolmogorov-Smirnov test compares with steps of 1/101. A weak test runs once more, on the next numbers of the same stream, four times as many.
 """
 import argparse, csv, subprocess, sys
 from collections import namedtuple
@@ -15,16 +15,16 @@ Row = namedtuple('Row', 'generator order test n samples p_values p assessment')
 jobs = [*(('ours', order) for order in bits.orders), ('philox', 'inputs'), ('no_xorshift', 'inputs')]
 many = ['0','1','2','3','4','8','9','10','11','12','13','15','16','17 -t 1000000','100','101','102', *[f'200 -n {n}' for n in (1,2,4,8)],
         *[f'{d} -n {n}' for d in (201,202) for n in (2,3,4,5)], *[f'203 -n {lag}' for lag in (0,1,3,7,31)]]
-once = ['205','206','207','208','209']     # long, and dieharder's own choice is a single p-value
+once = ['205','206','207','208','209']     # slow; dieharder's default is a single p-value
 shown = [o for name in ('test_name','ntuple','tsamples','psamples','pvalues','assessment') for o in ('-D', name)]
 
 def read(kind, order, text):
-    "Rows of what dieharder prints"
+    "Parse what dieharder prints"
     lines = [[c.strip() for c in line.split('|')] for line in text.splitlines() if line.count('|')==5]
     return [Row(kind, order, c[0], *map(int, c[1:4]), float(c[4]), c[5]) for c in lines]
 
 def measure(kind, order, tests):
-    "The results of `tests`, each the options of dieharder and a number of p-values, on one stream"
+    "Run `tests` on one stream: pairs of dieharder's options and a number of p-values"
     feed = subprocess.Popen([sys.executable, bits.__file__, '--stream', kind, '--order', order], stdout=subprocess.PIPE)
     def run(options, p_values):
         cmd = ['dieharder', '-g', '200', '-d', *options.split(), '-p', str(p_values), *shown]
@@ -39,7 +39,7 @@ def measure(kind, order, tests):
         feed.wait()
 
 def summary(rows):
-    "Number of results by assessment for each stream, the repeated ones apart"
+    "Print the number of results by assessment for each stream, repeated tests separately"
     print(f'{"generator":>12} {"order":>8} {"tests":>5} {"weak":>5} {"failed":>6}   of those repeated: {"weak":>5} {"failed":>6}   smallest p  largest p')
     for kind,order in dict.fromkeys(r[:2] for r in rows):
         seen,parts = set(),([],[])
@@ -56,8 +56,8 @@ def summary(rows):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--jobs', nargs='+', metavar='GENERATOR:ORDER', default=[':'.join(j) for j in jobs])
-    p.add_argument('--p-values', type=int, default=100, help='of each test, except for the long ones, which have one')
-    p.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'dieharder.csv', help='CSV; rows of other streams in it are kept')
+    p.add_argument('--p-values', type=int, default=100, help='number for each test; the slow ones have one')
+    p.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'dieharder.csv', help='CSV file; rows of other streams stay in it')
     a = p.parse_args()
     bits.check_twins()
     for job in a.jobs:

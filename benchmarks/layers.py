@@ -1,8 +1,8 @@
-"""Time and memory of DropConnect layers next to `nn.Linear`'s: `make bench`, or
+"""Time and memory of DropConnect layers compared with `nn.Linear`: `make bench`, or
 
     OMP_NUM_THREADS=1 python benchmarks/layers.py [--quick] [--device cuda] [--only 'example, numba'] [--out DIR]
 
-prints three tables, writes each of them as a CSV with the machine it was made on, and draws a figure of them.
+prints three tables, writes each as a CSV that names the machine, and plots them.
 """
 import json, os, platform, resource, subprocess, sys
 from datetime import date
@@ -24,17 +24,17 @@ tiny = dict(shapes=[(8,16,8)], ps=[.5], growth=[16], epoch=dict(rows=512, bs=64,
 def runs_on(name, device): return name != {'cpu': 'example, triton', 'cuda': 'example, numba'}[device]
 
 def bound(
-    name:str, # Of the contestant
+    name:str, # Name of the contestant
     device:str, # 'cpu' or 'cuda'
-    n:int=None # Rows of the batch; of an epoch if `None`
-): # The ratio to `nn.Linear` that must not be exceeded, or `None`
-    "What is promised for one thread of a CPU"
+    n:int=None # Rows of the batch; `None` for an epoch
+): # Largest allowed ratio to `nn.Linear`, or `None`
+    "Return the promised bound for one CPU thread"
     if device!='cpu': return None
     if n is None: return 2. if name=='example, numba' else None
     return {'example, numba': 3., 'example, torch': 30., 'gaussian': 2.5, 'batch': 1.5 if n>=512 else None}.get(name)
 
 def alone(job, limit, memory_gb, **kw):
-    "The result of a job of `contestants.py` in a process of its own, or a note why there is none"
+    "Run a job of `contestants.py` in a separate process; returns its result, or a note why there is none"
     def cap():
         if memory_gb: resource.setrlimit(resource.RLIMIT_DATA, (int(memory_gb*2**30),)*2)
     try: res = subprocess.run([sys.executable, here/'contestants.py', job, json.dumps(kw)], capture_output=True, text=True, timeout=limit,
@@ -44,7 +44,7 @@ def alone(job, limit, memory_gb, **kw):
     return json.loads(res.stdout.splitlines()[-1])
 
 def machine(device):
-    "Where and when, for the first lines of a CSV"
+    "Describe the machine, for the first lines of a CSV"
     info = Path('/proc/cpuinfo')
     cpu = next((o.split(': ')[1] for o in info.read_text().splitlines() if o.startswith('model name')), None) if info.exists() else None
     where = f'{cpu or platform.processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}, load {os.getloadavg()[0]:.1f}'
@@ -57,24 +57,24 @@ def machine(device):
     return [where, f'{date.today()}, Python {platform.python_version()}, ' + ', '.join(map(has, ['torch','numba','fastai','fastai_dropconnect']))]
 
 def save(df, path, about):
-    "Write a table with comments on top; `pd.read_csv(path, comment='#')` reads it"
+    "Write a table with comments on top, for `pd.read_csv(path, comment='#')`"
     path.parent.mkdir(parents=True, exist_ok=True)
     rounded = df.round({c:4 for c in df.select_dtypes('float')})
     path.write_text(''.join(f'# {o}\n' for o in about) + rounded.to_csv(index=False))
 
 def judge(df, device):
-    "The results with their bounds and whether they keep them; `None` where there is no bound or no result"
+    "Add the bounds and whether they are kept; `None` without a bound or a result"
     bounds = [bound(r.name, device, getattr(r, 'n', None)) for r in df.itertuples(index=False)]
     kept = [None if b is None or pd.isna(ratio) else bool(ratio<=b) for b,ratio in zip(bounds, df.ratio)]
     return df.assign(bound=pd.Series(bounds, dtype=float), kept=pd.Series(kept, dtype=object))
 
 def table(rows, columns):
-    "A frame that has these columns even if no row does"
+    "Make a frame that has these columns even if no row has them"
     df = pd.DataFrame(rows)
     return df.assign(**{c: float('nan') if c!='note' else None for c in columns if c not in df})
 
 def measured(run, job, row, **kw):
-    "`row` with the results of a job"
+    "Return `row` with the results of a job"
     res = row | run(job, **row, **kw)
     print(' '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k,v in res.items() if v is not None), file=sys.stderr, flush=True)
     return res
@@ -82,7 +82,7 @@ def measured(run, job, row, **kw):
 times = ['ratio','ratio_wall','ratio_best','ms','ms_plain','pairs','note']
 
 def measure_layers(names, shapes, ps, run):
-    "One row for each contestant, shape and `p`"
+    "Measure every contestant, shape and `p`"
     jobs = [dict(name=name, n=n, n_in=n_in, n_out=n_out, p=p) for n,n_in,n_out in shapes for name in names for p in (ps[-1:] if name==reference else ps)]
     df = table([measured(run, 'step', job) for job in jobs], ['peak_mb', *times])
     plain = df[df.name==reference].set_index(['n','n_in','n_out']).peak_mb
@@ -90,7 +90,7 @@ def measure_layers(names, shapes, ps, run):
     return df
 
 def measure_growth(name, sizes, run):
-    "Time and memory of one contestant when the batch, the inputs and the outputs get longer, one after the other"
+    "Measure one contestant while the batch, the inputs or the outputs grow"
     jobs = [(axis, dict(n=sizes[0], n_in=sizes[0], n_out=sizes[0]) | {axis: sz}) for axis in ('n','n_in','n_out') for sz in sizes]
     df = table([dict(axis=axis) | measured(run, 'step', dict(name=name, p=.5, **shape)) for axis,shape in jobs], ['peak_mb', *times])
     numbers = df.n*df.n_in + df.n_out*df.n_in + df.n*df.n_out
@@ -98,16 +98,16 @@ def measure_growth(name, sizes, run):
     return df[['name','axis','n','n_in','n_out','ms','ps_per_product','ratio','peak_mb','bytes_per_number','note']]
 
 def measure_epochs(names, run):
-    "An epoch of `tabular_learner` in each mode"
+    "Measure an epoch of `tabular_learner` in each mode"
     return table([measured(run, 'epoch', dict(name=name)) for name in names], times)
 
 def cell(r):
-    "Ratio and memory of one result, as text; `!` marks a bound that is missed"
+    "Return ratio and memory of one result as text; `!` marks a missed bound"
     if pd.isna(r.ratio): return '-'
     return f'{r.ratio:.{1 if r.ratio<100 else 0}f}x' + ('!' if r.kept==False else ' ') + ('' if pd.isna(r.extra_mb) else f'{r.extra_mb:+6.0f} MB')
 
 def layers_table(df):
-    "The results with a line for each contestant and `p` and a column for each shape"
+    "Pivot the results: a row for each contestant and `p`, a column for each shape"
     d = df.assign(cell=[cell(r) for r in df.itertuples()], shape=[f'({r.n},{r.n_in},{r.n_out})' for r in df.itertuples()])
     res = d.pivot(index=['name','p'], columns='shape', values='cell')
     return res.reindex(index=pd.MultiIndex.from_frame(d[['name','p']].drop_duplicates().sort_values('name', key=lambda s: s.map(contestants.index), kind='stable')),
@@ -129,9 +129,9 @@ def report(layers, grown, epochs):
 
 def draw(
     path=results, # Where the tables are
-    stem:str='' # What their names begin with
+    stem:str='' # Prefix of their names
 ): # matplotlib figure
-    "Ratios and memory of each contestant at `p=0.5`, and growth"
+    "Plot ratios and memory of each contestant at `p=0.5`, and growth"
     import matplotlib.pyplot as plt
     layers,grown = (pd.read_csv(Path(path)/f'{stem}{o}.csv', comment='#') for o in ('layers','growth'))
     half = layers[(layers.p==layers.p.max()) & (layers.name!=reference)]
@@ -159,10 +159,10 @@ def draw(
 def main(
     quick:bool=False, # Tiny shapes, to see that everything runs
     device:str='cpu', # 'cpu' or 'cuda'
-    only:str='', # Contestants, parted by semicolons; all by default
+    only:str='', # Contestants separated by semicolons; by default all
     seconds:float=2., # Time for each contestant and shape
-    limit:float=300., # A contestant that takes more seconds is ended
-    memory_gb:float=12., # A contestant that takes more memory is ended; 0 for no bound
+    limit:float=300., # Stop a contestant after this many seconds
+    memory_gb:float=12., # Stop a contestant that needs more memory; 0 for no limit
     out:str=str(results) # Directory for the tables and the figure
 ):
     "Measure, print and save"

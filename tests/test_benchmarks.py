@@ -1,4 +1,4 @@
-"The contestants of the benchmarks do the same thing, and the tables have a line for each of them"
+"The benchmarks of the layers: fair measurements, comparable contestants, complete tables"
 import importlib.util, os, subprocess, sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,11 +18,11 @@ contestants,layers = load('contestants'),load('layers')
 
 
 class Clock:
-    "Time that passes only when something is done: of the CPU, and on the wall"
+    "A fake clock of CPU time and wall time, which only work moves"
     def __init__(self): self.cpu = self.wall = 0.
     def __call__(self): return self.cpu,self.wall
     def work(self, *seconds, slower=2.):
-        "A function that takes these times of the CPU, one after the other and again, and `slower` times as much on the wall"
+        "Return a function that takes these CPU times in turn, and `slower` times as much wall time"
         calls = [0]
         def f():
             took = seconds[calls[0]%len(seconds)]
@@ -48,7 +48,7 @@ def test_a_turn_is_the_median_of_its_calls():
     assert contestants.turn(clock.work(1., 2., 30.), 3, clock) == [2.,4.]
 
 
-def test_either_one_is_first_in_every_second_pair():
+def test_each_goes_first_in_every_second_pair():
     clock,order = Clock(),[]
     def player(name):
         f = clock.work(1.)
@@ -71,12 +71,12 @@ def test_a_busy_machine_does_not_move_the_ratio():
     assert res['ratio'] == pytest.approx(2.)
 
 
-def test_even_the_slowest_takes_its_turn():
+def test_even_the_slowest_is_measured_once():
     clock = Clock()
     assert len(contestants.in_turns(clock.work(60.), clock.work(1.), clock, 3.)) == 1
 
 
-def test_the_clock_has_a_hand_for_the_cpu_and_one_for_the_wall(monkeypatch):
+def test_the_clock_gives_cpu_time_and_wall_time(monkeypatch):
     monkeypatch.setattr(contestants.time, 'thread_time', lambda: 1.)
     monkeypatch.setattr(contestants.time, 'perf_counter', lambda: 2.)
     assert contestants.clock_of('cpu')() == (1.,2.)
@@ -152,7 +152,7 @@ def test_contestants_have_the_mean_of_a_linear_layer_and_the_variance_of_dropcon
     assert ((ys.var(0)-var).abs() <= 5*spread*var + 1e-8).all()
 
 
-def test_each_contestant_has_a_line():
+def test_each_contestant_has_a_row():
     assert list(contestants.contestants) == layers.contestants and contestants.reference == layers.reference
 
 
@@ -174,7 +174,7 @@ def test_memory_is_that_beyond_the_plain_layer_of_the_same_shape():
     assert list(res.columns)[:6] == ['name','n','n_in','n_out','p','extra_mb'] and list(res.extra_mb) == [0.,5.25,5.5]*2
 
 
-def test_growth_is_told_per_product_and_per_number():
+def test_growth_is_reported_per_product_and_per_number():
     def run(job, name, p, n, n_in, n_out): return dict(ms=2e-9*n*n_in*n_out, peak_mb=3*(n*n_in+n_in*n_out+n*n_out)/2**20, ratio=1.)
     res = layers.measure_growth('batch', [2,6,8], run)
     assert list(zip(res.axis, res.n, res.n_in, res.n_out)) == [('n',2,2,2), ('n',6,2,2), ('n',8,2,2), ('n_in',2,2,2), ('n_in',2,6,2), ('n_in',2,8,2),
@@ -183,20 +183,20 @@ def test_growth_is_told_per_product_and_per_number():
 
 
 def some_results():
-    "Three contestants and two shapes; one missed a bound, one came to nothing"
+    "Results of three contestants and two shapes; one misses a bound, one has no result"
     rows = [dict(name=name, n=n, n_in=4, n_out=2, p=.5, extra_mb=mb, ratio=ratio, note=note) for name,n,mb,ratio,note in
             (('nn.Linear',64,0.,1.1,None), ('batch',64,12.,120.4,None), ('Flipout',64,None,None,'takes too long'),
              ('nn.Linear',600,0.,1.,None), ('batch',600,11.,1.7,None), ('Flipout',600,7.,9.,None))]
     return layers.judge(layers.table(rows, ['ms']), 'cpu')
 
 
-def test_the_table_has_a_line_for_each_contestant_and_a_column_for_each_shape():
+def test_the_table_has_a_row_for_each_contestant_and_a_column_for_each_shape():
     res = layers.layers_table(some_results())
     assert list(res.index) == [('nn.Linear',.5), ('batch',.5), ('Flipout',.5)] and list(res.columns) == ['(64,4,2)','(600,4,2)']
     assert res.values.tolist() == [['1.1x     +0 MB','1.0x     +0 MB'], ['120x    +12 MB','1.7x!   +11 MB'], ['-','9.0x     +7 MB']]
 
 
-def test_the_report_counts_missed_bounds_and_tells_notes(capsys):
+def test_the_report_counts_missed_bounds_and_prints_notes(capsys):
     epochs = layers.judge(layers.table([dict(name='example, numba', ratio=r) for r in (1.5,2.)], layers.times), 'cpu')
     grown = layers.table([dict(name='batch', axis='n', note='out of memory')], [])
     layers.report(some_results(), grown, epochs)
@@ -221,7 +221,7 @@ def test_a_process_that_cannot_finish_leaves_a_note():
     assert layers.alone('step', .01, 2, **kw)['note'] == 'takes more than 0 s'
 
 
-def test_a_process_gives_its_last_line_or_a_note(monkeypatch):
+def test_a_process_returns_its_last_line_or_a_note(monkeypatch):
     def told(returncode, stdout='', stderr=''):
         monkeypatch.setattr(layers.subprocess, 'run', lambda *args, **kw: subprocess.CompletedProcess(args, returncode, stdout, stderr))
         return layers.alone('step', 1, 0)

@@ -1,15 +1,17 @@
-"The benchmark of accuracy on a made-up table: splits, families, a search that sees no test rows, and runs that go on after an interruption"
+"The accuracy benchmark on a made-up table: splits, families, a search without test rows, and resumed runs"
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from rtdl_num_embeddings import PiecewiseLinearEmbeddings
 from conftest import make_table
+from fastai_dropconnect.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.accuracy import __main__ as command, run as running, steps
 from benchmarks.accuracy.families import FAMILIES
+from benchmarks.accuracy.networks import settings_of
 from benchmarks.accuracy.report import AIMS, aims_reached, board_text, chosen, short_text, summary
 from benchmarks.accuracy.results import COLUMNS, append_result, matching, read_results
 from benchmarks.accuracy.run import Job, load
@@ -43,7 +45,7 @@ def family(name):
     return pytest.param(f, id=name, marks=pytest.mark.skipif(f.missing, reason=f'the package {f.package} is not installed (make bench-accuracy installs it)'))
 
 
-def test_random_splits_are_fixed_by_the_seed_and_leave_out_nothing():
+def test_random_splits_depend_on_the_seed_and_use_every_row():
     a,b,c = random_splits(1000, 0), random_splits(1000, 0), random_splits(1000, 1)
     assert all((x==y).all() for x,y in zip(a, b)) and not (a[2]==c[2]).all()
     assert [len(x) for x in a]==[640,160,200] and sorted(np.concatenate(a))==list(range(1000))
@@ -121,7 +123,7 @@ def test_predictions_that_are_not_finite_get_the_worst_score():
 
 
 class FirstOption:
-    "As a trial of optuna: the lower ends"
+    "A trial like optuna's that suggests the lowest values"
     def suggest_float(self, name, low, high, log): return low
     def suggest_int(self, name, low, high, log): return low
     def suggest_categorical(self, name, options): return options[0]
@@ -130,6 +132,20 @@ def test_spaces_have_their_defaults_inside():
     for f in FAMILIES.values():
         assert suggest(f.space, FirstOption()).keys()==defaults(f.space).keys()
         for s in f.space.values(): assert isinstance(s, Choice) or s.low<=s.default<=s.high
+
+def test_all_recorded_results_are_current():
+    "A family whose search space changes is searched again: the results on record count only with an unchanged fingerprint"
+    results = read_results(ROOT/'benchmarks'/'results'/'accuracy.csv')
+    assert len(results)>=225 and set(results.family)<=set(FAMILIES)
+    assert (results.space==results.family.map({n: f.fingerprint for n,f in FAMILIES.items()})).all()
+
+@pytest.mark.parametrize('name', [n for n,f in FAMILIES.items() if 'recipe' in getattr(f.fit, 'keywords', {})])
+def test_networks_are_recipes(name):
+    f = FAMILIES[name]
+    recipe,p = RECIPES[f.fit.keywords['recipe']],defaults(f.space)
+    settings = recipe.replace(**f.fit.keywords['settings'](p), **settings_of(p, LIMITS)).settings      # all of them are known
+    assert ('num_embeddings' in settings)==name.endswith('+ple') and ('members' in settings)==('masked' in name)
+    assert ('n_cycles' in settings)==('restarts' in name) and settings['wd']==p['wd']
 
 @needs_optuna
 def test_the_search_does_not_see_test_rows(tmp_path, monkeypatch):
@@ -146,7 +162,7 @@ def test_the_search_does_not_see_test_rows(tmp_path, monkeypatch):
     assert [s.n_trials for s in study]==[1]         # all trials were over when the test rows were asked for
 
 class Counted:
-    "A fit that counts, and is interrupted at the count of `stop`"
+    "A fit that counts its calls, and is interrupted at call number `stop`"
     def __init__(self, fit, stop=None): self.fit,self.stop,self.n,self.params = fit,stop,0,[]
     def __call__(self, table, rows, p, *args, **kwargs):
         self.n += 1
@@ -155,7 +171,7 @@ class Counted:
         return self.fit(table, rows, p, *args, **kwargs)
 
 @needs_optuna
-def test_an_interrupted_search_goes_on_and_finds_the_same(tmp_path):
+def test_an_interrupted_search_continues_and_finds_the_same(tmp_path):
     from dataclasses import replace
     t,f = development_table('numbers', Options()), FAMILIES['extra-trees']
     whole,first,second = [Counted(f.fit, stop) for stop in (None,4,None)]
@@ -165,7 +181,7 @@ def test_an_interrupted_search_goes_on_and_finds_the_same(tmp_path):
     assert got==want and whole.n==7 and second.n==4
     assert first.params+second.params==whole.params and whole.params[0]==defaults(f.space)
     assert len({p['columns'] for p in whole.params})==7
-    assert search(replace(f, fit=None), t, 7, 0, LIMITS, 'part', tmp_path/'b.journal')==want        # nothing is left to do
+    assert search(replace(f, fit=None), t, 7, 0, LIMITS, 'part', tmp_path/'b.journal')==want        # nothing left to do
 
 @needs_optuna
 def test_early_stopping_gets_validation_rows_in_the_search_only(tmp_path):
@@ -208,7 +224,7 @@ def test_an_interrupted_run_does_not_repeat_what_is_done(tmp_path, monkeypatch):
         assert not _counted_refits(m) and run(todo)==text
 
 @needs_optuna
-def test_a_longer_search_goes_on_behind_a_shorter_one(tmp_path, monkeypatch):
+def test_a_longer_search_continues_a_shorter_one(tmp_path, monkeypatch):
     from dataclasses import replace
     f,fits = FAMILIES['extra-trees'],[]
     for trials in (2,5):
@@ -216,7 +232,7 @@ def test_a_longer_search_goes_on_behind_a_shorter_one(tmp_path, monkeypatch):
         monkeypatch.setitem(FAMILIES, 'extra-trees', replace(f, fit=counted))
         run(job(tmp_path, ['extra-trees'], trials=trials, seeds=1))
         fits.append(counted.n)
-    assert fits==[2+2, 3+2]      # warming up and the fit that is judged come behind the trials
+    assert fits==[2+2, 3+2]      # after the trials come the warm-up and the fit that is evaluated
 
 def test_results_of_another_setup_are_not_mixed(tmp_path, monkeypatch):
     run(job(tmp_path, ['extra-trees'], seeds=1))
@@ -225,7 +241,7 @@ def test_results_of_another_setup_are_not_mixed(tmp_path, monkeypatch):
     text = run(other)
     assert calls==[0] and len(read_results(other.csv))==2 and '| numbers | extra-trees | 1 |' in text
 
-def test_half_a_line_is_forgotten(tmp_path):
+def test_half_a_line_is_deleted(tmp_path):
     row = {c: 1 for c in COLUMNS} | dict(params={}, family='fastai')
     path = tmp_path/'r.csv'
     append_result(path, row)
@@ -286,13 +302,13 @@ def test_aims_are_for_whole_tables():
     assert full()==['adult','california'] and full(data='sales.csv')==['bulldozers','adult','california']
     assert full(quick=True, data='sales.csv')==full(rows=1000, data='sales.csv')==[]
 
-def test_quick_changes_what_is_not_given():
+def test_quick_changes_only_what_is_not_given():
     quick,whole = command.bench_accuracy(families='fastai', trials=0, rows=200, quick=True), command.bench_accuracy(families='fastai', trials=0)
     assert (quick.trials, quick.seeds, quick.options.rows, quick.limits)==(0, 1, 200, Limits(4, 60))
     assert (whole.trials, whole.seeds, whole.options.rows, whole.limits)==(0, 3, None, Limits())
     assert quick.out!=whole.out
 
-def test_families_without_their_package_are_said_to_be(monkeypatch, capsys):
+def test_families_without_their_package_are_named(monkeypatch, capsys):
     monkeypatch.setattr('benchmarks.accuracy.families.find_spec', lambda name: None)
     said = []
     names = command.available('all', said.append)
@@ -304,19 +320,20 @@ def test_the_command_prints_the_table(tmp_path, capsys):
     assert '| bulldozers | extra-trees | 1 |' in capsys.readouterr().out
 
 
-def test_steps_add_one_thing_after_the_other(monkeypatch, capsys):
+def test_each_step_adds_one_thing(monkeypatch, capsys):
     monkeypatch.setattr(steps, 'EPOCHS', dict(numbers=2))
     asked = []
-    def fit(table, rows, p, seed, limits, arguments, train):
-        asked.append(p | dict(arguments=arguments(p), rows=len(rows)))
-        return steps_fit(table, rows, p, seed, limits, arguments=arguments, train=train)
+    def fit(table, rows, p, seed, limits, recipe, settings):
+        asked.append(p | dict(recipe=recipe, members=settings(p).get('members'), rows=len(rows)))
+        return steps_fit(table, rows, p, seed, limits, recipe=recipe, settings=settings)
     steps_fit = steps.fit_network
     monkeypatch.setattr(steps, 'fit_network', fit)
     steps.main(seeds=2)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines)==2+5 and lines[0]=='| | numbers, RMSE, 2 epochs |' and all(line.count('±')==1 for line in lines[2:])
     assert [a['quantile'] for a in asked]==[False]*2+[True]*8 and ['bins' in a for a in asked]==[False]*4+[True]*6
-    assert [a['arguments'] for a in asked]==[{}]*6+[dict(config=dict(members=8))]*4
+    assert [a['members'] for a in asked]==[None]*6+[8]*4
     assert ['n_cycles' in a for a in asked]==[False]*8+[True]*2
+    assert [a['recipe'] for a in asked]==['fastai']*8+['zero-restarts']*2
     assert {a['rows'] for a in asked}=={len(development_table('numbers', Options()).development)}      # the test rows are not among them
     with pytest.raises(ValueError, match='seeds=1'): steps.main(seeds=1)

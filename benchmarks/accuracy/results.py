@@ -1,16 +1,16 @@
-"A line of a CSV file for each result, written at once, so that an interrupted run goes on behind it"
+"Results in a CSV file: each is written at once, so that an interrupted run can continue"
 import json, os
 from pathlib import Path
 import pandas as pd
 
-SETUP = ['dataset','source','rows','split_seed','trials','max_epochs','max_trees']   # results with the same setup can be compared
+SETUP = ['dataset','source','rows','split_seed','trials','max_epochs','max_trees']   # only results with the same setup are comparable
 COLUMNS = [*SETUP, 'family','space','seed','metric','valid','test','seconds','megabytes','params']
 
 
 def read_results(
     path # CSV file; may be missing
 ) -> pd.DataFrame:
-    "All results; half a line at the end, of a process that was killed while it wrote, is deleted from the file"
+    "Read all results, and delete half a line at the end, left by a process that was killed while writing"
     path = Path(path)
     if not path.exists(): return pd.DataFrame(columns=COLUMNS)
     text = path.read_bytes()
@@ -23,7 +23,7 @@ def append_result(
     path, # CSV file, made if need be
     result:dict # A value for each of `COLUMNS`
 ):
-    "Write one line in one go: several processes may write to the same file"
+    "Append one line in a single write, because several processes may write to the same file"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = pd.DataFrame([result | dict(params=json.dumps(result['params']))])[COLUMNS].to_csv(index=False, header=not path.exists() or not path.stat().st_size, float_format='%.6g')
@@ -36,6 +36,6 @@ def matching(
     results:pd.DataFrame, # From `read_results`
     **wanted # Values of columns
 ) -> pd.DataFrame:
-    "The results with these values"
+    "Return the results with these values"
     for c,v in wanted.items(): results = results[results[c]==v]
     return results

@@ -1,4 +1,4 @@
-"The benchmark: search, refit and report for data sets and families, behind what is already there"
+"The benchmark: search, refit and report what is missing for data sets and families"
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import pandas as pd
@@ -21,20 +21,20 @@ class Job:
     out:Path            # Folder of the results
     options:Options = Options()
     limits:Limits = Limits()
-    say:object = lambda text: None      # Gets the progress
+    say:object = lambda text: None      # Called with the progress
 
     @property
     def csv(self): return Path(self.out)/'accuracy.csv'
 
 
 def setup_of(job:Job, table) -> dict:
-    "All that results must have in common to be compared"
+    "Return what results must have in common to be comparable"
     values = table.name,table.source,len(table.train)+len(table.valid),job.options.split_seed,job.trials,job.limits.epochs,job.limits.trees
     return dict(zip(SETUP, values))
 
 
 def run_family(job:Job, table, name:str):
-    "Search, then the fits that are missing"
+    "Search, then make the fits that are missing"
     family = FAMILIES[name]
     setup = setup_of(job, table) | dict(family=name, space=family.fingerprint)
     say = lambda text: job.say(f'{table.name}, {name}: {text}\n')
@@ -51,20 +51,20 @@ def run_family(job:Job, table, name:str):
 
 
 def results_of(job:Job, tables) -> pd.DataFrame:
-    "All results with the setup of this job, also of families that were run before"
+    "Return all results with the setup of this job, also of families that were run earlier"
     every = read_results(job.csv)
     now = every.space==every.family.map({n: f.fingerprint for n,f in FAMILIES.items()})
     return pd.concat([matching(every[now], **setup_of(job, t)) for t in tables], ignore_index=True)
 
 
 def full_datasets(job:Job) -> list:
-    "The data sets of which nothing is left out or made up"
+    "Return the data sets that are complete and real"
     if job.options.rows is not None or job.limits!=Limits(): return []
     return [d for d in job.datasets if d!='bulldozers' or job.options.data is not None]
 
 
 def report(job:Job, results:pd.DataFrame) -> str:
-    "Write table and figure; gives the table"
+    "Write the tables and the figure, and return the table"
     board = summary(results)
     text = board_text(board, full_datasets(job))
     (job.out/'accuracy.md').write_text(text+'\n')
@@ -74,7 +74,7 @@ def report(job:Job, results:pd.DataFrame) -> str:
 
 
 def load(job:Job) -> list: # Tables without test rows
-    "The tables of a job; `ValueError` for files that cannot be read"
+    "Load the tables of a job; raises `ValueError` for files that cannot be read"
     return [development_table(d, job.options) for d in job.datasets]
 
 
@@ -82,7 +82,7 @@ def run(
     job:Job,
     tables:list # From `load`
 ) -> str: # The table of results, markdown
-    "Run all that is missing, and report"
+    "Run what is missing, and report"
     for table in tables:
         for name in job.families: run_family(job, table, name)
     return report(job, results_of(job, tables))

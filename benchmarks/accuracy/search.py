@@ -1,4 +1,4 @@
-"The search: as many trials for each family, chosen on the validation rows, which go on where they stopped"
+"The search on the validation rows, with the same number of trials for each family; it continues where it stopped"
 import math
 from pathlib import Path
 import numpy as np
@@ -15,7 +15,7 @@ def score(
     target:np.ndarray, # Numbers, or 0 and 1
     preds:np.ndarray # From `Fitted.predict`
 ) -> float:
-    "RMSE or AUC; the worst possible value for predictions that are not finite"
+    "Compute RMSE or AUC, or the worst possible value for predictions that are not finite"
     if not np.isfinite(preds).all(): return math.inf if table.lower_is_better else 0.
     return float((roc_auc_score if table.classes else root_mean_squared_error)(target, preds))
 
@@ -32,13 +32,13 @@ def _study(name, table, path):
     from optuna.storages.journal import JournalFileBackend
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    storage = JournalStorage(JournalFileBackend(str(path)))        # for several processes, too
+    storage = JournalStorage(JournalFileBackend(str(path)))        # several processes may share it
     return optuna.create_study(study_name=name, storage=storage, load_if_exists=True, direction='minimize' if table.lower_is_better else 'maximize')
 
 def _done(study): return sum(t.state.name=='COMPLETE' for t in study.trials)
 
 def _next_trial(study, family, seed):
-    "A sampler seeded by the trials done: a search that was interrupted makes the same trials as one that was not"
+    "Set a sampler seeded by the number of finished trials, so that an interrupted search makes the same trials"
     from optuna.samplers import TPESampler
     n = _done(study)
     study.sampler = TPESampler(seed=1000*seed+n, n_startup_trials=STARTUP)
@@ -48,14 +48,14 @@ def _next_trial(study, family, seed):
 def search(
     family:Family,
     table:Table, # Without test rows
-    trials:int, # Trials altogether, those done before included; 0 takes the defaults, without a search
-    seed:int, # Of the sampler and of each fit
+    trials:int, # Total number of trials, earlier ones included; 0 takes the defaults without a search
+    seed:int, # Seed of the sampler and of each fit
     limits:Limits,
-    name:str, # Of the study: all that its results depend on
+    name:str, # Name of the study: everything that its results depend on
     path, # Journal file of the studies
-    say=lambda text: None # Gets the progress
+    say=lambda text: None # Called with the progress
 ) -> tuple: # Hyperparameters, validation score
-    "The best hyperparameters of a family"
+    "Find the best hyperparameters of a family"
     if not trials: return defaults(family.space),math.nan
     study = _study(name, table, path)
     for n in range(_done(study), trials):

@@ -1,4 +1,4 @@
-"What may be searched: each hyperparameter has a range, and a default that is the first trial"
+"Search spaces: each hyperparameter has a range and a default, which is the first trial"
 from dataclasses import dataclass
 
 
@@ -35,7 +35,7 @@ def suggest(space:dict, trial) -> dict: return {n:s.suggest(trial, n) for n,s in
 
 @dataclass(frozen=True)
 class Limits:
-    "Upper bounds that keep `--quick` quick"
+    "Upper limits that keep `--quick` quick"
     epochs:int = 10**6
     trees:int = 4000
 
@@ -44,5 +44,5 @@ class Limits:
 class Fitted:
     "A fitted model"
     predict:object     # Function from a frame to the predicted numbers, or the probabilities of 1
-    size:int           # Bytes of what is kept to predict
+    size:int           # Bytes kept to predict
     found:dict = None  # Hyperparameters that early stopping on the validation rows found

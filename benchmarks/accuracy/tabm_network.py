@@ -20,10 +20,10 @@ def first_layer(
     x_num, # Numbers, shape (batch, numbers)
     ones # Positions of the ones in the input, shape (batch, categorical columns)
 ): # Shape (batch, members, features)
-    """TabM's first layer without the zeros of its one-hot input (equation 5 of BatchEnsemble, arXiv 2002.06715)
+    """Compute TabM's first layer without the zeros of its one-hot input (equation 5 of BatchEnsemble, arXiv 2002.06715)
 
-    The same numbers from the same parameters as `layer` gives for the whole input; the thousands of columns of zeros are
-    neither made nor multiplied, which on bulldozers is most of the time of a step.
+    The result equals `layer` on the whole input. The thousands of columns of zeros, which take most of the time of a step on
+    bulldozers, are neither made nor multiplied.
     """
     n = x_num.shape[1]
     x = torch.einsum('bck,bcd->bkd', F.embedding(ones, layer.r.T), F.embedding(ones, layer.weight.T))
@@ -32,7 +32,7 @@ def first_layer(
 
 
 class TabMNet(nn.Module):
-    "The package tabm's TabM as fastai calls it; the mean of the members in eval"
+    "TabM of the package tabm, called as fastai calls a model; returns the mean of the members in eval"
     def __init__(self, model, cards, average:str):
         super().__init__()
         self.model,self.average = model,average
@@ -40,7 +40,7 @@ class TabMNet(nn.Module):
         self.register_buffer('starts', n_num+torch.tensor([0, *cards[:-1]]).cumsum(0), persistent=False)
 
     def members(self, x_cat, x_cont):
-        "What `model` gives, shape (batch, members, outputs)"
+        "Return what `model` does, shape (batch, members, outputs)"
         m = self.model
         if not x_cat.shape[1]: return m(x_cont)
         x_num = m.num_module(x_cont).flatten(1) if m.num_module is not None else x_cont
@@ -55,7 +55,7 @@ class TabMNet(nn.Module):
 
 
 def tabm_net(dls, table, p):
-    "TabM with its own defaults where nothing is searched"
+    "Make TabM, with its own defaults for what is not searched"
     from tabm import TabM       # optional
     args = {}
     if p.get('num_embed_dim') and dls.cont_names:
@@ -75,7 +75,7 @@ def fit_tabm(
     p:dict, # Hyperparameters
     seed:int,
     limits:Limits,
-    valid:pd.DataFrame=None # If given, stop early on them and find the number of epochs
+    valid:pd.DataFrame=None # If given, early stopping on these rows finds the number of epochs
 ) -> Fitted:
     "Train TabM as its authors do: AdamW, a constant learning rate, early stopping"
     set_seed(seed)

@@ -1,4 +1,4 @@
-"Gradient boosting and forests, on encoded columns with their gaps"
+"Gradient boosting and forests on encoded columns, missing values included"
 import pickle
 from functools import partial
 import numpy as np, pandas as pd
@@ -7,11 +7,11 @@ from sklearn.ensemble import ExtraTreesClassifier, ExtraTreesRegressor, RandomFo
 from .spaces import Fitted, Limits
 from .tables import Table
 
-PATIENCE = 100     # Trees without a better validation score before boosting stops
+PATIENCE = 100     # Boosting stops after this many trees without a better validation score
 
 
 class Encoder:
-    "Categories as codes (0: unseen or missing), numbers as they are, with NaN for gaps"
+    "Encode categories as codes (0: unseen or missing), and keep numbers with their NaN"
     def __init__(self, table, rows, native:bool=False):
         self.table,self.native = table,native
         self.to = TabularPandas(self._columns(rows), [Categorify], list(table.cats), list(table.conts), do_setup=True, reduce_memory=False)
@@ -24,7 +24,7 @@ class Encoder:
 
 
 def predict(model, encode, table:Table, rows:pd.DataFrame) -> np.ndarray:
-    "Numbers, or probabilities of 1"
+    "Predict numbers, or probabilities of class 1"
     x = encode(rows)
     return model.predict_proba(x)[:,1] if table.classes else np.asarray(model.predict(x), dtype=float)
 
