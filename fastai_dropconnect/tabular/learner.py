@@ -16,7 +16,7 @@ from fastcore.basics import ifnone, patch
 from fastcore.meta import delegates
 from ..ensemble.averaging import EnsembleLoss, average_for, average_members
 from .embeddings import num_embeddings_of
-from .model import TabularDropConnectModel, each_member, is_dropconnect_config, members_of
+from .model import TabularDropConnectModel, is_dropconnect_config, members_of
 
 # %% ../../nbs/340_tabular.learner.ipynb #c3fa9a38
 class TabularLearner(fastai_learner.TabularLearner):
@@ -59,7 +59,7 @@ def _complete_config(
     "`config` with the edges of the bins, if there are bins, and with the `average` of an ensemble that fits `loss_func`"
     res,vectors,members = dict(config),num_embeddings_of(config.get('num_embeddings')),members_of(config.get('members'))
     if vectors: res['num_embeddings'] = vectors.fitted(dls.train_ds.conts.to_numpy('float32', na_value=float('nan')))
-    if members and members.average is None: res['members'] = replace(members, average=average_for(loss_func, n_out))
+    if members and members.average is None: res['members'] = replace(members, average=average_for(loss_func, (n_out,))[0])
     return res
 
 # %% ../../nbs/340_tabular.learner.ipynb #e83484fb
@@ -88,13 +88,3 @@ def tabular_learner(
         learn.loss_func = EnsembleLoss(learn.loss_func)
         learn.add_cb(AverageMembers())
     return learn
-
-# %% ../../nbs/340_tabular.learner.ipynb #653e576b
-@patch
-@delegates(Learner.get_preds)
-def get_member_preds(self:TabularLearner, ds_idx:int=1, dl=None, **kwargs) -> tuple: # As from `get_preds`, with predictions of shape `(n, n_members, n_out)`
-    "`get_preds` of each member of an ensemble; raises `TypeError` if the model is none"
-    metrics,self.metrics = self.metrics,[]      # they are made for the average
-    try:
-        with each_member(get_model(self.model)): return self.get_preds(ds_idx, dl, **kwargs)
-    finally: self.metrics = metrics
