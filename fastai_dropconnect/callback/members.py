@@ -32,8 +32,12 @@ def _preds_of_network(learn, ds_idx, dl): # `get_preds` with members on dimensio
 @contextmanager
 def _without_metrics(learn): # They expect the average
     metrics,learn.metrics = learn.metrics,[]
+    recorder = getattr(learn, 'recorder', None)
+    names = getattr(recorder, 'metric_names', None)
     try: yield
-    finally: learn.metrics = metrics
+    finally:
+        learn.metrics = metrics
+        if names is not None: recorder.metric_names = names
 
 @patch
 def get_member_preds(self:Learner,

@@ -68,7 +68,8 @@ class SnapshotEnsemble(RecordingCallback):
     @use.setter
     def use(self, value):
         value = check_use(value, list(self.record))
-        if value=='average': self._need_snapshots("use='average'")
+        if value=='average' and not self.record:
+            raise ValueError("`use` can be 'average' once there are snapshots, but there are none")
         if value=='weights' and self.record.weights is None:
             raise ValueError("`use` can be 'weights' after `average_weights()`, but no weights were averaged")
         self.record.use = value
@@ -79,9 +80,6 @@ class SnapshotEnsemble(RecordingCallback):
         old,self.use = self.use,use
         try: yield self
         finally: self.record.use = old
-
-    def _need_snapshots(self, name):
-        if not self.record: raise ValueError(f'`{name}` needs snapshots, but there are none')
 
 # %% ../../nbs/370_callback.snapshots.ipynb #8c188bfa
 def snapshot_ensemble(
@@ -252,7 +250,7 @@ def fit_in_progress(self:SnapshotEnsemble):
 @patch
 def average_weights(self:SnapshotEnsemble) -> SnapshotEnsemble: # `self`, with `use='weights'`
     "Average the snapshots' weights, recalibrate batch norm on `learn.dls.train`, and predict with the result"
-    self._need_snapshots('average_weights')
+    if not self.record: raise ValueError('`average_weights` needs snapshots, but there are none')
     model = inner_model(self.learn.model)
     own = copy_state(model)
     try:
