@@ -349,7 +349,7 @@ def plot_predictions(
 # %% ../nbs/520_compare.ipynb #be5aca8b
 def _predicted_rmse(curve):
     "Validation RMSE of what the Learner predicts with: the average where there is one"
-    return curve.get('average_rmse', curve.rmse).rename('rmse')
+    return curve.get('average_rmse', curve.rmse).ffill().rename('rmse')     # the average changes at the ends of cycles
 
 def plot_curves(
     fits:list, # From `fit_models`

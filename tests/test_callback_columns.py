@@ -1,5 +1,5 @@
 "Columns of the average in the table of a fit"
-import contextlib, io
+import contextlib, pickle
 import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from fastai.callback.fp16 import MixedPrecision
@@ -99,3 +99,101 @@ def test_mixed_precision_with_a_metric_of_numpy():
     learn = make_learn(Bf16(), metrics=R2Score())
     learn.fit_zero_restarts(2, 1)
     assert learn.validate()[1] == pytest.approx(ensemble(learn).report().average_r2_score[1], rel=1e-3)
+
+
+def fitted(*cbs, cycle_len=2, n_cycles=3, **kw):
+    learn = make_learn(**kw)
+    with contextlib.redirect_stdout(None): learn.fit_zero_restarts(n_cycles, cycle_len, cbs=cbs, seed=1)
+    return learn
+
+class Losses(Callback):
+    "Let the loss of the average at the end of each cycle be one of `values`"
+    def __init__(self, *values): self.values = values
+    def before_fit(self):
+        column = next((m for m in self.learn.metrics if m.name=='average_loss'), None)
+        if column is not None: column.metric = FixedLoss(self.values)
+
+class FixedLoss(Metric):
+    name = 'loss'
+    def __init__(self, values): self.values = iter(values)
+    @property
+    def value(self): return next(self.values)
+
+def test_cells_without_news_are_empty_in_the_table_and_in_files(tmp_path):
+    shown = []
+    learn = make_learn(path=tmp_path)
+    learn.logger = shown.append
+    learn.fit_zero_restarts(2, 2, cbs=CSVLogger())
+    cells = [[f'{v:.6f}' if isinstance(v, float) else str(v) for v in row] for row in shown]      # as fastai writes them
+    assert [row[3]=='' for row in cells] == [True,False,True,False]
+    lines = (tmp_path/'history.csv').read_text().splitlines()
+    assert [line.split(',')[3]=='' for line in lines[1:]] == [True,False,True,False]
+    assert pd.read_csv(tmp_path/'history.csv').average_loss.isna().tolist() == [True,False,True,False]
+
+
+def test_the_recorder_plots_and_pickles_with_empty_cells():
+    learn = fitted()
+    values = pd.DataFrame(list(learn.recorder.values), columns=learn.recorder.metric_names[1:-1])
+    assert values.dtypes.eq(float).all() and values.average_loss.isna().tolist() == [True,False]*3
+    learn.recorder.plot_loss()
+    again = pickle.loads(pickle.dumps(list(learn.recorder.values)))
+    assert str(again[0][2])=='' and again[1]==list(learn.recorder.values[1])
+
+
+def test_early_stopping_on_the_average_counts_cycles():
+    stop = lambda patience: fitted(Losses(.5, .4, .6, .3, .6, .7), EarlyStoppingCallback('average_loss', patience=patience), n_cycles=6)
+    assert list(ensemble(stop(1)).record)==[0,1,2]
+    assert list(ensemble(stop(2)).record)==[0,1,2,3,4,5]
+    learn = stop(1)
+    assert len(learn.recorder.values)==6 and ensemble(learn).use=='average' and len(learn.metrics)==0
+
+
+def test_early_stopping_on_the_network_counts_epochs():
+    class Worse(Callback):
+        "Let each epoch of the network be worse than the one before"
+        order = 55
+        def after_epoch(self): self.learn.recorder.values[-1][1] = float(len(self.learn.recorder.values))
+    learn = fitted(Worse(), EarlyStoppingCallback('valid_loss', patience=1))
+    assert len(learn.recorder.values)==2 and list(ensemble(learn).record)==[0]
+
+
+def test_the_best_average_is_saved(tmp_path):
+    learn = fitted(Losses(.5, .2, .6), SaveModelCallback('average_loss', fname='best'), path=tmp_path)
+    assert list(ensemble(learn).record)==[0,1] and ensemble(learn).use=='average'
+    each,_ = learn.get_member_preds()
+    torch.testing.assert_close(preds(learn), each.mean(1))
+
+
+def test_the_best_network_is_saved_with_the_snapshots_before_it(tmp_path):
+    class Best(Callback):
+        "Let the fourth epoch be the best of the network"
+        order = 55
+        def after_epoch(self): self.learn.recorder.values[-1][1] = float(len(self.learn.recorder.values)!=4)
+    learn = fitted(Best(), SaveModelCallback('valid_loss', fname='best'), path=tmp_path)
+    assert list(ensemble(learn).record)==[0,1]
+
+
+def test_the_learning_rate_falls_after_cycles_without_progress():
+    class Rates(Callback):
+        order = 70
+        def before_fit(self): self.rates = []
+        def after_epoch(self): self.rates.append(self.opt.hypers[-1]['lr'])
+    plateau = ReduceLROnPlateau('average_loss', patience=1)
+    learn = make_learn(ZeroRestarts(2), rates := Rates(), Losses(.5, .6, .7), plateau)
+    with contextlib.redirect_stdout(None): learn.fit(6, 1e-2)
+    assert rates.rates == pytest.approx([1e-2]*3+[1e-3]*2+[1e-4])
+
+
+@pytest.mark.parametrize('at_end', [False,True])
+def test_saving_each_epoch_or_at_the_end_ignores_empty_cells(tmp_path, at_end):
+    fitted(SaveModelCallback('average_loss', every_epoch=not at_end, at_end=at_end), path=tmp_path)
+    names = sorted(f.stem for f in (tmp_path/'models').iterdir())
+    assert names == (['model'] if at_end else [f'model_{i}' for i in range(6)])
+
+
+def test_watching_callbacks_run_again_after_an_interruption():
+    stop = EarlyStoppingCallback('valid_loss', patience=100)
+    watch = EarlyStoppingCallback('average_loss', patience=100)
+    learn = make_learn(ZeroRestarts(2), stop)
+    with contextlib.suppress(KeyboardInterrupt): learn.fit_zero_restarts(3, 2, cbs=[watch,StopAt(3)])
+    assert watch.run and stop.run and not len(learn.metrics)

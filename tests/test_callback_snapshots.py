@@ -14,6 +14,7 @@ from torch import nn
 from conftest import make_table
 from ensemble_learners import *
 from fastai_dropconnect.all import *
+from fastai_dropconnect.ensemble.averaging import average_for
 from fastai_dropconnect.nn_utils import load_state_, model_tensors
 
 torch.set_num_threads(1)
@@ -348,3 +349,79 @@ def test_more_errors():
     for use in (7, torch.tensor(1), True, 1.):
         with pytest.raises(ValueError, match="'weights', 0, 1, got use="): ensemble(learn).use = use
     ensemble(learn).use = np.int64(1)
+
+
+# What a validation shows
+
+def test_the_average_of_the_loss_is_found_once_per_validation(monkeypatch):
+    from fastai_dropconnect.callback import snapshots
+    learn = make_learn(dls=data(target=classes), model=make_model(3), loss_func=CrossEntropyLossFlat())
+    calls = []
+    monkeypatch.setattr(snapshots, 'average_for', lambda *args: (calls.append(args), average_for(*args))[1])
+    learn.fit_zero_restarts(3, 2)
+    assert len(calls)==2                # at the ends of the second and third cycle: a single snapshot needs no average
+    learn.validate()
+    learn.get_preds()
+    assert len(learn.dls.valid)==6 and len(calls)==4
+    learn.loss_func = BCEWithLogitsLossFlat()
+    assert len(calls)==4 and calls[-1][1]==(3,)
+
+
+def test_another_loss_is_averaged_in_its_way():
+    learn = make_learn(dls=data(target=lambda x: (x[:,:1]>0).float()), loss_func=nn.BCEWithLogitsLoss())
+    learn.fit_zero_restarts(2, 1, lr_max=.05)
+    each,_ = learn.get_member_preds()
+    torch.testing.assert_close(preds(learn).sigmoid(), each.sigmoid().mean(1))
+    learn.loss_func = nn.MSELoss()
+    torch.testing.assert_close(preds(learn), each.mean(1))
+
+
+@pytest.mark.parametrize('fit', ['zero restarts','plain'])
+def test_what_validations_show_in_a_fit_and_after_it(fit):
+    class Look(Callback):
+        order = 70
+        def before_fit(self):
+            if not self.learn.lock.locked(): self.seen = []
+        def after_validate(self):
+            if self.learn.lock.locked(): return
+            own,shows = self.learn.dl,ensemble(self.learn).shows.name
+            self.learn.validate()
+            self.learn.dl = own
+            self.seen.append((shows, ensemble(self.learn).shows.name))
+    learn = make_learn(SnapshotEnsemble(), look := Look(), dls=data(shuffle=False))
+    if fit=='plain': learn.fit(2)
+    else: learn.fit_zero_restarts(2, 2)
+    plain,end = ['NETWORK']*2,['NETWORK_AND_AVERAGE']*2
+    assert [list(s) for s in look.seen] == ([plain]*2 if fit=='plain' else [plain,end]*2)
+    assert ensemble(learn).shows.name=='PREDICTION'
+
+
+def test_a_validation_within_a_fit_does_not_end_the_guard_of_the_snapshots():
+    class Swap(Callback):
+        order = 70
+        def after_epoch(self):
+            if self.learn.lock.locked(): return
+            self.learn.validate()
+            self.learn.model.load_state_dict({k:v.clone() for k,v in self.learn.model.state_dict().items() if k})
+            self.learn.model.load_state_dict(dict(state(self.learn)))
+    learn = make_learn(Swap())
+    learn.fit_zero_restarts(3, 1)
+    assert list(ensemble(learn).record)==[0,1,2] and ensemble(learn).use=='average'
+
+
+@pytest.mark.parametrize('where', ['before_batch','before_validate','after_loss','after_epoch'])
+def test_after_an_interruption_the_learner_is_as_before(where):
+    def stop(self):
+        if self.learn.epoch==3 and not (where=='after_loss' and self.learn.training): raise KeyboardInterrupt
+    learn = make_learn(type('Stop', (Callback,), {where: stop, 'order': 70})(), metrics=mae)
+    before = list(learn.metrics)
+    with contextlib.suppress(KeyboardInterrupt): learn.fit_zero_restarts(3, 2)
+    assert [m is b for m,b in zip(learn.metrics, before, strict=True)]==[True]
+    learn.remove_cb(learn.stop)
+    assert len(learn.recorder.metric_names)-2==len(learn.recorder.values[-1])
+    assert ensemble(learn).shows.name=='PREDICTION' and not ensemble(learn).record.keep_on_plain_load
+    kept = list(ensemble(learn).record)
+    torch.testing.assert_close(preds(learn), learn.get_member_preds()[0].mean(1))
+    assert len(learn.validate())==2 and learn.recorder.metric_names[-2]=='mae' and len(kept)==(1 if where=='before_batch' else 2)
+    learn.model.load_state_dict(make_model().state_dict())
+    assert not len(ensemble(learn).record)

@@ -48,3 +48,45 @@ def test_losses_derived_from_torchs():
     class Weighted(nn.CrossEntropyLoss): pass
     class Logits(nn.BCEWithLogitsLoss): pass
     assert average_for(Weighted(), (3,)) == ('softmax',-1) and average_for(Logits(), (1,))[0] == 'sigmoid'
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_of_masked_members_is_averaged_in_full(dtype):
+    x = torch.tensor([[[1.],[1.],[1.0078125]]], dtype=dtype)
+    torch.testing.assert_close(average_members(x), torch.tensor([[1+.0078125/3]]), rtol=1e-7, atol=0)
+    for kind in ('softmax','sigmoid'): assert average_members(x, kind).dtype==torch.float32
+
+
+@pytest.mark.parametrize('dim', [1, -1])
+def test_classes_on_any_dimension(dim):
+    outs = [3*torch.randn(2, 4, 5, 5) for _ in range(3)]
+    got = average(outs, CrossEntropyLossFlat(axis=dim))
+    torch.testing.assert_close(got.softmax(dim), torch.stack([o.softmax(dim) for o in outs]).mean(0))
+
+
+def test_outputs_of_one_dimension_and_single_numbers():
+    torch.testing.assert_close(average([torch.zeros(4), torch.ones(4)], F.mse_loss), torch.full((4,), .5))
+    assert average_members(stack_members([(torch.zeros(4),torch.tensor(1.)), (torch.zeros(4),torch.tensor(2.))]))[1]==1.5
+
+
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(), F.cross_entropy, CrossEntropyLossFlat()], ids=['class','function','fastai'])
+def test_the_loss_of_an_ensemble_averages_as_the_loss_it_wraps(loss):
+    assert average_for(EnsembleLoss(loss)) == average_for(partial(EnsembleLoss(loss), reduction='none')) == ('softmax',-1)
+
+
+def test_the_average_compiles_without_a_graph_break():
+    model,x = AveragedModel([nn.Linear(4, 3) for _ in range(3)], 'softmax'),torch.randn(5, 4)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend='aot_eager', fullgraph=True)(x), model(x))
+
+
+def test_a_module_of_models_averages_gradients_copies_and_errors():
+    models = [make_model(3) for _ in range(3)]
+    model,x = AveragedModel(models).eval(),torch.randn(5, 4)
+    model(x).sum().backward()
+    grads = [m[5].bias.grad.clone() for m in models]
+    for g in grads: torch.testing.assert_close(g, torch.full((3,), 5/3))
+    twin = pickle.loads(pickle.dumps(deepcopy(model)))
+    assert torch.equal(twin(x), model(x)) and twin.average=='mean'
+    with pytest.raises(ValueError, match="average='median'"): AveragedModel(models, 'median')
+    with pytest.raises(ValueError, match='at least one'): AveragedModel([])
