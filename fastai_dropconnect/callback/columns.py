@@ -85,4 +85,4 @@ def epoch_row(
 ) -> dict: # From the name of each column to its value
     "Return what the recorder has logged in this epoch"
     names,values = learn.recorder.metric_names[1:],learn.recorder.log[1:]
-    return {n: _as_float(v) for n,v in zip(names, values) if v is not None}
+    return {n: _as_float(v) for n,v in zip(names, values, strict=False) if v is not None}

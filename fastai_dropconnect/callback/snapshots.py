@@ -193,7 +193,7 @@ def after_epoch(self:SnapshotEnsemble):
 
 @patch
 def report(self:SnapshotEnsemble) -> pd.DataFrame: # One row per cycle, one column per column of the table
-    "Return what was measured at the ends of cycles: for each network, and for the average so far"
+    "Return what was measured at the ends of cycles, for each network and the average so far"
     return pd.DataFrame.from_dict(self.record.rows, orient='index').rename_axis('cycle')
 
 # %% ../../nbs/370_callback.snapshots.ipynb #5b1e7a91

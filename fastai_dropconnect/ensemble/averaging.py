@@ -23,7 +23,7 @@ def map_outputs(
     first = outs[0]
     if isinstance(first, dict): return type(first)({k: map_outputs(f, *[o[k] for o in outs]) for k in first})
     if isinstance(first, (tuple,list)):
-        parts = [map_outputs(f, *places) for places in zip(*outs)]
+        parts = [map_outputs(f, *places) for places in zip(*outs, strict=True)]
         return type(first)(*parts) if hasattr(first, '_fields') else type(first)(parts)
     return f(*outs) if torch.is_tensor(first) and first.is_floating_point() else first
 

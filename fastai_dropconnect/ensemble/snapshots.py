@@ -33,7 +33,7 @@ def snapshot_files(
 
 # %% ../../nbs/270_ensemble.snapshots.ipynb #2ae1fb86
 class Snapshots(ModelRecord):
-    "Store of snapshots: the states of a model at the ends of cycles, in memory or in files"
+    "Store of a model's states at the ends of cycles, in memory or in files"
     key,needs_all = 'fastai_dropconnect.snapshots',True
     keep_on_plain_load = False      # leave the snapshots alone when a `state_dict` without snapshots is loaded
     _saved = 'rows','weights','use','average','version'
