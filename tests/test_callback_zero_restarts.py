@@ -167,6 +167,14 @@ def test_an_interrupted_fit_keeps_its_snapshots_and_goes_on_as_if_nothing_had_be
     assert same(before, state(part)) and len(ensemble(part).record)==4
 
 
+def test_an_interrupted_plain_fit_leaves_the_metrics_as_before():
+    learn = make_learn(metrics=mae)
+    before = list(learn.metrics)
+    with contextlib.suppress(KeyboardInterrupt): learn.fit(6, 1e-2, cbs=[ZeroRestarts(2), StopAt(3)])
+    assert list(learn.metrics)==before and ensemble(learn).shows.name=='PREDICTION'
+    assert list(ensemble(learn).record)==[0] and ensemble(learn).use=='average' and len(learn.validate())==2
+
+
 @pytest.mark.parametrize('use', ['average','weights','last'])
 @pytest.mark.parametrize('between', ['another process','another fit','nothing'])
 def test_resume_of_a_whole_fit_gives_its_predictions(tmp_path, use, between):
