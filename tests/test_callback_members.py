@@ -32,11 +32,11 @@ def test_members_of_a_masked_ensemble():
     learn = masked(metrics=mae)
     learn.fit(1, 1e-2)
     each,targs = learn.get_member_preds()
+    assert len(learn.metrics)==1 and learn.recorder.metric_names[-2]=='mae'
     mean,same_targs,spread = learn.get_preds_and_spread()
     assert each.shape==(120,3,1) and torch.equal(targs, same_targs) and torch.equal(mean, preds(learn))
     torch.testing.assert_close(mean, each.mean(1))
     torch.testing.assert_close(spread, each.std(1, correction=0))
-    assert len(learn.metrics)==1 and learn.recorder.metric_names[-2]=='mae'
 
 
 @pytest.mark.parametrize('use', ['average','last',1])
