@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['exact_mask', 'dropconnect', 'linear_dropconnect', 'DropConnectEmbedding', 'DropConnectLinear', 'EmbeddingDropout',
-           'WeightDropout', 'EnsembleLinear', 'MaskedEnsembleLinear', 'masked_ensemble_', 'EnsembleLoss',
-           'average_members', 'FillMissingAnywhere', 'QuantileNormalize', 'PLE', 'Periodic', 'DataError', 'tabular_dls',
-           'time_split', 'MaskedMembers', 'TabularDropConnectModel', 'tabular_dropconnect_config', 'TabularLearner',
-           'tabular_learner', 'RecalibrateBN', 'recalibrate_bn', 'DropConnect', 'FrozenZeroInit', 'SnapshotEnsemble',
-           'ZeroRestarts', 'Choice', 'RECIPES', 'Recipe', 'choose_recipe', 'train_recipe', 'synthetic_bulldozers',
+           'WeightDropout', 'EnsembleLinear', 'MaskedEnsembleLinear', 'masked_ensemble_', 'HeldWeights',
+           'AveragedModel', 'EnsembleLoss', 'average_members', 'FillMissingAnywhere', 'QuantileNormalize', 'PLE',
+           'Periodic', 'DataError', 'tabular_dls', 'time_split', 'FastTabDL', 'fast_dataloaders', 'MaskedMembers',
+           'TabularDropConnectModel', 'tabular_dropconnect_config', 'TabularLearner', 'tabular_learner',
+           'RecalibrateBN', 'recalibrate_bn', 'DropConnect', 'FrozenZeroInit', 'SnapshotEnsemble', 'ZeroRestarts',
+           'FusedAdam', 'Choice', 'RECIPES', 'Recipe', 'choose_recipe', 'train_recipe', 'synthetic_bulldozers',
            'bulldozers_dls', 'bulldozers_pandas', 'encode_sales', 'price_features', 'read_bulldozers',
            'compare_on_bulldozers']
 
@@ -24,20 +25,23 @@ _all_ = [
     'WeightDropout', 'EnsembleLinear', 'MaskedEnsembleLinear', 'masked_ensemble_']
 
 # %% ../nbs/610_all.ipynb #d4f4b928
-from .ensemble.averaging import EnsembleLoss, average_members
+from .sparsity.core import HeldWeights
+from .ensemble.averaging import AveragedModel, EnsembleLoss, average_members
 
-_all_ = ['EnsembleLoss', 'average_members']
+_all_ = ['HeldWeights', 'AveragedModel', 'EnsembleLoss', 'average_members']
 
 # %% ../nbs/610_all.ipynb #1e1a4609
 from .tabular.procs import FillMissingAnywhere, QuantileNormalize
 from .tabular.embeddings import PLE, Periodic
 from .tabular.data import DataError, tabular_dls, time_split
+from .tabular.loader import FastTabDL, fast_dataloaders
 from .tabular.model import MaskedMembers, TabularDropConnectModel, tabular_dropconnect_config
 from .tabular.learner import TabularLearner, tabular_learner
 
 _all_ = [
     'FillMissingAnywhere', 'QuantileNormalize', 'PLE', 'Periodic', 'DataError', 'tabular_dls', 'time_split',
-    'MaskedMembers', 'TabularDropConnectModel', 'tabular_dropconnect_config', 'TabularLearner', 'tabular_learner']
+    'FastTabDL', 'fast_dataloaders', 'MaskedMembers', 'TabularDropConnectModel', 'tabular_dropconnect_config',
+    'TabularLearner', 'tabular_learner']
 
 # %% ../nbs/610_all.ipynb #e1a4c858
 from .callback.batchnorm import RecalibrateBN, recalibrate_bn
@@ -45,8 +49,11 @@ from .callback.dropconnect import DropConnect
 from .callback.frozen_zero import FrozenZeroInit
 from .callback.snapshots import SnapshotEnsemble
 from .callback.zero_restarts import ZeroRestarts
+from .optimizer import FusedAdam
+import fastai_dropconnect.accelerate # noqa: F401 - gives a Learner `accelerate` and `decelerate`
 
-_all_ = ['RecalibrateBN', 'recalibrate_bn', 'DropConnect', 'FrozenZeroInit', 'SnapshotEnsemble', 'ZeroRestarts']
+_all_ = ['RecalibrateBN', 'recalibrate_bn', 'DropConnect', 'FrozenZeroInit', 'SnapshotEnsemble', 'ZeroRestarts',
+    'FusedAdam']
 
 # %% ../nbs/610_all.ipynb #bd9b9c57
 from .recipes import Choice, RECIPES, Recipe, choose_recipe, train_recipe

@@ -349,7 +349,7 @@ def plot_predictions(
 # %% ../nbs/520_compare.ipynb #32b5d005
 def _rmse_curves(fits, models):
     "Return a frame for each network: a row per epoch, a column per seed"
-    def predicted(curve): return curve.get('average_rmse', curve.rmse).rename('rmse')
+    def predicted(curve): return curve.get('average_rmse', curve.rmse).ffill().rename('rmse')  # empty within a cycle
     return {m: pd.concat([predicted(f.curve) for f in fits if f.model==m], axis=1) for m in models if m in RECIPES}
 
 def _cut_axis(ax, curves):

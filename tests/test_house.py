@@ -9,10 +9,10 @@ LONGEST_LINE,LONGEST_MODULE,LONGEST_DOC = 120,400,17
 
 PUBLIC = """
 exact_mask dropconnect linear_dropconnect DropConnectEmbedding DropConnectLinear EmbeddingDropout WeightDropout
-EnsembleLinear MaskedEnsembleLinear masked_ensemble_ EnsembleLoss average_members
-FillMissingAnywhere QuantileNormalize PLE Periodic DataError tabular_dls time_split
+EnsembleLinear MaskedEnsembleLinear masked_ensemble_ HeldWeights AveragedModel EnsembleLoss average_members
+FillMissingAnywhere QuantileNormalize PLE Periodic DataError tabular_dls time_split FastTabDL fast_dataloaders
 MaskedMembers TabularDropConnectModel tabular_dropconnect_config TabularLearner tabular_learner
-RecalibrateBN recalibrate_bn DropConnect FrozenZeroInit SnapshotEnsemble ZeroRestarts
+RecalibrateBN recalibrate_bn DropConnect FrozenZeroInit SnapshotEnsemble ZeroRestarts FusedAdam
 Choice RECIPES Recipe choose_recipe train_recipe
 synthetic_bulldozers bulldozers_dls bulldozers_pandas encode_sales price_features read_bulldozers compare_on_bulldozers
 """.split()

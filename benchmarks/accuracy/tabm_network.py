@@ -64,7 +64,7 @@ def tabm_net(dls, table, p):
     cards = [n for n,_ in get_emb_sz(dls.train_ds, {})]
     model = TabM.make(n_num_features=len(dls.cont_names), cat_cardinalities=cards, d_out=2 if table.classes else 1,
                       n_blocks=p['n_blocks'], d_block=p['d_block'], dropout=p['dropout'], **args)
-    return TabMNet(model, cards, average_for(dls.train_ds.loss_func))
+    return TabMNet(model, cards, average_for(dls.train_ds.loss_func)[0])
 
 
 PATIENCE,MAX_EPOCHS = 8,64      # the authors' patience is 16; twice the epochs that other networks may have in one cycle

@@ -19,7 +19,7 @@ from fastcore.basics import ifnone, patch
 from fastcore.meta import delegates
 from ..ensemble.averaging import EnsembleLoss, average_for, average_members
 from .embeddings import num_embeddings_of
-from .model import TabularDropConnectModel, each_member, is_dropconnect_config, members_of
+from .model import TabularDropConnectModel, is_dropconnect_config, members_of
 
 # %% ../../nbs/340_tabular.learner.ipynb #c3fa9a38
 class TabularLearner(fastai_learner.TabularLearner):
@@ -48,7 +48,7 @@ def _complete_config(
     vectors = num_embeddings_of(config.get('num_embeddings'))
     if vectors: res['num_embeddings'] = vectors.fitted(dls.train_ds.conts.to_numpy('float32', na_value=float('nan')))
     members = members_of(config.get('members'))
-    if members and members.average is None: res['members'] = replace(members, average=average_for(loss_func, n_out))
+    if members and members.average is None: res['members'] = replace(members, average=average_for(loss_func, (n_out,))[0])
     return res
 
 # %% ../../nbs/340_tabular.learner.ipynb #ea8b3cda
@@ -99,17 +99,3 @@ def export(self:TabularLearner,
     try: super(TabularLearner, self).export(fname, **kwargs)
     finally:
         if hps is not None: recorded['hps'] = hps
-
-# %% ../../nbs/340_tabular.learner.ipynb #653e576b
-@patch
-@delegates(Learner.get_preds)
-def get_member_preds(self:TabularLearner,
-    ds_idx:int=1, # Index of the dataset: 1 is the validation set
-    dl=None, # Loader to predict instead
-    **kwargs
-) -> tuple: # As from `get_preds`, with predictions (n_rows, n_members, n_out)
-    "Predict with each member of an ensemble"
-    metrics,self.metrics = self.metrics,[]      # metrics expect the average
-    try:
-        with each_member(get_model(self.model)): return self.get_preds(ds_idx, dl, **kwargs)
-    finally: self.metrics = metrics
