@@ -142,7 +142,7 @@ def draw(
         ys = [names.index(o) for o in d.name]
         axs[0].plot(d.ratio, ys, 'o', alpha=.7, label=str(shape).replace(' ', ''))
         axs[1].plot(d.extra_mb.clip(lower=1), ys, 'o', alpha=.7)
-    for b,d in half[half.bound.notna()].groupby(['name','bound']):
+    for b,_ in half[half.bound.notna()].groupby(['name','bound']):
         if b[0] in names: axs[0].plot(b[1], names.index(b[0]), 'k|', ms=14)
     axs[0].axvline(1, color='gray', lw=1)
     axs[0].set(xscale='log', yticks=range(len(names)), yticklabels=names, xlabel="time / nn.Linear's  (|: bound)")

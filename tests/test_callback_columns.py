@@ -1,7 +1,6 @@
 "Columns of the average in the table of a fit"
 import contextlib, pickle
 import numpy as np, pandas as pd, pytest, torch
-import torch.nn.functional as F
 from fastai.callback.fp16 import MixedPrecision
 from fastai.tabular.all import (Callback, CancelEpochException, CrossEntropyLossFlat, CSVLogger, EarlyStoppingCallback,
                                 F1Score, Metric, R2Score, ReduceLROnPlateau, SaveModelCallback, mae)

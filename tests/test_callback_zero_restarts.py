@@ -7,7 +7,6 @@ from fastai.callback.schedule import *
 from fastai.collab import CollabDataLoaders, collab_learner
 from fastai.tabular.all import (Adam, Callback, CancelEpochException, CancelFitException, CancelTrainException, SGD,
                                 get_model, mae, params, ranger, set_seed)
-from torch import nn
 from ensemble_learners import *
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.zero_restarts import cosine_cycles

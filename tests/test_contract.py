@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fastai_dropconnect.all import *
 from fastai_dropconnect.masks import draw_seed, drop_probability, drop_threshold
-from fastai_dropconnect.tabular.embeddings import quantile_bins
 from fastai_dropconnect.kernels import torch as kernels
 from fastai_dropconnect.masks import example_mask
 

@@ -1,5 +1,5 @@
 "DropConnect as functions: choice of the backend, operators, errors, gradients"
-import os, subprocess, sys
+import subprocess, sys
 import pytest, torch
 import torch.nn.functional as F
 from fastai_dropconnect import functional

@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Callable
+from collections.abc import Callable
 from zlib import crc32
 from fastai_dropconnect.tabular.model import MaskedMembers
 from .networks import fit_network, no_settings

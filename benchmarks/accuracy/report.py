@@ -1,6 +1,6 @@
 "A table and a figure of all results, with a mark where an aim is reached"
 from dataclasses import dataclass
-from typing import Callable
+from collections.abc import Callable
 import pandas as pd
 from matplotlib.figure import Figure
 from .families import FAMILIES

@@ -48,7 +48,9 @@ def _complete_config(
     vectors = num_embeddings_of(config.get('num_embeddings'))
     if vectors: res['num_embeddings'] = vectors.fitted(dls.train_ds.conts.to_numpy('float32', na_value=float('nan')))
     members = members_of(config.get('members'))
-    if members and members.average is None: res['members'] = replace(members, average=average_for(loss_func, (n_out,))[0])
+    if members and members.average is None:
+        average,_ = average_for(loss_func, (n_out,))
+        res['members'] = replace(members, average=average)
     return res
 
 # %% ../../nbs/340_tabular.learner.ipynb #ea8b3cda
