@@ -9,6 +9,7 @@ __all__ = ['check_p', 'check_int', 'check_positive', 'check_seed', 'check_lr', '
 # %% ../nbs/000_checks.ipynb #c15293a7
 import math, numbers, os
 import numpy as np
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from fastcore.basics import listify
@@ -86,9 +87,9 @@ def check_lr(
 def check_choice(
     value, # Value to check
     name:str, # Name of the argument, for the message
-    options, # Values allowed: a tuple, a list or the keys of a dictionary
+    options:Iterable, # Values allowed: a tuple, a list or the keys of a dictionary
     none:bool=False # Is `None` allowed as well?
-): # `value`
+) -> object: # `value`
     "Return `value` if it is one of `options`"
     options = tuple(options)
     if value is None and none: return value
@@ -127,7 +128,7 @@ def check_date(
 # %% ../nbs/000_checks.ipynb #14d018b9
 def check_layers(
     layers # Value to check
-): # `layers`, with a single name turned into a list
+) -> list|Callable|None: # `layers`, with a single name turned into a list
     "Return `layers` if it is `None`, a function, or names of layers"
     if layers is None or callable(layers): return layers
     names = listify(layers)
@@ -138,8 +139,8 @@ def check_layers(
 def check_values(
     value, # Value to check
     name:str, # Name of the argument, for the message
-    layers=None # The argument `layers` given with it
-): # `value`
+    layers:str|list|Callable=None # The argument `layers` given with it
+) -> float|dict|Callable: # `value`
     "Return `value` if every number in it is at least 0 and below 1"
     if callable(value): return value
     if not isinstance(value, dict): return check_p(value, name)

@@ -9,6 +9,7 @@ __all__ = ['TREES', 'ENSEMBLE', 'MODELS', 'recipe_with', 'parse_models', 'Fit', 
 
 # %% ../nbs/520_compare.ipynb #30e9e35f
 import re, time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 import numpy as np, pandas as pd, torch
@@ -94,7 +95,7 @@ def fit_trees(
     name:str, # One of `TREES`
     to:TabularPandas, # From `bulldozers_pandas`
     seed:int=0, # Seed of the fit
-    new=None # Other sales from `encode_sales`
+    new:TabularPandas=None # Other sales from `encode_sales`
 ) -> Fit:
     "Fit trees to the training rows"
     start = time.perf_counter()
@@ -149,9 +150,9 @@ def fit_network(
     name:str, # One of `RECIPES`
     to:TabularPandas, # From `bulldozers_pandas`
     seed:int=0, # Seed of the initial weights, the batches and the noise
-    new=None, # Other sales from `encode_sales`
+    new:TabularPandas=None, # Other sales from `encode_sales`
     settings:NetSettings=NetSettings(), # How to train
-    epoch_done=lambda: None # Called after each epoch
+    epoch_done:Callable=lambda: None # Called after each epoch
 ) -> Fit:
     "Train a network"
     set_seed(seed)
@@ -192,8 +193,8 @@ def fit_models(
     models:list=DEFAULT_MODELS, # Some of `MODELS`
     seeds:list=(0,), # Seeds
     settings:NetSettings=NetSettings(), # How the networks are trained
-    new=None, # Other sales from `encode_sales`, to be predicted too
-    say=lambda text: None # Gets the progress, in pieces of text
+    new:TabularPandas=None, # Other sales from `encode_sales`, to be predicted too
+    say:Callable=lambda text: None # Gets the progress, in pieces of text
 ) -> list: # A `Fit` for every model and seed, members of the ensemble included
     "Train and evaluate models with each of the seeds"
     fits = []
@@ -373,7 +374,7 @@ def plot_curves(
         ax.fill_between(c.index, c.min(axis=1), c.max(axis=1), color=_color(m), alpha=.15, lw=0)
         ax.plot(c.index, c.mean(axis=1), 'o-', ms=4, color=_color(m), label=m)
     _cut_axis(ax, curves.values())
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))    # a single epoch has one tick
     ax.grid(alpha=.3)
     ax.legend(frameon=False, fontsize=10)
     return fig

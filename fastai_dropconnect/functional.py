@@ -38,7 +38,7 @@ def _backend_module(
     except ImportError: return None
 
 def choose_backend(
-    device, # Device of the tensors
+    device:torch.device|str, # Device of the tensors
     backend:str=None # Name of a backend; that of the environment variable or else the fastest by default
 ) -> str: # One of `BACKENDS`; `RuntimeError` if `backend` does not run on `device`
     "Choose the backend for `device`"

@@ -30,7 +30,7 @@ def drop_probability(
 
 # %% ../nbs/010_masks.ipynb #4a85bf79
 def draw_seed(
-    device=None # Device of the seed; its generator draws it
+    device:torch.device|str=None # Device of the seed; its generator draws it
 ) -> Tensor: # 0-d, int64
     "Draw the seed of one forward pass from torch's random number generator"
     return torch.randint(-2**63, 2**63-1, (), dtype=torch.int64, device=device)
@@ -79,7 +79,7 @@ def mask_keys(
 # %% ../nbs/010_masks.ipynb #117075de
 def mask_counters(
     n_in:int, # Inputs of the layer
-    device=None # Device of the result
+    device:torch.device|str=None # Device of the result
 ) -> Tensor: # int32, shape `(n_in,)`
     "Compute a fixed number for each input, with its own lower 16 bits"
     i = torch.arange(1, n_in+1, dtype=torch.int32, device=device)

@@ -9,6 +9,7 @@ __all__ = ['inner_model', 'hidden_linears', 'select_layers', 'layer_values', 'se
 
 # %% ../nbs/020_nn_utils.ipynb #89b47614
 import itertools
+from collections.abc import Callable
 import torch, torch.distributed as dist
 from fastcore.basics import listify
 from torch import nn
@@ -73,7 +74,7 @@ def _no_hidden_linear(
 # %% ../nbs/020_nn_utils.ipynb #8c890bb7
 def select_layers(
     model:nn.Module,
-    layers=None # `None` for `hidden_linears`, names of layers, or a function of (name, module) that returns a bool
+    layers:list|Callable=None # Names of layers, or f(name, module) that returns a bool; by default `hidden_linears`
 ) -> dict: # From the name of each layer to the layer; `ValueError` for an unknown name, or if there are none
     "Return the layers of `model` that `layers` selects"
     modules = dict(model.named_modules())
@@ -93,8 +94,8 @@ def select_layers(
 # %% ../nbs/020_nn_utils.ipynb #f8bf1b21
 def layer_values(
     model:nn.Module,
-    value, # A number, a dictionary from the name of a layer to a number, or a function of (name, module)
-    layers=None, # As in `select_layers`; not used if `value` is a dictionary
+    value:float|dict|Callable, # Number, {layer name: number}, or f(name, module) that returns a number
+    layers:list|Callable=None, # As in `select_layers`; not used if `value` is a dictionary
     name:str='value' # Name of the argument, for the message
 ) -> dict: # From the name of each layer to the pair (layer, number)
     "Return the selected layers of `model`, each with its number"
@@ -107,7 +108,7 @@ def layer_values(
 # %% ../nbs/020_nn_utils.ipynb #2465918c
 def select_weights(
     values:dict, # From `layer_values`
-    params='weight' # Name or names of the parameters within each layer
+    params:str|list='weight' # Name or names of the parameters within each layer
 ) -> dict: # From the full name of each parameter to the pair (parameter, number); `ValueError` if there are none
     "Return the floating point parameters of the selected layers"
     res,seen = {},set()
@@ -130,7 +131,7 @@ def call_with(
     instead:dict, # From parameters and buffers of `module` to tensors
     args:tuple=(), # Positional arguments of the call
     kwargs:dict=None # Keyword arguments of the call
-): # What `module` returns
+) -> object: # What `module` returns
     "Call `module` with other tensors in the place of its own"
     places = {f'{prefix}.{n}'.lstrip('.'): t for prefix,m in module.named_modules()
               for n,t in (m._parameters | m._buffers).items() if t is not None}
@@ -162,7 +163,7 @@ def call_with_state(
     model:nn.Module,
     state:dict, # From `copy_state`
     *args # Of the call
-): # What `model` returns
+) -> object: # What `model` returns
     "Call `model` with the values of `state`"
     return call_with(model, {t:state[n] for n,t in model_tensors(model).items()}, args)
 
@@ -212,13 +213,13 @@ class ModelRecord:
         for h in self.handles: h.remove()
         self.handles = ()
 
-    def __call__(self, module, state_dict, prefix, metadata, *loading):
+    def __call__(self, module:nn.Module, state_dict:dict, prefix:str, metadata:dict, *loading):
         "Write the record when a `state_dict` is made, or remember the metadata when one is loaded"
         # torch passes more arguments when it loads; the last of them are lists that it fills with what it finds
         if loading: self._loading = metadata,loading
         else: self.write(metadata)
 
-    def loaded(self, module, incompatible_keys):
+    def loaded(self, module:nn.Module, incompatible_keys):
         "Read the record after a `state_dict` was loaded without errors"
         metadata,(strict,missing,unexpected,errors) = vars(self).pop('_loading')
         incomplete = self.needs_all and (missing or unexpected)
@@ -226,8 +227,8 @@ class ModelRecord:
 
 # %% ../nbs/020_nn_utils.ipynb #9de8ffdf
 def from_rank0(
-    obj # Anything that can be pickled
-): # `obj` of the first process
+    obj:object # Anything that can be pickled
+) -> object: # `obj` of the first process
     "Send `obj` of the first process of a distributed training to all of them"
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size()>1): return obj
     box = [obj]

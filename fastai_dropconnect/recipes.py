@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 import numpy as np, pandas as pd
+from fastai.callback.core import Callback
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner, mk_metric
+from fastai.tabular.data import TabularDataLoaders
 from fastai.torch_core import no_random
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
@@ -70,8 +72,8 @@ class Recipe:
         return replace(self, description=description or self.description, settings={**self.settings, **settings})
 
     def learner(self,
-        dls, # `TabularDataLoaders`
-        cbs=None, # More callbacks
+        dls:TabularDataLoaders, # Data to train on
+        cbs:Callback|list=None, # More callbacks
         **kwargs # More arguments of `tabular_learner`, such as `layers`, `y_range`, `metrics`
     ) -> TabularLearner: # Not trained
         "Make the `Learner`"
@@ -124,7 +126,7 @@ def get_recipe(
     return RECIPES[check_choice(recipe, 'recipe', RECIPES)]
 
 def recipes_for(
-    dls # `TabularDataLoaders`
+    dls:TabularDataLoaders # Data to train on
 ) -> dict: # Name -> Recipe, the simplest first
     "Return the recipes that fit the columns of `dls`"
     return {n: r for n,r in RECIPES.items() if dls.cont_names or not r.settings.get('num_embeddings')}
@@ -136,12 +138,12 @@ def _fresh(dls):
 
 # %% ../nbs/400_recipes.ipynb #78749037
 def train_recipe(
-    dls, # `TabularDataLoaders`; their own state does not change
+    dls:TabularDataLoaders, # Their own state does not change
     recipe:str|Recipe, # A name in `RECIPES`, or a recipe such as `RECIPES['ple'].replace(wd=.1)`
     epochs:int=5, # Epochs of a one-cycle fit
     lr:float=1e-2, # Highest learning rate
     seed:int=0, # Seed of everything random
-    cbs=None, # More callbacks; the Learner gets copies
+    cbs:Callback|list=None, # More callbacks; the Learner gets copies
     **kwargs # More arguments of `tabular_learner`, such as `layers`, `y_range`, `metrics`
 ) -> TabularLearner: # Trained
     "Make and train a Learner as `recipe` says"
@@ -154,7 +156,7 @@ def train_recipe(
 
 # %% ../nbs/400_recipes.ipynb #bf1f295d
 def simplest_good(
-    losses # A row for each recipe, the simplest first, and a column for each seed
+    losses:list|np.ndarray # A row for each recipe, the simplest first, and a column for each seed
 ) -> int: # Number of the row
     "Find the first row whose mean is within one standard error of the lowest mean"
     losses = np.asarray(losses, float)
@@ -253,12 +255,12 @@ def _summary(fits, recipes, by, sign):
 
 # %% ../nbs/400_recipes.ipynb #0d4080a4
 def choose_recipe(
-    dls, # `TabularDataLoaders` with validation rows
-    recipes=None, # Names in `RECIPES`, or your own as a dict, the simplest first; by default all that fit
+    dls:TabularDataLoaders, # With validation rows
+    recipes:str|list|dict=None, # Names in `RECIPES`, or your own as a dict, the simplest first; by default all that fit
     epochs:int=5, # As in `train_recipe`
     lr:float=1e-2, # As in `train_recipe`
     seeds:int=3, # Fits of each recipe, with seeds 0, 1, ...
-    metrics=None, # fastai metrics to show in the table
+    metrics:Callable|list=None, # fastai metrics to show in the table
     by:str='loss', # What to choose by: 'loss', or the name of one of `metrics`
     higher_is_better:bool=None, # Is a higher `by` better? Only needed for metrics that are not well known
     verbose:bool=True, # Show a progress bar?

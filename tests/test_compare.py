@@ -1,5 +1,5 @@
 "Fits of networks and trees on the same sales, and their figures"
-import numpy as np, pytest
+import numpy as np, pandas as pd, pytest
 from fastai.learner import Callback
 from fastai_dropconnect import compare
 from fastai_dropconnect.bulldozers.data import bulldozers_pandas, encode_sales
@@ -75,3 +75,11 @@ def test_learning_curves_show_the_average_of_zero_restarts():
     assert np.isnan(lines['zero-restarts']).tolist() == [True, False, False, False]
 
 def test_each_model_has_a_color_of_its_own(): assert len({compare._color(m) for m in MODELS}) == len(MODELS)
+
+
+def test_the_epochs_of_a_single_one_are_a_whole_number():
+    curve = pd.DataFrame(dict(rmse=[.3]), index=[1])
+    fit = Fit('fastai', 0, np.zeros(1), .3, 1., curve=curve)
+    fig = plot_curves([fit], ['fastai'], 'here')
+    low,high = fig.axes[0].get_xlim()
+    assert [t for t in fig.axes[0].get_xticks() if low<=t<=high] == [1]

@@ -6,6 +6,7 @@
 __all__ = ['recalibrate_bn', 'RecalibrateBN']
 
 # %% ../../nbs/355_callback.batchnorm.ipynb #226ae061
+from collections.abc import Iterable
 from contextlib import contextmanager
 import torch
 from fastai.basics import find_bs, get_model, no_random, to_device
@@ -80,7 +81,7 @@ def _accumulate(
 # %% ../../nbs/355_callback.batchnorm.ipynb #ed9fdca6
 def recalibrate_bn(
     learn:Learner, # Only the running statistics of its batch norms change, in place
-    dl=None # Batches to estimate from, one of them with two rows or more; by default `learn.dls.train`
+    dl:Iterable=None # Batches to estimate from, one of them with two rows or more; by default `learn.dls.train`
 ) -> Learner: # `learn`
     "Re-estimate the statistics of batch norm with weight noise and dropout off"
     model = get_model(learn.model)

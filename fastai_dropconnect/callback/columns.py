@@ -8,7 +8,7 @@ __all__ = ['EMPTY', 'EmptyCell', 'AverageMetric', 'remove_columns', 'add_columns
 # %% ../../nbs/367_callback.columns.ipynb #367impor
 import numbers
 from copy import deepcopy
-from fastai.basics import AvgLoss, Learner, Metric, ValueMetric
+from fastai.basics import AvgLoss, Callback, Learner, Metric, ValueMetric
 from fastai.callback.tracker import TrackerCallback
 
 # %% ../../nbs/367_callback.columns.ipynb #367cell1
@@ -24,7 +24,7 @@ class AverageMetric(Metric):
     "A metric of an ensemble's average; an empty cell where the average is not shown"
     def __init__(self,
         metric:Metric, # Not changed: the average gets a copy
-        ensemble # Callback with `shows_average` and `average_of_batch`
+        ensemble:Callback # Callback with `shows_average` and `average_of_batch`
     ):
         learn = ensemble.learn
         shared = [getattr(metric, 'func', None), learn, learn.model, learn.dls]
@@ -33,7 +33,7 @@ class AverageMetric(Metric):
 
     def reset(self): self.metric.reset()
 
-    def accumulate(self, learn):
+    def accumulate(self, learn:Learner):
         average = self.ensemble.average_of_batch
         if learn.training or average is None: return
         own = learn.pred,learn.loss
@@ -47,7 +47,7 @@ class AverageMetric(Metric):
         return EMPTY if value is None else value
 
     @property
-    def name(self): return f'average_{self.metric.name.lstrip("_")}'
+    def name(self) -> str: return f'average_{self.metric.name.lstrip("_")}'
 
 def remove_columns(
     learn:Learner
@@ -57,7 +57,7 @@ def remove_columns(
 
 def add_columns(
     learn:Learner,
-    ensemble # As for `AverageMetric`
+    ensemble:Callback # As for `AverageMetric`
 ):
     "Add columns of the average to the Learner's metrics, for the loss and for each metric"
     remove_columns(learn)

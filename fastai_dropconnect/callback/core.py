@@ -18,10 +18,10 @@ class LeanCallback(Callback):
         if event_name=='after_fit' or hasattr(type(self), event_name): return super().__call__(event_name)
 
     @property
-    def learn(self): return self._learn
+    def learn(self) -> Learner|None: return self._learn
 
     @learn.setter
-    def learn(self, learn):
+    def learn(self, learn:Learner|None):
         if learn is not None:
             self._check_unused(learn)
             self.on_add(learn)

@@ -7,7 +7,8 @@ __all__ = ['noisy', 'check_droppable', 'default_layers', 'BatchGuard', 'is_sched
 
 # %% ../../nbs/360_callback.dropconnect.ipynb #7700678c
 import inspect
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from fastai.basics import Learner
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -119,7 +120,7 @@ def default_layers(
 # %% ../../nbs/360_callback.dropconnect.ipynb #97fe2698
 class BatchGuard:
     "Replaces `learn._do_one_batch` to run it within the `around_batch` contexts of callbacks"
-    def __init__(self, learn): self.learn,self.cbs = learn,[]
+    def __init__(self, learn:Learner): self.learn,self.cbs = learn,[]
 
     def __call__(self):
         with ExitStack() as stack:
@@ -127,17 +128,17 @@ class BatchGuard:
             type(self.learn)._do_one_batch(self.learn)
 
     @classmethod
-    def add(cls, learn, cb): vars(learn).setdefault('_do_one_batch', cls(learn)).cbs.append(cb)
+    def add(cls, learn:Learner, cb:LeanCallback): vars(learn).setdefault('_do_one_batch', cls(learn)).cbs.append(cb)
 
     @classmethod
-    def remove(cls, learn, cb):
+    def remove(cls, learn:Learner, cb:LeanCallback):
         guard = vars(learn)['_do_one_batch']
         guard.cbs.remove(cb)
         if not guard.cbs: del vars(learn)['_do_one_batch']
 
 # %% ../../nbs/360_callback.dropconnect.ipynb #ce8e1b5c
 def is_schedule(
-    f # Any value of `weight_p`
+    f:object # Any value of `weight_p`
 ) -> bool:
     "Is `f` a function of one argument?"
     if not callable(f): return False
@@ -151,9 +152,9 @@ class DropConnect(LeanCallback):
     _stateattrs = ('_layer_ps',)
     _layer_ps = None        # in a fit: pairs (layer, drop probability)
     def __init__(self,
-        weight_p=0.3, # Drop probability: number, schedule, dictionary {layer name: number}, function of (name, module)
+        weight_p:float|dict|Callable=0.3, # Drop probability: number, schedule, {layer name: number}, f(name, module)
         mode:str='example', # 'example': a mask for each row, 'batch': one for all, 'gaussian': equal mean and variance
-        layers=None, # `None` for hidden linear layers, names (also of embeddings), or a function of (name, module)
+        layers:str|list|Callable=None, # Names (also of embeddings) or f(name, module); by default hidden linear layers
         drop_bias:bool=False # Drop entries of the biases too?
     ):
         if is_schedule(weight_p):
@@ -177,7 +178,7 @@ class DropConnect(LeanCallback):
 
     def before_fit(self): self._layer_ps = self._select()
 
-    def around_batch(self): # Context manager
+    def around_batch(self) -> AbstractContextManager:
         "Drop connections within this context if the batch is one of training"
         if not self.learn.training: return nullcontext()
         if self._layer_ps is None: self._layer_ps = self._select()

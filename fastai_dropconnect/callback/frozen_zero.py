@@ -7,6 +7,7 @@ __all__ = ['draw_masks', 'zero_masked_', 'FrozenZeroInit']
 
 # %% ../../nbs/365_callback.frozen_zero.ipynb #1b45efea
 import weakref
+from collections.abc import Callable
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.basics import Learner, TrainEvalCallback, ValueMetric, patch
 from torch import Tensor
@@ -52,13 +53,13 @@ class FrozenZeroInit(RecordingCallback):
     _in_lr_find = False
     _last_owner = None                      # after its removal: weak references to the Learner and the model
     def __init__(self,
-        sparsity=0.5, # Share of each weight: number, dictionary {layer name: number}, or function of (name, module)
+        sparsity:float|dict|Callable=0.5, # Share of each weight: number, {layer name: number}, or f(name, module)
         mask_grads:bool=True, # Hold the weights? With `False` they start at zero and train freely
         rescale:bool=False, # Multiply the others by `1/sqrt(1-sparsity)`, to keep the variance of the outputs?
         zero:bool=True, # With `False` the weights are held at their initial values instead of zero
         per:str='tensor', # 'tensor': an exact count in all; 'row': the same count for each output of a layer
-        layers=None, # `None` for the hidden linear layers, names of layers, or a function of (name, module)
-        params='weight', # Name or names of the parameters within each layer
+        layers:str|list|Callable=None, # Names of layers or f(name, module); by default the hidden linear layers
+        params:str|list='weight', # Name or names of the parameters within each layer
         seed:int=None # For the masks; by default drawn from torch's random numbers
     ):
         super().__init__(MaskRecord())

@@ -9,7 +9,7 @@ __all__ = []
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 import torch
-from fastai.basics import Learner, getcallable, patch
+from fastai.basics import DataLoader, Learner, getcallable, patch
 from torch import nn
 from .core import RecordingCallback
 from .snapshots import SnapshotEnsemble
@@ -42,7 +42,7 @@ def _without_metrics(learn): # They expect the average
 @patch
 def get_member_preds(self:Learner,
     ds_idx:int=1, # As in `learn.get_preds`
-    dl=None # As in `learn.get_preds`
+    dl:DataLoader=None # As in `learn.get_preds`
 ) -> tuple: # Predictions `(n_rows, n_members, n_out)`, in the form of the model's output, and targets
     "Return the predictions of each member of an ensemble, and the targets"
     ens = _snapshots_of(self)
@@ -61,7 +61,7 @@ def get_member_preds(self:Learner,
 @patch
 def get_preds_and_spread(self:Learner,
     ds_idx:int=1, # As in `learn.get_preds`
-    dl=None # As in `learn.get_preds`
+    dl:DataLoader=None # As in `learn.get_preds`
 ) -> tuple: # Predictions as from `get_preds`, targets, standard deviation over the members, `(n_rows, n_out)` each
     "Return the predictions of an ensemble, the targets, and the spread of its members"
     members,_ = self.get_member_preds(ds_idx, dl)

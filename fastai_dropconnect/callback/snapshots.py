@@ -7,6 +7,7 @@ __all__ = ['check_use', 'Shows', 'SnapshotEnsemble', 'snapshot_ensemble', 'model
 
 # %% ../../nbs/370_callback.snapshots.ipynb #8f4ddc57
 import numbers
+from collections.abc import Iterable
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -26,9 +27,9 @@ from ..nn_utils import (call_with_state, copy_state, hidden_state, inner_model, 
 
 # %% ../../nbs/370_callback.snapshots.ipynb #370chk01
 def check_use(
-    use, # Value to check
-    cycles=() # Numbers of the cycles that have a snapshot
-): # `use`, a number as an `int`
+    use:str|int, # Value to check
+    cycles:Iterable=() # Numbers of the cycles that have a snapshot
+) -> str|int: # `use`, a number as an `int`
     "Return `use` if it names a prediction, else raise `ValueError`"
     if isinstance(use, numbers.Integral) and not isinstance(use, bool): use = int(use)
     return check_choice(use, 'use', ('average','last','weights',*cycles))
@@ -63,10 +64,10 @@ class SnapshotEnsemble(RecordingCallback):
     def shows(self) -> Shows: return self._shows
 
     @property
-    def use(self): return self.record.use
+    def use(self) -> str|int: return self.record.use
 
     @use.setter
-    def use(self, value):
+    def use(self, value:str|int):
         value = check_use(value, list(self.record))
         if value=='average' and not self.record:
             raise ValueError("`use` can be 'average' once there are snapshots, but there are none")
@@ -75,7 +76,7 @@ class SnapshotEnsemble(RecordingCallback):
         self.record.use = value
 
     @contextmanager
-    def using(self, use):
+    def using(self, use:str|int):
         "Context manager: predict with `use` for a while"
         old,self.use = self.use,use
         try: yield self
@@ -92,7 +93,7 @@ def snapshot_ensemble(
 # %% ../../nbs/370_callback.snapshots.ipynb #bc029a41
 @patch
 def states_for(self:SnapshotEnsemble,
-    use # 'average', 'last', 'weights', or the number of a cycle
+    use:str|int # 'average', 'last', 'weights', or the number of a cycle
 ) -> list: # From `copy_state`; none for the network itself
     "Return the states of the networks that predict"
     if use=='last': return []
@@ -295,7 +296,7 @@ def resume(self:SnapshotEnsemble,
 # %% ../../nbs/370_callback.snapshots.ipynb #ebcfc688
 def model_folder(
     learn:Learner,
-    path # Absolute, or within `learn.path/learn.model_dir`, or `None`
-) -> Path: # Absolute, so it stays the same when the process changes its directory; `None` for `None`
+    path:str|Path|None # Absolute, or within `learn.path/learn.model_dir`, or `None`
+) -> Path|None: # Absolute, so it stays the same when the process changes its directory; `None` for `None`
     "Return the folder for files of `learn`"
     return None if path is None else (Path(learn.path)/learn.model_dir/path).absolute()

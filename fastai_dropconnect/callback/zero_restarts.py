@@ -7,9 +7,11 @@ __all__ = ['restart_weights', 'ZeroRestarts', 'cosine_cycles']
 
 # %% ../../nbs/375_callback.zero_restarts.ipynb #70687a33
 import random
+from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 import numpy as np
-from fastai.basics import Learner, patch, to_device
+from fastai.basics import Callback, Learner, patch, to_device
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastcore.foundation import L
@@ -27,10 +29,10 @@ from ..sparsity.core import zero_at_random
 # %% ../../nbs/375_callback.zero_restarts.ipynb #7faf436d
 def restart_weights(
     model:nn.Module,
-    sparsity=0.3, # A number, a dictionary {layer name: number}, or a function of (name, module)
+    sparsity:float|dict|Callable=0.3, # Share of zeros: number, {layer name: number}, or f(name, module)
     embed_sparsity:float=0.5, # For each `nn.Embedding` that is not among the layers of `sparsity`
-    layers=None, # `None` for the hidden linear layers, names of layers, or a function of (name, module)
-    params='weight' # Name or names of the parameters within each layer
+    layers:str|list|Callable=None, # Names of layers or f(name, module); by default the hidden linear layers
+    params:str|list='weight' # Name or names of the parameters within each layer
 ) -> dict: # From the full name of each parameter to the pair (parameter, share of zeros)
     "Return the weights that get zeros at a restart, and how many"
     named = layers is not None or isinstance(sparsity, dict)
@@ -54,12 +56,12 @@ class ZeroRestarts(LeanCallback):
     _trained_epoch = None   # in a fit: the epoch that is trained but not validated yet
     def __init__(self,
         cycle_len:int=2, # Epochs in a cycle
-        sparsity=0.3, # Share of zeros in each hidden linear layer: a number, {layer name: number}, or a function
+        sparsity:float|dict|Callable=0.3, # Share of zeros in each layer: number, {layer name: number}, or f(name, module)
         embed_sparsity:float=0.5, # Share of zeros in each embedding
-        layers=None, # `None` for the hidden linear layers, names of layers, or a function of (name, module)
-        params='weight', # Name or names of the parameters within each layer
+        layers:str|list|Callable=None, # Names of layers or f(name, module); by default the hidden linear layers
+        params:str|list='weight', # Name or names of the parameters within each layer
         n_last:int=None, # Snapshots to keep, the newest; `None` keeps all
-        path=None, # Folder for the snapshots, in `learn.path/learn.model_dir` if it is not absolute; `None`: in memory
+        path:str|Path=None, # Folder for the snapshots, relative to `learn.path/learn.model_dir`; `None`: in memory
         seed:int=None, # For the zeros; `None` draws one from torch's random numbers
         use:str='average' # What the Learner predicts with after the fit: 'average', 'last', or 'weights' (their mean)
     ):
@@ -73,13 +75,8 @@ class ZeroRestarts(LeanCallback):
         self.seed = check_seed(seed)
         self.use = check_use(use)
 
-    @property
-    def learn(self): return vars(self).get('_learn')
-
-    @learn.setter
-    def learn(self, value):
-        vars(self)['_learn'] = value
-        if value is None and self._ensemble and self._ensemble.learn: self._ensemble.end_fit()
+    def on_remove(self, learn:Learner):
+        if self._ensemble and self._ensemble.learn: self._ensemble.end_fit()
 
     def weights(self) -> dict: # From the full name of each parameter to the pair (parameter, share of zeros)
         "Return the weights of the Learner's model that get zeros"
@@ -149,9 +146,9 @@ def after_fit(self:ZeroRestarts):
 
 # %% ../../nbs/375_callback.zero_restarts.ipynb #30a9d9e7
 def cosine_cycles(
-    lr_max, # Highest learning rate, or an array with one for each parameter group
+    lr_max:float|np.ndarray, # Highest learning rate, or an array with one for each parameter group
     n_cycles:int # Cycles of the same length
-): # Function from the position in training, 0 to 1, to the learning rate
+) -> Callable: # Function from the position in training, 0 to 1, to the learning rate
     "Return a schedule that falls from `lr_max` to 0 along half a cosine in each cycle"
     cos = SchedCos(lr_max, 0)
     return lambda pos: cos((pos*n_cycles+1e-9)%1)      # 1/49*49 is less than 1
@@ -161,17 +158,17 @@ def cosine_cycles(
 def fit_zero_restarts(self:Learner,
     n_cycles:int=8, # Cycles
     cycle_len:int=2, # Epochs in a cycle
-    lr_max=1e-2, # Learning rate at the start of each cycle, a `slice` for parameter groups
-    sparsity=0.3, # Share of zeros in each hidden linear layer at a restart, as in `ZeroRestarts`
+    lr_max:float|slice|list=1e-2, # Learning rate at the start of each cycle, a `slice` for parameter groups
+    sparsity:float|dict|Callable=0.3, # Share of zeros in each hidden linear layer at a restart, as in `ZeroRestarts`
     embed_sparsity:float=0.5, # Share of zeros in each embedding at a restart
-    layers=None, # Layers of `sparsity`, as in `ZeroRestarts`
+    layers:str|list|Callable=None, # Layers of `sparsity`, as in `ZeroRestarts`
     n_last:int=None, # Snapshots to keep, the newest; `None` keeps all
-    path=None, # Folder for the snapshots, in `learn.path/learn.model_dir` if it is not absolute; `None`: in memory
+    path:str|Path=None, # Folder for the snapshots, relative to `learn.path/learn.model_dir`; `None`: in memory
     seed:int=None, # For the zeros; `None` draws one from torch's random numbers
     use:str='average', # What the Learner predicts with afterwards: 'average', 'last', or 'weights' (their mean)
     resume:bool=False, # Go on after the newest snapshot, in memory or in `path`, of an interrupted fit?
-    wd=None, # Weight decay
-    cbs=None, # More callbacks
+    wd:float=None, # Weight decay
+    cbs:Callback|list=None, # More callbacks
     reset_opt:bool=False, # Start with a new optimizer?
     start_epoch:int=0 # First epoch to train, as in `learn.fit`
 ):

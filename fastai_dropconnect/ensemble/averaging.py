@@ -8,6 +8,7 @@ __all__ = ['AVERAGES', 'map_outputs', 'stack_members', 'average_members', 'Ensem
 
 # %% ../../nbs/260_ensemble.averaging.ipynb #40763cf5
 import math
+from collections.abc import Callable
 from functools import partial
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,9 @@ from ..checks import check_choice
 
 # %% ../../nbs/260_ensemble.averaging.ipynb #a9662e81
 def map_outputs(
-    f, # Function of one tensor per output
+    f:Callable, # Function of one tensor per output
     *outs # Outputs of the same form: tensors, or tuples, lists or dictionaries of them
-): # The results, in the form of an output
+) -> Tensor|tuple|list|dict: # The results, in the form of an output
     "Apply `f` to the floating point tensors at the same place in each of `outs`"
     first = outs[0]
     if isinstance(first, dict): return type(first)({k: map_outputs(f, *[o[k] for o in outs]) for k in first})
@@ -32,7 +33,7 @@ def _stack(*xs): return torch.stack(xs, min(1, xs[0].ndim))
 
 def stack_members(
     outs:list # One output per member, of the same form
-): # Tensors `(n_rows, n_members, ...)`, in the form of an output
+) -> Tensor|tuple|list|dict: # Tensors `(n_rows, n_members, ...)`, in the form of an output
     "Stack the outputs of members on dimension 1"
     return map_outputs(_stack, *outs)
 
@@ -48,10 +49,10 @@ def _average(x, average, class_dim):
     check_choice(average, 'average', AVERAGES)
 
 def average_members(
-    x:Tensor, # Outputs of the members, `(n_rows, n_members, ...)`, or a tuple, list or dictionary of those
+    x:Tensor|tuple|list|dict, # Outputs of the members, `(n_rows, n_members, ...)`, or several of those
     average:str='mean', # 'mean' of the outputs, or of the probabilities that 'softmax' or 'sigmoid' makes of them
     class_dim:int=-1 # Dimension of the classes for 'softmax'; count it from the end
-) -> Tensor: # `(n_rows, ...)`, logits if probabilities were averaged
+) -> Tensor|tuple|list|dict: # `(n_rows, ...)`, logits if probabilities were averaged
     "Average the outputs of an ensemble's members"
     if torch.is_tensor(x): return _average(x, average, class_dim)
     return map_outputs(partial(_average, average=average, class_dim=class_dim), x)
@@ -60,7 +61,7 @@ def average_members(
 class EnsembleLoss:
     "Mean of the members' losses for outputs `(n_rows, n_members, n_out)`; otherwise the plain loss"
     def __init__(self,
-        loss_func # Loss function of fastai, of torch, or your own; its attributes stay visible
+        loss_func:Callable # Loss function of fastai, of torch, or your own; its attributes stay visible
     ): self.loss_func = loss_func
 
     def __call__(self,
@@ -101,8 +102,8 @@ _torch_activations = dict(cross_entropy=_softmax, CrossEntropyLoss=_softmax, nll
                           binary_cross_entropy_with_logits=torch.sigmoid, BCEWithLogitsLoss=torch.sigmoid)
 
 def loss_activation(
-    loss_func # Loss function of fastai, of torch, or your own
-): # Function from outputs to predictions, or `None`
+    loss_func:Callable # Loss function of fastai, of torch, or your own
+) -> Callable|None: # Function from outputs to predictions, or `None`
     "Return the `activation` of a loss function, or the one that a loss of torch implies"
     if hasattr(loss_func, 'activation'): return loss_func.activation
     if isinstance(loss_func, partial): return loss_activation(loss_func.func)
@@ -112,7 +113,7 @@ def loss_activation(
 
 # %% ../../nbs/260_ensemble.averaging.ipynb #5ad09586
 def average_for(
-    loss_func, # Loss function of fastai, of torch, or your own
+    loss_func:Callable, # Loss function of fastai, of torch, or your own
     out_shape:tuple=(3,) # Shape of the output for one row: `(n_out,)`, or `(n_classes, height, width)`
 ) -> tuple: # (`average`, `class_dim`) for `average_members`
     "Return the average that makes the ensemble's prediction the mean of the members' predictions"
@@ -139,8 +140,8 @@ class AveragedModel(nn.Module):
         self.average = check_choice(average, 'average', AVERAGES)
         self.class_dim = class_dim
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args, **kwargs) -> Tensor|tuple|list|dict:
         outs = [model(*args, **kwargs) for model in self.models]
         return outs[0] if len(outs)==1 else average_members(stack_members(outs), self.average, self.class_dim)
 
-    def extra_repr(self): return f'average={self.average!r}, class_dim={self.class_dim}'
+    def extra_repr(self) -> str: return f'average={self.average!r}, class_dim={self.class_dim}'

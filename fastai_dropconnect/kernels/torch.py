@@ -7,6 +7,7 @@ __all__ = ['piece_sz', 'grad_input', 'grad_weight', 'grads', 'usable', 'widen', 
 
 # %% ../../nbs/100_kernels.torch.ipynb #31724e58
 import math, torch
+from collections.abc import Callable
 from torch import Tensor
 from ..masks import _MIX1, _signed32, _word_multipliers
 from ..masks import block_rows, mask_counters, mask_keys, word_limit
@@ -139,7 +140,7 @@ def _gradients(
 
 # %% ../../nbs/100_kernels.torch.ipynb #95a7853a
 def gradient_calls(
-    gradients # Function of `(g, x, weight, seed, threshold)` such as `_gradients`
+    gradients:Callable # Function of `(g, x, weight, seed, threshold)` such as `_gradients`
 ) -> tuple: # The functions `grad_input`, `grad_weight` and `grads`
     "Make the calls of a backend for the gradients"
     def grad_input(

@@ -6,6 +6,7 @@
 __all__ = ['DropConnectLinear', 'DropConnectEmbedding']
 
 # %% ../../nbs/200_layers.dropconnect.ipynb #6868953d
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -42,8 +43,8 @@ class DropConnectLinear(nn.Linear):
         mode:str='example', # 'example': a mask per row, 'batch': one per pass, 'gaussian': noise with the same variance
         drop_bias:bool=False, # Drop entries of the bias too?
         sample_eval:bool=False, # In eval, draw from the Gaussian (Wan et al., section 3.2) instead of its mean?
-        device=None, # As in `nn.Linear`
-        dtype=None # As in `nn.Linear`
+        device:torch.device|str=None, # As in `nn.Linear`
+        dtype:torch.dtype=None # As in `nn.Linear`
     ):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.p = check_p(p)

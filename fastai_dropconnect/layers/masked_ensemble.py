@@ -62,8 +62,8 @@ class EnsembleLinear(DropConnectLinear):
         p:float=0., # Probability that a connection is dropped in a training pass, as in `DropConnectLinear`
         mode:str='example', # As in `DropConnectLinear`
         drop_bias:bool=False, # Drop entries of the biases too?
-        device=None, # As in `nn.Linear`
-        dtype=None # As in `nn.Linear`
+        device:torch.device|str=None, # As in `nn.Linear`
+        dtype:torch.dtype=None # As in `nn.Linear`
     ):
         n_members = check_int(n_members, 'n_members')
         settings = dict(bias=bias, p=p, mode=mode, drop_bias=drop_bias, device=device, dtype=dtype)

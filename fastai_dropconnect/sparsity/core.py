@@ -8,6 +8,7 @@ __all__ = ['as_bits', 'bit_mask', 'fill_masked_', 'wrapped_optimizers', 'clean_s
 
 # %% ../../nbs/240_sparsity.core.ipynb #8bd2eaca
 import math
+from collections.abc import Iterator
 import numpy as np, torch
 from torch import Tensor
 from ..masks import exact_mask
@@ -43,7 +44,7 @@ def fill_masked_(
 # %% ../../nbs/240_sparsity.core.ipynb #4617bd0b
 def wrapped_optimizers(
     opt # An optimizer of torch or fastai, also `Lookahead` or `OptimWrapper`
-): # Generator: `opt`, then what it wraps, and so on
+) -> Iterator: # Generator: `opt`, then what it wraps, and so on
     "Yield the optimizer and every optimizer inside it"
     while opt is not None:
         yield opt

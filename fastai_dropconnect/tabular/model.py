@@ -87,7 +87,7 @@ class TabularDropConnectModel(TabularModel):
         use_bn:bool=True, # Use `BatchNorm1d` in the hidden layers
         bn_final:bool=False, # Use `BatchNorm1d` on the output layer
         bn_cont:bool=True, # Use `BatchNorm1d` on the continuous variables
-        act_cls=nn.ReLU(inplace=True), # Activation of the hidden layers
+        act_cls:nn.Module=nn.ReLU(inplace=True), # Activation of the hidden layers
         lin_first:bool=True, # Linear layer first or last in each block
         *,
         weight_p:float|list=0., # Probability that a connection is dropped: a number, or a list of one per hidden layer
