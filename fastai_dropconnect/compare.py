@@ -194,7 +194,7 @@ def fit_models(
     seeds:list=(0,), # Seeds
     settings:NetSettings=NetSettings(), # How the networks are trained
     new:TabularPandas=None, # Other sales from `encode_sales`, to be predicted too
-    say:Callable=lambda text: None # Gets the progress, in pieces of text
+    say:Callable=lambda text: None # Called with pieces of text that tell the progress
 ) -> list: # A `Fit` for every model and seed, members of the ensemble included
     "Train and evaluate models with each of the seeds"
     fits = []

@@ -87,11 +87,28 @@ def test_public_names_are_documented(name):
     assert value.__doc__, name
     if hasattr(value, '__dataclass_fields__'): source,names = inspect.getsource(value),list(value.__dataclass_fields__)
     else:
-        init = inspect.unwrap(value.__init__ if inspect.isclass(value) else value)
+        init = own_function(value)
         source,code = inspect.getsource(init),init.__code__
         names = [n for n in code.co_varnames[:code.co_argcount+code.co_kwonlyargcount] if n!='self']
     undocumented = [n for n in names if not re.search(rf'\b{n}\b[^#\n]*#', source)]
     assert not undocumented, f'{name}: {undocumented}'
+
+
+NO_HINT = {
+    'compare_on_bulldozers': ['return']}    # fastcore would evaluate it for the command's parser, which would import pandas
+
+def own_function(value): # The function whose parameters a public name has, without `@delegates`
+    return inspect.unwrap(value.__init__ if inspect.isclass(value) else value)
+
+@pytest.mark.parametrize('name', PUBLIC)
+def test_public_names_have_type_hints(name):
+    value = getattr(importlib.import_module(f'{LIB}.all'), name)
+    if not callable(value) or (isinstance(value, type) and issubclass(value, Exception)): return
+    function = own_function(value)
+    code,hints = function.__code__,function.__annotations__
+    needed = [n for n in code.co_varnames[:code.co_argcount+code.co_kwonlyargcount] if n!='self']
+    if not inspect.isclass(value): needed.append('return')
+    assert [n for n in needed if n not in hints] == NO_HINT.get(name, []), name
 
 
 def test_errors_say_got():

@@ -36,7 +36,7 @@ class LeanCallback(Callback):
 
     def on_add(self,
         learn:Learner # It has `model` and `dls`, but not yet this callback
-    ): "Set up what a Learner needs that gets this callback"
+    ): "Set up what the Learner needs when it gets this callback"
 
     def on_remove(self,
         learn:Learner # The Learner that had this callback

@@ -29,7 +29,7 @@ class _Noisy:
 class _NoisyLinear(_Noisy):
     def forward(self, x):
         if not isinstance(self, DropConnectLinear): return DropConnectLinear.dropconnect(self, x, **self._dropconnect)
-        return self.dropconnect(x, **self._dropconnect)     # that of an ensemble is different
+        return self.dropconnect(x, **self._dropconnect)     # an ensemble has its own
 
 class _NoisyEmbedding(_Noisy):
     @property

@@ -56,7 +56,7 @@ class ZeroRestarts(LeanCallback):
     _trained_epoch = None   # in a fit: the epoch that is trained but not validated yet
     def __init__(self,
         cycle_len:int=2, # Epochs in a cycle
-        sparsity:float|dict|Callable=0.3, # Share of zeros in each layer: number, {layer name: number}, or f(name, module)
+        sparsity:float|dict|Callable=0.3, # Share of zeros per layer: number, {layer name: number}, or f(name, module)
         embed_sparsity:float=0.5, # Share of zeros in each embedding
         layers:str|list|Callable=None, # Names of layers or f(name, module); by default the hidden linear layers
         params:str|list='weight', # Name or names of the parameters within each layer

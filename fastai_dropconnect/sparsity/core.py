@@ -68,7 +68,7 @@ _square_names = 'sqr_avg','exp_avg_sq','square_avg'      # fastai; torch's Adam,
 def clean_optimizer(
     opt, # An optimizer of torch or fastai, also `Lookahead` or `OptimWrapper`
     masks:dict, # From each parameter to the bits of its mask
-    square:float=0. # Value for averages of squares; other averages become 0, slow copies what the weights are
+    square:float=0. # Value for averages of squares; other averages become 0, slow copies become the weights
 ):
     "Make `opt` forget the past of the masked weights"
     for o in wrapped_optimizers(opt):
@@ -153,7 +153,7 @@ def zeros_as_mask(
     weight:Tensor, # Perhaps held at zero by a mask
     sparsity:float, # Share of zeros that the mask would have
     per:str='tensor' # As in `exact_mask`
-) -> Tensor|None: # bool on the CPU, `True` = not zero; `None` if the count of zeros is another one
+) -> Tensor|None: # bool on the CPU, `True` = not zero; `None` if the count of zeros differs
     "Return the mask that `weight` shows by its zeros, if `exact_mask` can have made it"
     zeros = (weight.detach()==0).cpu()
     rows = zeros.reshape(len(zeros) if per=='row' else 1, -1)
