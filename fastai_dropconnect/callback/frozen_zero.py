@@ -110,13 +110,7 @@ def _init_masks(self:FrozenZeroInit):
         if self.zero and not found: zero_masked_(p, mask, self.rescale)
         self.stds[n] = std,p.data.std(correction=0).item()
 
-# %% ../../nbs/365_callback.frozen_zero.ipynb #8dc4e2eb
-@patch
-def _hold(self:FrozenZeroInit) -> HeldWeights: # Empty if all weights train freely
-    "Hold the masked weights where they are"
-    if not self.mask_grads or self.released: return HeldWeights({})
-    return HeldWeights({p:self.record[n] for n,(p,_) in self.weights().items() if n in self.record}, zero=self.zero)
-
+# %% ../../nbs/365_callback.frozen_zero.ipynb #f7761979
 @patch
 def before_fit(self:FrozenZeroInit):
     if self.learn.lock.locked(): return     # a validation
@@ -129,27 +123,37 @@ def before_fit(self:FrozenZeroInit):
     self._names_before = set(self.record)
     if not self._in_lr_find: self._init_masks()
 
+# %% ../../nbs/365_callback.frozen_zero.ipynb #27b58e65
+@patch
+def _hold(self:FrozenZeroInit) -> HeldWeights: # Empty if all weights train freely
+    "Hold the masked weights where they are"
+    if not self.mask_grads or self.released: return HeldWeights({})
+    return HeldWeights({p:self.record[n] for n,(p,_) in self.weights().items() if n in self.record}, zero=self.zero)
+
+# %% ../../nbs/365_callback.frozen_zero.ipynb #b7cccea6
 @patch
 def before_train(self:FrozenZeroInit):
     if self._held is not None: return
     self._init_masks()
     self._held = self._hold()
 
+# %% ../../nbs/365_callback.frozen_zero.ipynb #0fb16d14
+@patch
+def after_backward(self:FrozenZeroInit):
+    if self._held: self._held.mask_grads()
+
+# %% ../../nbs/365_callback.frozen_zero.ipynb #fc16895b
+@patch
+def after_step(self:FrozenZeroInit):
+    if self._held: self._held.after_step(self.learn.opt)
+
+# %% ../../nbs/365_callback.frozen_zero.ipynb #a554f9a5
 @patch
 def after_fit(self:FrozenZeroInit):
     if self.learn.lock.locked(): return
     if self._in_lr_find: self.record.masks = {n:m for n,m in self.record.masks.items() if n in self._names_before}
     if self._held: self._held.clean(self.learn.opt)
     self._held = None
-
-# %% ../../nbs/365_callback.frozen_zero.ipynb #e4c81e67
-@patch
-def after_backward(self:FrozenZeroInit):
-    if self._held: self._held.mask_grads()      # before clipping, unscaling and the optimizer
-
-@patch
-def after_step(self:FrozenZeroInit):
-    if self._held: self._held.after_step(self.learn.opt)
 
 # %% ../../nbs/365_callback.frozen_zero.ipynb #0604e91b
 @patch
@@ -180,13 +184,14 @@ def report(self:FrozenZeroInit) -> pd.DataFrame: # One row for each selected wei
                        std_before=std_before, std_after=std_after)
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('weight')
 
-# %% ../../nbs/365_callback.frozen_zero.ipynb #b7c4f43c
+# %% ../../nbs/365_callback.frozen_zero.ipynb #1b5485e6
 @patch
 def zero_share(self:FrozenZeroInit) -> float:
     "Return the share of exact zeros among all selected weights"
     params = [p.detach() for p,_ in self.weights().values()]
     return sum((p==0).sum().item() for p in params)/sum(p.numel() for p in params)
 
+# %% ../../nbs/365_callback.frozen_zero.ipynb #dc91ac2f
 @patch
 def metric(self:FrozenZeroInit) -> ValueMetric: # For `metrics=` of a Learner
     "Return the share of exact zeros as a metric called 'zeros'"
