@@ -73,13 +73,8 @@ class ZeroRestarts(LeanCallback):
         self.seed = check_seed(seed)
         self.use = check_use(use)
 
-    @property
-    def learn(self): return vars(self).get('_learn')
-
-    @learn.setter
-    def learn(self, value):
-        vars(self)['_learn'] = value
-        if value is None and self._ensemble and self._ensemble.learn: self._ensemble.end_fit()
+    def on_remove(self, learn:Learner):
+        if self._ensemble and self._ensemble.learn: self._ensemble.end_fit()
 
     def weights(self) -> dict: # From the full name of each parameter to the pair (parameter, share of zeros)
         "Return the weights of the Learner's model that get zeros"
