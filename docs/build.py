@@ -234,10 +234,18 @@ def mathml(m):
     "Turn a formula into MathML, which browsers show by themselves"
     return convert(html.unescape(m[2]), display='block' if m[1]=='display' else 'inline')
 
+RAW = re.compile(r'"https://raw\.githubusercontent\.com/(?:[^"/]+/){3}([^"]+)"')
+
+def local_picture(m, out):
+    "Copy a picture of the repository into the site, and name the copy"
+    shutil.copy(ROOT/m[1], out)
+    return f'"{Path(m[1]).name}"'
+
 def finish(out):
     "Make a rendered site independent of the network"
     for file in out.glob('*.html'):
-        text = MATH.sub(mathml, file.read_text())
+        text = RAW.sub(lambda m: local_picture(m, out), file.read_text())
+        text = MATH.sub(mathml, text)
         text = KATEX.sub('', text)
         file.write_text(text.replace('href="./"', 'href="index.html"'))      # a folder on disk has no page of its own
     (out/'search.js').write_text(f'window.searchIndex = {(out/"search.json").read_text()}')

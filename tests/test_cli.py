@@ -194,7 +194,7 @@ BAD = { # options (FILE: a file made of what stands in second place), and what t
     'no prices': ('--data FILE', SALES.assign(SalePrice=np.nan), 'FILE: column SalePrice: no row has a price'),
     'price 0': ('--data FILE', SALES.assign(SalePrice=0), "FILE: column SalePrice: a price that is not above 0 in 30 of 30 rows; the first is '0' in data row 1 (SalesID 1000001)"),
     'dates': ('--data FILE', SALES.assign(saledate='soon'), "FILE: column saledate: not a date (such as 11/16/2006 0:00 or 2006-11-16) in 30 of 30 rows; the first is 'soon'"),
-    'one day': ('--data FILE', SALES.assign(saledate='2011-01-01'), 'no split by time: all 30 sales are of one day'),
+    'one day': ('--data FILE', SALES.assign(saledate='2011-01-01'), 'no split by time: all 30 rows are of one day'),
     'test without ids': ('--test FILE', SALES.drop(columns=['SalesID','Stick']), 'FILE: 2 needed columns missing: SalesID, Stick'),
     'test not there': ('--test nowhere.csv', None, 'nowhere.csv: no such file'),
     'test with text': ('--test FILE', SALES.assign(YearMade='old'), "FILE: column YearMade: not a number in 30 of 30 rows; the first is 'old'"),
