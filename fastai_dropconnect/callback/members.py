@@ -47,9 +47,9 @@ def get_member_preds(self:Learner,
     "Return the predictions of each member of an ensemble, and the targets"
     ens = _snapshots_of(self)
     if ens is None and not _is_masked(self):
-        raise TypeError("`get_member_preds` needs an ensemble: train with `learn.fit_zero_restarts()`, "
+        raise TypeError("the Learner needs an ensemble to have members: train with `learn.fit_zero_restarts()`, "
                         "set `learn.snapshot_ensemble.use='average'`, or build the model with `members=8`, "
-                        f"but the Learner predicts with a single {type(inner_model(self.model)).__name__}")
+                        f"but it predicts with a single {type(inner_model(self.model)).__name__}")
     uses = [nullcontext()] if ens is None else [ens.using(cycle) for cycle in ens.record]
     res = []
     with _without_metrics(self):
