@@ -274,3 +274,8 @@ print(type(dls).__name__, learn.predict(price_features(df).iloc[3])[2].shape)
 '''
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert 'TabularDataLoaders torch.Size([1])' in out.stdout, out.stderr
+
+
+@pytest.mark.parametrize('make', [bulldozers_pandas, bulldozers_dls])
+def test_sales_without_prices_are_refused(make):
+    with pytest.raises(DataError, match='`df` must have the column SalePrice'): make(synthetic_bulldozers(50).drop(columns='SalePrice'))
