@@ -1,5 +1,5 @@
 "Utilities for modules"
-import ast, copy
+import ast, copy, sys
 from pathlib import Path
 import pytest, torch
 from fastai.collab import EmbeddingDotBias
@@ -22,7 +22,7 @@ def test_the_module_needs_only_torch():
     imports = [n for n in ast.walk(ast.parse(Path(nn_utils.__file__).read_text())) if isinstance(n, (ast.Import,ast.ImportFrom))]
     names = {a.name for n in imports if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in imports if isinstance(n, ast.ImportFrom) and not n.level}
-    assert {n.split('.')[0] for n in names} <= {'torch','itertools','fastcore'}
+    assert {n.split('.')[0] for n in names} - sys.stdlib_module_names <= {'torch','fastcore'}
 
 
 def message(model, layers=None):
