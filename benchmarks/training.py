@@ -44,11 +44,11 @@ def made_up_pandas(rows:int, valid_rows:int) -> TabularPandas:
 
 def auction_pandas(data) -> tuple: # Encoded sales, and which they are
     "Encode real auction sales if the file `data` is there, else synthetic ones"
-    from fastai_dropconnect.bulldozers.data import bulldozers_pandas, price_features, read_bulldozers
+    from fastai_dropconnect.bulldozers.data import bulldozers_pandas, read_bulldozers
     from fastai_dropconnect.bulldozers.synthetic import synthetic_bulldozers
     is_real = Path(data).exists()
     sales = read_bulldozers(data) if is_real else synthetic_bulldozers(16_825)
-    return bulldozers_pandas(price_features(sales)),'real sales' if is_real else 'synthetic sales'
+    return bulldozers_pandas(sales),'real sales' if is_real else 'synthetic sales'
 
 def learners(to, layers, bs) -> dict: # From a name to a Learner
     "Make the Learners that are compared"

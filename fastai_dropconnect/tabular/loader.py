@@ -52,8 +52,8 @@ def _pieces(idxs, size:int):
     return (part for part in torch.as_tensor(np.asarray(idxs, np.int64)).split(size) if len(part))
 
 def _rows(table, idxs):
-    "Select rows of a tensor; the result is laid out by rows or by columns, as `table` is"
-    # in another layout batch norm would round otherwise than with fastai's batches
+    "Select rows of a tensor, and keep its layout by rows or by columns"
+    # batch norm rounds differently for another layout, and these are fastai's
     if table.stride(-1)==1 and table.shape[1]>1: return table.index_select(0, idxs)
     return table.t().index_select(1, idxs).t()
 
@@ -90,14 +90,17 @@ class FastTabDL(TabDataLoader):
             return
         self.randomize()
         self.before_iter()
-        yield from self._slices(self.get_idxs(), self.after_batch.fs[0].encodes(self.dataset))
+        yield from self._slices(self.get_idxs())
         self.after_iter()
 
-    def _slices(self, idxs, tables):
+    def _slices(self, idxs):
         "Yield the batches of an epoch from the tensors of the whole table"
+        tables = None
         for piece in _pieces(idxs, max(1, self.chunk//self.bs)*self.bs):
             if self.drop_last: piece = piece[:len(piece) - len(piece)%self.bs]
             if not len(piece): return
+            # not before the first batch: fastai cannot convert columns of text that have no rows
+            if tables is None: tables = self.after_batch.fs[0].encodes(self.dataset)
             rows = [_rows(t, piece.to(t.device)) for t in tables]
             if self.device is not None: rows = to_device(rows, self.device)
             yield from zip(*[t.split(self.bs) for t in rows])
