@@ -9,12 +9,13 @@ __all__ = ['fast_loaders', 'LeanEvents']
 from copy import copy
 from functools import partial
 from operator import is_
-import numpy as np
+import numpy as np, torch
 from fastai.callback.core import Callback, event
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.tabular.core import TabDataLoader, TabWeightedDL
+from fastai.torch_core import TensorBase
 from fastcore.basics import noop, patch
 from .optimizer import FusedAdam, convert_adam, is_adam
 from .tabular.loader import FastTabDL, why_slow
@@ -44,7 +45,7 @@ def fast_loaders(
 # %% ../nbs/336_accelerate.ipynb #dbabf645
 class LeanEvents:
     "Send each event of a Learner to the callbacks that handle it, in fastai's order"
-    replaced = '_call_one','_with_events'       # methods of the Learner
+    replaced = '_call_one','_with_events','_set_device'     # methods of the Learner
     def __init__(self, learn:Learner):
         self.learn = learn
         self._forget()
@@ -60,6 +61,7 @@ class LeanEvents:
         cbs = list(self.learn.cbs)
         if len(cbs)!=len(self._cbs) or not all(map(is_, cbs, self._cbs)): self._cbs,self._plans = cbs,{}
         if event_name not in self._plans: self._plans[event_name] = self._plan(event_name)
+        if event_name=='after_loss': self._unwrap_loss()
         for cb,handles in self._plans[event_name]:
             if handles or event_name in vars(cb): cb(event_name)
         if event_name=='after_fit': self._forget()      # else it would hold on to callbacks that are removed now
@@ -79,11 +81,24 @@ class LeanEvents:
         self(f'after_{event_type}')
         final()
 
+    def set_device(self, b):
+        "Do what `learn._set_device` does"
+        device = next(self.learn.model.parameters()).device
+        there = type(b) is tuple and all(isinstance(t, torch.Tensor) and t.device==device for t in b)
+        return b if there else Learner._set_device(self.learn, b)
+
+    def _unwrap_loss(self):
+        "Make the loss a plain tensor: operations on fastai's `TensorBase` run through Python"
+        for name in ('loss_grad','loss'):
+            loss = vars(self.learn).get(name)
+            if type(loss) is not TensorBase: continue
+            with torch._C.DisableTorchFunctionSubclass(): setattr(self.learn, name, loss.as_subclass(torch.Tensor))
+
     def install(self):
         "Replace the methods of the Learner, unless somebody has changed them"
         own,cls = vars(self.learn),type(self.learn)
         if any(n in own or getattr(cls, n) is not getattr(Learner, n) for n in self.replaced): return
-        own.update(_call_one=self, _with_events=self.with_events)
+        own.update(_call_one=self, _with_events=self.with_events, _set_device=self.set_device)
 
     def remove(self):
         "Give the Learner its methods back"

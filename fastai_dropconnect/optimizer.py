@@ -21,8 +21,8 @@ def _is_fusable(
     g = p.grad
     if p.dtype not in _fused_types or g.dtype!=p.dtype or g.layout!=torch.strided: return False
     # the kernel on the CPU reads memory in order and ignores strides
-    averages = [state[k] for k in ('grad_avg','sqr_avg') if k in state]
-    return p.device.type in ('cpu','cuda') and all(t.is_contiguous() for t in (p, g, *averages))
+    if not (p.is_contiguous() and g.is_contiguous() and p.device.type in ('cpu','cuda')): return False
+    return not state.get('step') or (state['grad_avg'].is_contiguous() and state['sqr_avg'].is_contiguous())
 
 # %% ../nbs/334_optimizer.ipynb #04a6b474
 def _buckets(params, state) -> dict: # Lists of parameters by (weight decay?, steps, dtype, device)

@@ -95,11 +95,16 @@ def test_each_row_once_in_an_order_that_the_seed_gives():
     assert torch.equal(a, b) and torch.equal(a, c)
 
 
-def test_validation_draws_nothing():
-    dl = FastTabDL(pandas_of().valid, bs=16)
-    before = torch.get_rng_state(),np.random.get_state()[1].copy()
-    list(dl)
-    assert torch.equal(before[0], torch.get_rng_state()) and (before[1]==np.random.get_state()[1]).all()
+@pytest.mark.parametrize('part', ['train','valid'])
+def test_what_is_drawn_afterwards_is_the_same_as_with_fastai(part):
+    to,wgts = getattr(pandas_of(), part),dict(shuffle=True) if part=='train' else {}
+    after = []
+    for cls in (FastTabDL,TabWeightedDL):
+        dl = cls(to, bs=16, wgts=np.ones(len(to)), **wgts)
+        set_seed(2)
+        list(dl)
+        after.append((torch.rand(1), np.random.rand()))
+    assert after[0] == after[1]
 
 
 def test_n_get_idxs_and_shuffle_fn_choose_the_rows():

@@ -75,6 +75,12 @@ class FastTabDL(TabDataLoader):
         self.warned = False
         super().__init__(dataset, bs=bs, shuffle=shuffle, **kwargs)
 
+    @property
+    def n_inp(self):
+        "Number of inputs in a batch"
+        if not hasattr(self, '_n_inp'): self._one_pass()    # fastai asks each proc first, in each batch
+        return self._n_inp
+
     def get_idxs(self):
         "Return the row numbers of an epoch in their order"
         if self.shuffle and self.n and self.wgts is not None:
@@ -90,6 +96,7 @@ class FastTabDL(TabDataLoader):
             return
         self.randomize()
         self.before_iter()
+        torch.empty((), dtype=torch.int64).random_()    # torch's loaders draw a seed here; DropConnect's draws follow
         yield from self._slices(self.get_idxs())
         self.after_iter()
 
