@@ -6,6 +6,7 @@
 __all__ = ['fast_loaders', 'LeanEvents']
 
 # %% ../nbs/336_accelerate.ipynb #419f8827
+from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from operator import is_
@@ -15,7 +16,6 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.tabular.core import TabDataLoader, TabWeightedDL
-from fastai.torch_core import TensorBase
 from fastcore.basics import noop, patch
 from .optimizer import FusedAdam, convert_adam, is_adam
 from .tabular.loader import FastTabDL, why_slow
@@ -61,7 +61,6 @@ class LeanEvents:
         cbs = list(self.learn.cbs)
         if len(cbs)!=len(self._cbs) or not all(map(is_, cbs, self._cbs)): self._cbs,self._plans = cbs,{}
         if event_name not in self._plans: self._plans[event_name] = self._plan(event_name)
-        if event_name=='after_loss': self._unwrap_loss()
         for cb,handles in self._plans[event_name]:
             if handles or event_name in vars(cb): cb(event_name)
         if event_name=='after_fit': self._forget()      # else it would hold on to callbacks that are removed now
@@ -74,6 +73,7 @@ class LeanEvents:
 
     def with_events(self, f, event_type, ex, final=noop):
         "Do what `learn._with_events` does"
+        if getattr(f, '__func__', None) is Learner._do_one_batch: f = self._do_one_batch
         try:
             self(f'before_{event_type}')
             f()
@@ -87,18 +87,25 @@ class LeanEvents:
         there = type(b) is tuple and all(isinstance(t, torch.Tensor) and t.device==device for t in b)
         return b if there else Learner._set_device(self.learn, b)
 
-    def _unwrap_loss(self):
-        "Make the loss a plain tensor: operations on fastai's `TensorBase` run through Python"
-        for name in ('loss_grad','loss'):
-            loss = vars(self.learn).get(name)
-            if type(loss) is not TensorBase: continue
-            with torch._C.DisableTorchFunctionSubclass(): setattr(self.learn, name, loss.as_subclass(torch.Tensor))
+    def _do_one_batch(self):
+        "Do what `learn._do_one_batch` does; the loss of plain tensors is a plain tensor"
+        learn = self.learn
+        learn.pred = learn.model(*learn.xb)
+        self('after_pred')
+        if len(learn.yb):
+            is_plain = all(type(t) is torch.Tensor for t in (learn.pred, *learn.yb))
+            # fastai's losses make a `TensorBase`, whose operations run through Python
+            with torch._C.DisableTorchFunctionSubclass() if is_plain else nullcontext():
+                learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
+            learn.loss = learn.loss_grad.clone()
+        self('after_loss')
+        if learn.training and len(learn.yb): learn._do_grad_opt()
 
     def install(self):
         "Replace the methods of the Learner, unless somebody has changed them"
         own,cls = vars(self.learn),type(self.learn)
         if any(n in own or getattr(cls, n) is not getattr(Learner, n) for n in self.replaced): return
-        own.update(_call_one=self, _with_events=self.with_events, _set_device=self.set_device)
+        own.update(zip(self.replaced, (self, self.with_events, self.set_device)))
 
     def remove(self):
         "Give the Learner its methods back"

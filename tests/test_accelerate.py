@@ -40,7 +40,7 @@ def assert_same(a, b, **close):
                                torch.stack(list(b.recorder.losses)).as_subclass(torch.Tensor), **close)
     np.testing.assert_allclose(np.array(a.recorder.values, float), np.array(b.recorder.values, float), atol=close['atol'])
 
-def is_plain(learn): return not {'_call_one','_with_events','_set_device','_opt_funcs'} & set(vars(learn))
+def is_plain(learn): return not {*LeanEvents.replaced, '_opt_funcs'} & set(vars(learn))
 
 
 def example_config(**kwargs): return tabular_dropconnect_config(weight_p=.2, **kwargs)
@@ -215,7 +215,7 @@ def test_predict_show_and_validate(capsys):
     df = make_table(10)
     want = learn.validate(),[learn.predict(r)[2] for _,r in df.iterrows()]
     learn.accelerate()
-    assert learn.validate() == pytest.approx(list(want[0]), rel=1e-4)
+    assert list(learn.validate()) == pytest.approx(list(want[0]), rel=1e-4)
     for (_,row),w in zip(df.iterrows(), want[1]): torch.testing.assert_close(learn.predict(row)[2], w)
     learn.show_results(max_n=2)
     learn.dls.show_batch(max_n=2, unique=True)
@@ -372,6 +372,32 @@ def test_learners_with_their_own_loop_keep_it():
     learn = learner()
     learn._with_events = mine = partial(Learner._with_events, learn)
     assert learn.accelerate()._with_events is mine and learn.decelerate()._with_events is mine
+
+
+def test_dropconnect_may_come_and_go_later():
+    def run(change, back):
+        learn = fit(change(learner()))
+        cb = DropConnect(.2)
+        learn.add_cb(cb)
+        fit(learn)
+        learn.remove_cb(cb)
+        return fit(back(learn))
+    want = run(plain, plain)
+    for back in (plain, Learner.decelerate): assert_same(run(fast, back), want)
+
+
+def test_the_loss_is_the_loss_of_fastai():
+    def run(change):
+        class Losses(Callback):
+            def after_loss(self): losses.append((self.loss.item(), self.loss_grad.requires_grad, self.training))
+        losses = []
+        fit(change(learner(cbs=Losses(), opt_func=SGD)), 1)
+        return losses
+    assert run(fast) == run(plain)
+    class Odd(torch.Tensor): pass
+    learn = fast(learner(loss_func=lambda p,y: ((p-y)**2).mean().as_subclass(Odd)))
+    fit(learn, 1)
+    assert type(learn.recorder.losses[0]) is Odd
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
