@@ -39,7 +39,7 @@ def _buckets(params, state) -> dict: # Lists of parameters by (weight decay?, st
 class FusedAdam(Optimizer):
     "fastai's `Adam` (Kingma and Ba 2015; Loshchilov and Hutter 2019) in a fused kernel"
     def __init__(self,
-        params, # Parameters, or a list of them for each group
+        params:list, # Parameters, or a list of them for each group
         lr:float, # Learning rate
         mom:float=0.9, # Decay of the average of gradients (beta1)
         sqr_mom:float=0.99, # Decay of the average of squared gradients (beta2)

@@ -64,7 +64,7 @@ class FastTabDL(TabDataLoader):
         dataset:TabularPandas, # Encoded rows
         bs:int=64, # Rows in a batch
         shuffle:bool=False, # Draw the rows in a new order in each epoch?
-        wgts=None, # Weight of each row, `(n_rows,)`, to draw with replacement; `None` draws each row once
+        wgts:np.ndarray=None, # Weight of each row, `(n_rows,)`, to draw with replacement; `None` draws each row once
         eval_bs:int=4096, # Least number of rows in a batch of `new(shuffle=False)`, if this loader shuffles
         chunk:int=2**16, # About so many rows are gathered at a time
         **kwargs # As for fastai's `TabDataLoader`
