@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 # the next import gives every Learner `no_bar`, `fit_one_cycle`, `lr_find`
 import fastai.tabular.all # noqa: F401
+# and this one `accelerate`
+import fastai_dropconnect.accelerate # noqa: F401
 import pandas as pd
 from fastai.basics import Callback, Learner, get_c, get_model
 from fastai.tabular import learner as fastai_learner
@@ -70,6 +72,7 @@ def tabular_learner(
     n_out:int=None, # Number of outputs, by default what `dls` needs
     y_range:tuple=None, # Low and high for the final sigmoid
     loss_func:Callable=None, # By default that of `dls`
+    fast:bool=False, # Call `accelerate()`? Then each epoch sees each row once
     **kwargs
 ) -> TabularLearner:
     "Make a `Learner` with a `TabularDropConnectModel` if `config` asks for it, else with fastai's `TabularModel`"
@@ -85,7 +88,7 @@ def tabular_learner(
     if getattr(model, 'n_members', None) is not None:
         learn.loss_func = EnsembleLoss(learn.loss_func)
         learn.add_cb(AverageMembers())
-    return learn
+    return learn.accelerate() if fast else learn
 
 # %% ../../nbs/340_tabular.learner.ipynb #7138c273
 @patch
