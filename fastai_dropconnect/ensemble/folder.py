@@ -47,9 +47,9 @@ def _plain(value):
     if isinstance(value, tuple): return tuple(map(_plain, value))
     if hasattr(value, 'tolist'): return value.tolist()      # numbers and arrays of NumPy
     if value is None or isinstance(value, (bool,int,float,str)): return value
-    try: return [_plain(v) for v in value]
-    except TypeError: raise TypeError('a folder of snapshots can hold tensors, numbers, strings and containers of those, '
-                                      f'got {value!r} in the state of the model or the optimizer') from None
+    if hasattr(value, '__iter__'): return [_plain(v) for v in value]
+    raise TypeError('a folder of snapshots can hold tensors, numbers, strings and containers of those, '
+                    f'got {value!r} in the state of the model or the optimizer')
 
 def _as_bytes(obj):
     buffer = io.BytesIO()
@@ -175,7 +175,8 @@ class SnapshotFolder:
                          f'To go on, {_ADVICE}')
 
     def _write_manifest(self, manifest):
-        _save_file(self.path/MANIFEST, self.path/f'snapshots_{self._next}.tmp', json.dumps(manifest, default=str).encode())
+        data = json.dumps(manifest, default=str).encode()
+        _save_file(self.path/MANIFEST, self.path/f'snapshots_{self._next}.tmp', data)
         self.manifest = manifest
         _sync(self.path)
 
@@ -224,28 +225,40 @@ def commit(self:SnapshotFolder,
 @patch
 def _commit(self:SnapshotFolder, run, states, progress, rows):
     self._check_claim()
-    newest,entries = max(states),{}
-    for cycle in sorted(states): entries[str(cycle)] = self._entry(f'cycle_{cycle:03}', states[cycle], self.cycles.get(cycle))
-    is_new = not isinstance(states[newest], Path)
-    opt = {k:v for k,v in progress.items() if k not in ('cycle','seed')}
-    manifest = self.manifest | dict(run=run, seed=progress.get('seed'), cycles=entries, next=_token(),
-                                    rows={str(c):row for c,row in rows.items()})
-    if is_new:
+    manifest = self.manifest | dict(run=run, seed=progress.get('seed'), rows={str(c):row for c,row in rows.items()})
+    manifest['cycles'] = self._save_states(states)
+    newest = max(states)
+    if not isinstance(states[newest], Path):
         manifest['model'] = state_signature(states[newest])
-        manifest['resume'] = self._entry(f'resume_{newest:03}', opt) if progress.get('cycle')==newest else None
-    _sync(self.path)
-    manifest['obsolete'] = self._existing(_named_files(self.manifest)-_named_files(manifest | dict(obsolete=[])))
-    self._write_manifest(manifest)
-    for name in manifest['obsolete']:
-        with suppress(OSError): _delete(self.path/name)
-    return manifest
+        manifest['resume'] = self._save_progress(newest, progress)
+    self._replace(manifest)
+    return self.manifest
 
 @patch
-def _entry(self:SnapshotFolder, name, obj, entry=None): # In the manifest: the file of `obj`, written unless it is there
-    if isinstance(obj, Path): return entry
-    data,name = _as_bytes(obj),f'{name}_{self._next}'
+def _save_states(self:SnapshotFolder, states): # Entries of the manifest
+    old = self.manifest['cycles']
+    new = {c:self._save(f'cycle_{c:03}', state) for c,state in states.items() if not isinstance(state, Path)}
+    return {str(c):new.get(c) or old[str(c)] for c in sorted(states)}
+
+@patch
+def _save_progress(self:SnapshotFolder, newest, progress): # An entry of the manifest, or `None`
+    if progress.get('cycle')!=newest: return None
+    return self._save(f'resume_{newest:03}', {k:v for k,v in progress.items() if k not in ('cycle','seed')})
+
+@patch
+def _save(self:SnapshotFolder, name, obj): # An entry of the manifest
+    data = _as_bytes(obj)
+    name = f'{name}_{self._next}'
     _save_file(self.path/f'{name}.pth', self.path/f'{name}.tmp', data)
     return dict(file=f'{name}.pth', sha256=hashlib.sha256(data).hexdigest())
+
+@patch
+def _replace(self:SnapshotFolder, manifest): # Also on the disk, and delete what it does not name any longer
+    gone = _named_files(self.manifest)-_named_files(manifest | dict(obsolete=[]))
+    _sync(self.path)        # the names of the files that are new
+    self._write_manifest(manifest | dict(obsolete=self._existing(gone), next=_token()))
+    for name in self.manifest['obsolete']:
+        with suppress(OSError): _delete(self.path/name)
 
 @patch
 def _check_claim(self:SnapshotFolder):

@@ -104,14 +104,18 @@ def claim(self:Snapshots,
     self._claimed = None
     if path is None: return
     folder = SnapshotFolder(path)
-    own = resume and self.run is not None and self.run==folder.run
+    own = resume and self._owns(folder)
     if folder.cycles and not (own or overwrite): _refuse(folder)
     folder.claim()
     self._claimed = folder
 
+@patch
+def _owns(self:Snapshots, folder): # Are the snapshots of the run in `folder`?
+    return folder is not None and self.run is not None and self.run==folder.run
+
 def _refuse(folder):
-    raise ValueError(f'`path` must be a folder without a run, but {folder.path} holds a run of {len(folder.cycles)} cycles: '
-                     'go on with it by `resume=True`, replace it by `overwrite=True`, or use another `path`')
+    raise ValueError(f'`path` must be a folder without a run, but {folder.path} holds a run of {len(folder.cycles)} '
+                     'cycles: go on with it by `resume=True`, replace it by `overwrite=True`, or use another `path`')
 
 # %% ../../nbs/270_ensemble.snapshots.ipynb #270start1
 @patch
@@ -123,7 +127,7 @@ def start_fit(self:Snapshots,
     folder,self._claimed = self._claimed,None
     if cycle==0: self.clear()
     kept = [c for c in self if c<cycle]
-    own = folder is not None and self.run is not None and self.run==folder.run and all(c in folder.cycles for c in kept)
+    own = self._owns(folder) and set(kept) <= set(folder.cycles)
     self.states = {c:self.states[c] for c in kept} if own else {c:self[c] for c in kept}
     self.rows = {c:row for c,row in self.rows.items() if c<cycle}
     self._forget_progress()
@@ -137,7 +141,8 @@ def start_fit(self:Snapshots,
 @patch
 def _forget_progress(self:Snapshots): # If it belongs to a snapshot that was dropped
     if not self.states: self.progress = None
-    elif self.progress and self.progress.get('cycle')!=self.newest: self.progress = dict(cycle=None, seed=self.progress['seed'])
+    elif self.progress and self.progress.get('cycle')!=self.newest:
+        self.progress = dict(cycle=None, seed=self.progress.get('seed'))
 
 # %% ../../nbs/270_ensemble.snapshots.ipynb #efa5a143
 @patch
@@ -151,8 +156,8 @@ def open_run(self:Snapshots,
     if not folder.cycles: return _check_no_snapshots(folder)
     if (self.states or self.run) and self.run!=folder.run:
         if overwrite: return
-        raise ValueError(f'`path` must hold the run of this Learner to go on with it, but {path} holds another run: use '
-                         'another `path`, replace the run by `overwrite=True`, or take a new Learner to go on with it')
+        raise ValueError(f'`path` must hold the run of this Learner to go on with it, but {path} holds another run: '
+                         'use another `path`, replace the run by `overwrite=True`, or go on with it in a new Learner')
     folder.check(model)
     self._take(folder)
 
@@ -167,6 +172,7 @@ def _take(self:Snapshots, folder):
 
 def _check_no_snapshots(folder):
     names = [f.name for f in folder.path.glob('*.pth')] if folder.manifest is None else []
-    found = [n for n in names if is_snapshot_name(n) or n=='progress.pth']      # progress.pth: before there were manifests
-    if found: raise ValueError(f'{folder.path/MANIFEST} must name the snapshots to go on with, but it is missing, and there '
-                               f'is {found[0]}: put the manifest back, or use another `path`')
+    found = [n for n in names if is_snapshot_name(n) or n=='progress.pth']     # progress.pth: an older version's
+    if not found: return
+    raise ValueError(f'{folder.path/MANIFEST} must name the snapshots to go on with, but it is missing, and there is '
+                     f'{found[0]}: put the manifest back, or use another `path`')
