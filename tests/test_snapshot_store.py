@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 MANIFEST = 'snapshots.json'
-OPERATIONS = '_write','_sync','_rename','_delete'
+OPERATIONS = '_write','_sync','_sync_names','_rename','_delete'
 
 
 class Seeds(Callback):
@@ -158,6 +158,12 @@ def test_old_files_without_a_manifest_are_not_run_either(tmp_path):
     with pytest.raises(ValueError, match='progress.pth'): fit(small_learn(tmp_path), resume=True)
     fit(small_learn(tmp_path))
     assert not marker.exists() and (path/'progress.pth').exists() and (path/'cycle_000.pth').exists()
+
+
+def test_a_manifest_with_an_empty_entry_is_refused(tmp_path):
+    fit(small_learn(tmp_path))
+    edit(tmp_path/'models/run', resume={})
+    with pytest.raises(ValueError, match=f'{MANIFEST} must be a manifest'): fit(small_learn(tmp_path), resume=True)
 
 
 @pytest.mark.parametrize('name', ['../mine.pth', '/etc/passwd', 'mine.pth', 'cycle_000_0123456789ab.pth/../mine.pth', '', None, 3])
@@ -400,10 +406,10 @@ def test_what_is_renamed_is_on_the_disk_and_the_manifest_is_last(tmp_path, disk)
     for i,op in enumerate(names):
         if op[0]=='_rename': assert names[i-1]==('_sync', op[1]) and names[i-2]==('_write', op[1])
     manifests = [i for i,op in enumerate(names) if op[0]=='_rename' and op[2]==MANIFEST]
-    assert len(manifests)==4 and all(names[i+1]==('_sync','run') for i in manifests)        # claimed, and three cycles
-    for i in manifests[1:]: assert names[i-3]==('_sync','run') and names[i-4][0]=='_rename' and names[i-4][2].startswith('resume')
+    assert len(manifests)==4 and all(names[i+1]==('_sync_names','run') for i in manifests)      # claimed, and three cycles
+    for i in manifests[1:]: assert names[i-3]==('_sync_names','run') and names[i-4][0]=='_rename' and names[i-4][2].startswith('resume')
     deletes = [i for i,op in enumerate(names) if op[0]=='_delete']
-    assert len(deletes)==2 and all(any(names[i-1]==('_sync','run') and i-2==m for m in manifests) for i in deletes)
+    assert len(deletes)==2 and all(any(names[i-1]==('_sync_names','run') and i-2==m for m in manifests) for i in deletes)
 
 
 def check_real_kills(tmp_path, n):
@@ -546,8 +552,8 @@ def test_a_full_disk_at_any_operation(tmp_path, monkeypatch):
             d = Disk(m, full=at)
             try: fit(learn, n_last=2)
             except OSError as e:
-                assert e.errno==errno.ENOSPC and str(path/'models/run') in str(e)
-                if at<3: assert count.n==0          # found at the start
+                assert e.errno==errno.ENOSPC and str(path/'models') in str(e)
+                if at<5: assert count.n==0          # found at the start
                 else: assert torch.isfinite(preds(learn)).all()     # the Learner still predicts
             d.full = None
         resumed(path, whole)

@@ -6,7 +6,7 @@
 __all__ = ['MANIFEST', 'state_signature', 'is_snapshot_name', 'SnapshotFolder']
 
 # %% ../../nbs/265_ensemble.folder.ipynb #265imp00
-import hashlib, io, json, os, re, uuid
+import errno, hashlib, io, json, os, re, uuid
 from contextlib import suppress
 from pathlib import Path
 import torch
@@ -18,11 +18,16 @@ from ..nn_utils import from_rank0, model_tensors
 def _write(file, data):
     with open(file, 'xb') as f: f.write(data)       # 'x': never into a file that exists
 
-def _sync(path): # Wait until a file or a folder is on the disk
-    if path.is_dir() and os.name=='nt': return      # Windows has no such call for folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+def _sync(file): # Wait until it is on the disk
+    with open(file, 'rb+') as f: os.fsync(f.fileno())
+
+def _sync_names(folder): # Wait until the names of its files are on the disk
+    if os.name=='nt': return        # Windows has no such call
+    handle = os.open(folder, os.O_RDONLY)
     try: os.fsync(handle)
-    finally: os.close(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise OSError(e.errno, e.strerror, str(folder)) from e
+    finally: os.close(handle)       # some network drives have no such call either
 
 def _rename(old, new): os.replace(old, new)
 def _delete(file): file.unlink(missing_ok=True)
@@ -97,16 +102,19 @@ def is_snapshot_name(
     "Tell whether `name` is a name that this module gives to a file with tensors"
     return isinstance(name, str) and bool(_NAME.fullmatch(name))
 
+def _entries(manifest): # Of all files that count
+    resume = manifest['resume']
+    return [*manifest['cycles'].values()] + ([] if resume is None else [resume])
+
 def _is_entry(entry): return isinstance(entry, dict) and is_snapshot_name(entry.get('file')) and 'sha256' in entry
 
 def _is_manifest(m):
     if not isinstance(m, dict) or m.get('format')!=_FORMAT: return False
     if not all(isinstance(m.get(name, ...), kind) for name,kind in _TYPES.items()): return False
     numbered = all(re.fullmatch('[0-9]{1,9}', c) for c in [*m['cycles'], *m['rows']])
-    entries = [*m['cycles'].values(), *([m['resume']] if m['resume'] else [])]
     rows = all(isinstance(row, dict) for row in m['rows'].values())
-    return numbered and rows and all(map(_is_entry, entries)) and all(map(is_snapshot_name, m['obsolete'])) \
-        and bool(re.fullmatch('[0-9a-f]{12}', m['next']))
+    files = all(map(_is_entry, _entries(m))) and all(map(is_snapshot_name, m['obsolete']))
+    return bool(numbered and rows and files and re.fullmatch('[0-9a-f]{12}', m['next']))
 
 # %% ../../nbs/265_ensemble.folder.ipynb #265mani2
 def _read_manifest(path): # `None` if there is none
@@ -125,9 +133,7 @@ def _empty_manifest():
     return dict(format=_FORMAT, version=_FORMAT_VERSION, run=uuid.uuid4().hex, model={}, seed=None, cycles={},
                 resume=None, rows={}, obsolete=[], next=_token())
 
-def _named_files(manifest):
-    entries = [*manifest['cycles'].values(), *([manifest['resume']] if manifest['resume'] else [])]
-    return {e['file'] for e in entries} | set(manifest['obsolete'])
+def _named_files(manifest): return {entry['file'] for entry in _entries(manifest)} | set(manifest['obsolete'])
 
 # %% ../../nbs/265_ensemble.folder.ipynb #265fold1
 def _on_rank0(action): # What `action()` returns in the first process
@@ -178,7 +184,7 @@ class SnapshotFolder:
         data = json.dumps(manifest, default=str).encode()
         _save_file(self.path/MANIFEST, self.path/f'snapshots_{self._next}.tmp', data)
         self.manifest = manifest
-        _sync(self.path)
+        _sync_names(self.path)
 
     @property
     def _next(self): return self.manifest['next'] if self.manifest else _token()
@@ -197,6 +203,7 @@ def claim(self:SnapshotFolder):
 def _claim(self:SnapshotFolder):
     try: self.path.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise OSError(e.errno, f'`path` must be a folder, but: {e.strerror}', str(self.path)) from e
+    _sync_names(self.path.parent)
     manifest = self.manifest or _empty_manifest()
     if self.manifest: self._clean_up()
     self._write_manifest(manifest | dict(obsolete=self._existing(manifest['obsolete']), next=_token()))
@@ -255,7 +262,7 @@ def _save(self:SnapshotFolder, name, obj): # An entry of the manifest
 @patch
 def _replace(self:SnapshotFolder, manifest): # Also on the disk, and delete what it does not name any longer
     gone = _named_files(self.manifest)-_named_files(manifest | dict(obsolete=[]))
-    _sync(self.path)        # the names of the files that are new
+    _sync_names(self.path)
     self._write_manifest(manifest | dict(obsolete=self._existing(gone), next=_token()))
     for name in self.manifest['obsolete']:
         with suppress(OSError): _delete(self.path/name)
