@@ -231,6 +231,8 @@ def test_overwrite_keeps_the_old_run_until_the_first_cycle_is_complete(tmp_path,
     assert list(manifest_of(path)['cycles'])==['0'] and set(bytes_of(path))==named(path) | {MANIFEST}
     with pytest.raises(ValueError, match='cycle_000.*must be readable'): preds(again)
     fit(second, resume=True)
+    if who=='another':
+        with pytest.raises(ValueError, match='holds another run'): fit(learn, resume=True)     # its own is gone
     last = small_learn(tmp_path, 3)
     fit(last, resume=True)
     assert list(ensemble(second).record)==[0,1,2] and torch.equal(preds(last), preds(second))
