@@ -11,16 +11,20 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 
+def cycle_files(folder): return sorted(f.name[:9] for f in folder.glob('cycle*'))
+
+
 def test_files(tmp_path):
     learn = make_learn(path=tmp_path)
     learn.fit_zero_restarts(4, 1, path='snaps', n_last=2)
-    names = lambda: sorted(f.name for f in (tmp_path/'models/snaps').glob('cycle*'))
-    assert names() == ['cycle_002.pth','cycle_003.pth'] and len(ensemble(learn).record)==2
+    names = lambda: cycle_files(tmp_path/'models/snaps')
+    assert names() == ['cycle_002','cycle_003'] and len(ensemble(learn).record)==2
     torch.testing.assert_close(preds(learn), learn.get_member_preds()[0].mean(1))
     learn.fit_zero_restarts(1, 1, path='other')
-    assert names() == ['cycle_002.pth','cycle_003.pth']         # another folder's are left alone
-    learn.fit_zero_restarts(2, 1, path='snaps')
-    assert names() == ['cycle_000.pth','cycle_001.pth']         # a new fit does not mix with an old one
+    assert names() == ['cycle_002','cycle_003']         # another folder's are left alone
+    with pytest.raises(ValueError, match='overwrite=True'): learn.fit_zero_restarts(2, 1, path='snaps')
+    learn.fit_zero_restarts(2, 1, path='snaps', overwrite=True)
+    assert names() == ['cycle_000','cycle_001']         # a new fit does not mix with an old one
 
 
 def test_n_last_in_memory():
@@ -32,11 +36,13 @@ def test_n_last_in_memory():
 @pytest.mark.parametrize('old,new', [('one','two'), (None,'two'), ('one',None)])
 def test_resume_into_another_folder(tmp_path, old, new):
     make_learn(path=tmp_path).fit_zero_restarts(6, 1, path='two')       # files of another fit
-    names = lambda p: sorted(f.name for f in (tmp_path/'models'/p).glob('cycle*'))
+    names = lambda p: cycle_files(tmp_path/'models'/p)
     learn = make_learn(path=tmp_path)
     learn.fit_zero_restarts(2, 1, path=old)
-    learn.fit_zero_restarts(4, 1, path=new, resume=True)
-    all4 = [f'cycle_00{c}.pth' for c in range(4)]
+    if new:
+        with pytest.raises(ValueError, match='holds another run'): learn.fit_zero_restarts(4, 1, path=new, resume=True)
+    learn.fit_zero_restarts(4, 1, path=new, resume=True, overwrite=True)
+    all4 = [f'cycle_00{c}' for c in range(4)]
     if new: assert names(new)==all4
     if old: assert names(old)==all4[:2]             # left as it was
     assert all(isinstance(s, Path)==bool(new) for s in ensemble(learn).record.states.values())

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 import pandas as pd, torch
-from fastai.basics import Learner, TrainEvalCallback, patch, to_device
+from fastai.basics import Learner, TrainEvalCallback, num_distrib, patch, to_device
 from fastai.callback.rnn import ModelResetter
 from .batchnorm import recalibrate_bn
 from .columns import epoch_row, pause_trackers, remove_columns
 from .core import RecordingCallback
 from ..checks import check_choice
 from ..ensemble.averaging import average_for, average_members, stack_members
+from ..ensemble.folder import state_signature
 from ..ensemble.snapshots import Snapshots
 from ..nn_utils import (call_with_state, copy_state, hidden_state, inner_model, load_state_,
                                          mean_state, model_tensors, set_hidden_state)
@@ -117,7 +118,7 @@ def add_snapshot(self:SnapshotEnsemble,
 ):
     "Keep the network as the snapshot of `cycle`"
     self.record.add(cycle, copy_state(inner_model(self.learn.model)), progress)
-    if self.shows is Shows.PREDICTION: return       # not in a fit
+    if self.shows is Shows.PREDICTION: return self.record.save()       # not in a fit
     self._shows = Shows.NETWORK_AND_AVERAGE
     self.before_validate()
 
@@ -190,6 +191,7 @@ def after_epoch(self:SnapshotEnsemble):
     if self.shows is Shows.NETWORK: self._paused = pause_trackers(self.learn)
     if not self.shows_average: return
     if self.record and hasattr(self.learn, 'recorder'): self.record.rows[self.record.newest] = epoch_row(self.learn)
+    if self.record.unsaved: self.record.save()
     self._shows = Shows.NETWORK     # the next epoch may be skipped
 
 @patch
@@ -206,6 +208,11 @@ def end_fit(self:SnapshotEnsemble):
     self._validation = None
     self.record.keep_on_plain_load = False
     remove_columns(self.learn)
+    self._save_broken_off()
+
+@patch
+def _save_broken_off(self:SnapshotEnsemble): # The snapshot of a cycle whose validation was broken off
+    if self.record.unsaved and not num_distrib(): self.record.save()     # several processes would have to meet here
 
 @patch
 def before_fit(self:SnapshotEnsemble):
@@ -271,27 +278,29 @@ def predict_with(self:SnapshotEnsemble,
     self.record.use = use if self.record else 'last'
 
 # %% ../../nbs/370_callback.snapshots.ipynb #a5fae087
-def _shapes(tensors): return {n:t.shape for n,t in tensors.items()}
-
 @patch
 def resume(self:SnapshotEnsemble,
-    path:Path=None # Folder of snapshots to take, if there are none in memory
+    path:Path=None, # Folder of a run, absolute; `None` goes on with the snapshots in memory
+    overwrite:bool=False # Go on with the snapshots in memory if `path` holds another run?
 ) -> int: # Number of the cycle that comes next
     "Bring the network and the optimizer to the end of the newest snapshot's cycle"
-    learn,record = self.learn,self.record
-    if not record: record.open_folder(path)
+    model,record = inner_model(self.learn.model),self.record
+    if path is not None: record.open_run(path, model, overwrite)
     if not record: return 0
-    model,state = inner_model(learn.model),record[record.newest]
-    if _shapes(model_tensors(model))!=_shapes(state):
-        record.clear()
-        raise ValueError('`path` must hold snapshots with the weights of the model, in names and shapes, '
-                         f'got path={path}')
+    state = record[record.newest]
+    if state_signature(model_tensors(model))!=state_signature(state):
+        raise ValueError('`resume` needs snapshots with the weights of the model, in names, shapes and dtypes, '
+                         'but those in memory have others')
+    self._load_optimizer()
     load_state_(model, state)
-    progress = record.progress
-    if progress and progress['cycle']==record.newest:       # not so if the process was killed between two files
-        opt_state = to_device(deepcopy(progress['opt']), next(model.parameters()).device)
-        learn.opt.load_state_dict(opt_state)
     return record.newest+1
+
+@patch
+def _load_optimizer(self:SnapshotEnsemble):
+    progress,model = self.record.progress,inner_model(self.learn.model)
+    if not progress or progress['cycle']!=self.record.newest: return       # as after `learn.load`
+    self.learn.opt.load_state_dict(to_device(deepcopy(progress['opt']), next(model.parameters()).device))
+
 
 # %% ../../nbs/370_callback.snapshots.ipynb #ebcfc688
 def model_folder(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 import numpy as np
-from fastai.basics import Callback, Learner, patch, to_device
+from fastai.basics import Callback, CancelEpochException, Learner, patch, to_device
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastcore.foundation import L
@@ -54,6 +54,7 @@ class ZeroRestarts(LeanCallback):
     _ensemble = None        # in a fit: where the snapshots go
     _fit_seed = None        # in a fit: seed of all zeros
     _trained_epoch = None   # in a fit: the epoch that is trained but not validated yet
+    _resumes = False        # does the fit go on with the run in `path`?
     def __init__(self,
         cycle_len:int=2, # Epochs in a cycle
         sparsity:float|dict|Callable=0.3, # Share of zeros per layer: number, {layer name: number}, or f(name, module)
@@ -63,7 +64,8 @@ class ZeroRestarts(LeanCallback):
         n_last:int=None, # Snapshots to keep, the newest; `None` keeps all
         path:str|Path=None, # Folder for the snapshots, relative to `learn.path/learn.model_dir`; `None`: in memory
         seed:int=None, # For the zeros; `None` draws one from torch's random numbers
-        use:str='average' # What the Learner predicts with after the fit: 'average', 'last', or 'weights' (their mean)
+        use:str='average', # What the Learner predicts with after the fit: 'average', 'last', or 'weights' (their mean)
+        overwrite:bool=False # Replace the run in `path` when the first cycle is complete?
     ):
         self.cycle_len = check_int(cycle_len, 'cycle_len', 1)
         self.sparsity = check_values(sparsity, 'sparsity', layers)
@@ -74,6 +76,7 @@ class ZeroRestarts(LeanCallback):
         self.folder = check_path(path)
         self.seed = check_seed(seed)
         self.use = check_use(use)
+        self.overwrite = overwrite
 
     def on_remove(self, learn:Learner):
         if self._ensemble and self._ensemble.learn: self._ensemble.end_fit()
@@ -98,12 +101,13 @@ def before_fit(self:ZeroRestarts):
     if hasattr(self.learn, 'lr_finder'): return
     self._check_weights()
     self._ensemble = snapshot_ensemble(self.learn)
+    self._ensemble.record.claim(model_folder(self.learn, self.folder), self._resumes, self.overwrite)
     add_columns(self.learn, self._ensemble)
 
 @patch
 def _start_from(self:ZeroRestarts, cycle): # Prepare the store for the snapshots from `cycle` on, and find the seed
     record = self._ensemble.record
-    record.start_fit(cycle, model_folder(self.learn, self.folder), self.n_last)
+    record.start_fit(cycle, self.n_last)
     known = record.progress['seed'] if record.progress and self.seed is None else self.seed
     self._fit_seed = from_rank0(int(draw_seed()) if known is None else known)
 
@@ -132,10 +136,16 @@ def before_validate(self:ZeroRestarts):
     self._trained_epoch = None
     if epoch==0: self._take_snapshot(n_cycles-1)
 
+def _smooth_loss(learn): # Running mean of the training loss
+    if not hasattr(learn, 'recorder'): return None
+    mean = learn.recorder.smooth_loss
+    return dict(count=mean.count, val=to_device(mean.val, 'cpu').clone())
+
 @patch
 def _take_snapshot(self:ZeroRestarts, cycle):
     opt_state = deepcopy(to_device(self.learn.opt.state_dict(), 'cpu'))
-    self._ensemble.add_snapshot(cycle, dict(cycle=cycle, seed=self._fit_seed, opt=opt_state))
+    progress = dict(cycle=cycle, seed=self._fit_seed, opt=opt_state, smooth_loss=_smooth_loss(self.learn))
+    self._ensemble.add_snapshot(cycle, progress)
     self._ensemble.record.use = 'last' if self.use=='last' else 'average'
 
 @patch
@@ -153,6 +163,35 @@ def cosine_cycles(
     cos = SchedCos(lr_max, 0)
     return lambda pos: cos((pos*n_cycles+1e-9)%1)      # 1/49*49 is less than 1
 
+# %% ../../nbs/375_callback.zero_restarts.ipynb #375start1
+class _StartAt(LeanCallback):
+    "Leave out the epochs before `epoch`, unseen by all other callbacks"
+    order = -1000
+    def __init__(self,
+        epoch:int,
+        smooth_loss:dict=None # Running mean of the training loss to go on with
+    ):
+        self.first = epoch
+        self.smooth_loss = smooth_loss
+        self.paused = []
+
+    def before_epoch(self):
+        if self.learn.lock.locked(): return
+        for cb in self.paused: cb.run = True
+        self.paused = []
+        if self.learn.epoch<self.first: self._skip()
+        if self.smooth_loss and hasattr(self.learn, 'recorder'): self._restore_loss(self.learn.recorder.smooth_loss)
+
+    def _skip(self):
+        self.paused = [cb for cb in self.learn.cbs if cb.run and cb is not self]
+        for cb in self.paused: cb.run = False
+        raise CancelEpochException
+
+    def _restore_loss(self, mean):
+        mean.count,mean.val = self.smooth_loss['count'],to_device(self.smooth_loss['val'], mean.val.device)
+        self.smooth_loss = None
+
+
 # %% ../../nbs/375_callback.zero_restarts.ipynb #f7ecc103
 @patch
 def fit_zero_restarts(self:Learner,
@@ -166,7 +205,8 @@ def fit_zero_restarts(self:Learner,
     path:str|Path=None, # Folder for the snapshots, relative to `learn.path/learn.model_dir`; `None`: in memory
     seed:int=None, # For the zeros; `None` draws one from torch's random numbers
     use:str='average', # What the Learner predicts with afterwards: 'average', 'last', or 'weights' (their mean)
-    resume:bool=False, # Go on after the newest snapshot, in memory or in `path`, of an interrupted fit?
+    resume:bool=False, # Go on after the newest snapshot of the run in `path`, or of an interrupted fit in memory?
+    overwrite:bool=False, # Replace the run in `path`, when the first cycle is complete?
     wd:float=None, # Weight decay
     cbs:Callback|list=None, # More callbacks
     reset_opt:bool=False, # Start with a new optimizer?
@@ -174,15 +214,18 @@ def fit_zero_restarts(self:Learner,
 ):
     "Fit in cosine cycles with zeros at the restarts, and predict with the average of their networks"
     n_epoch = check_int(n_cycles, 'n_cycles', 1)*check_int(cycle_len, 'cycle_len', 1)
-    zeros = ZeroRestarts(cycle_len, sparsity, embed_sparsity, layers, n_last=n_last, path=path, seed=seed, use=use)
+    zeros = ZeroRestarts(cycle_len, sparsity, embed_sparsity, layers, n_last=n_last, path=path, seed=seed, use=use,
+                         overwrite=overwrite)
+    zeros._resumes = resume
     check_lr(lr_max, 'lr_max')
     check_int(start_epoch, 'start_epoch', 0)
     if self.opt is None: self.create_opt()
     ens = snapshot_ensemble(self)
-    if resume: start_epoch = ens.resume(model_folder(self, path))*cycle_len
+    if resume: start_epoch = ens.resume(model_folder(self, path), overwrite)*cycle_len
     if start_epoch<n_epoch:
         self.opt.set_hyper('lr', lr_max)
         lrs = np.array([h['lr'] for h in self.opt.hypers])
-        cbs = [ParamScheduler({'lr': cosine_cycles(lrs, n_cycles)}), zeros, *L(cbs)]
-        with ens.fit_in_progress(): self.fit(n_epoch, cbs=cbs, reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
+        start = _StartAt(start_epoch, (ens.record.progress or {}).get('smooth_loss') if resume else None)
+        cbs = [start, ParamScheduler({'lr': cosine_cycles(lrs, n_cycles)}), zeros, *L(cbs)]
+        with ens.fit_in_progress(): self.fit(n_epoch, cbs=cbs, reset_opt=reset_opt, wd=wd)
     ens.predict_with(use)           # again, as `SaveModelCallback` may have loaded older weights and snapshots
