@@ -1,6 +1,8 @@
 """Statistical tests of the random bits of `fastai_dropconnect.masks`
 
-The tests also run on three controls: Philox4x32, a weakened copy of our generator that must fail, and a copy with plain hashes as counters.
+A weight is dropped if its number of 20 bits is below the threshold. The upper 8 bits are random; the lower 12 come from a fixed list.
+The tests also run on three controls: Philox4x32, a weakened copy of our generator that must fail, and a copy whose counters are the same
+in every row block.
 
     python benchmarks/bits.py                         # all tests of all generators, writes results/bits.csv
     python benchmarks/bits.py --quick                 # a hundredth of the samples
@@ -17,15 +19,16 @@ from scipy import stats
 from fastai_dropconnect import masks
 
 Row = namedtuple('Row', 'generator test detail samples statistic dof p_value')
-ps = (.01, .1, .3, .5, .9)
-kinds = ('ours', 'philox', 'no_xorshift', 'hashed_counters')
+ps = (.001, .01, .1, .3, .5, .9)
+kinds = ('ours', 'philox', 'no_xorshift', 'fixed_counters')
 u32,u64 = np.uint32,np.uint64
 
 # ---- generators -------------------------------------------------------------------------------------------------------------
 
-M1,M2,G = u32(0x7feb352d),u32(0x846ca68b),u32(0x9e3779b9)      # constants of the hash `masks._mix`
-S0,S1,S2 = u32(0x85ebca6b),u32(0xc2b2ae35),u32(0x27d4eb2f)
-P0,P1,W0,W1 = u64(0xD2511F53),u64(0xCD9E8D57),u32(0x9E3779B9),u32(0xBB67AE85)
+M1,M2,G = u32(0x7feb352d),u32(0x846ca68b),u32(0x9e3779b9)      # of the hash `masks._mix`
+S0,S1,S2,S3 = u32(0x85ebca6b),u32(0xc2b2ae35),u32(0x27d4eb2f),u32(0x165667b1)
+W1,W2 = u32(0x2c1b3c6d),u32(0xdba3322d)
+P0,P1,Q0,Q1 = u64(0xD2511F53),u64(0xCD9E8D57),u32(0x9E3779B9),u32(0xBB67AE85)
 low = u64(0xffffffff)
 
 @njit(inline='always')
@@ -38,84 +41,96 @@ def add(a, b): return u32(u64(a)+u64(b) & low)
 def shr(x, k): return u32(x ^ (x >> u32(k)))
 
 @njit(inline='always')
-def shl16(x): return u32(x ^ u32(u64(x) << u64(16) & low))
-
-@njit(inline='always')
 def mix(x): return shr(mul(shr(mul(shr(x, 16), M1), 15), M2), 16)
 
 @njit(inline='always')
 def key(seed, b, o, salt):
-    "Compute `masks._key` for one block and one output"
+    "Compute what `masks._hash_numbers` computes for one block and one number"
     k = mix(add(mix(u32(seed & low) ^ salt), u32(seed >> u64(32))))
     return mix(mix(add(k, mul(u32(b), G))) ^ mul(u32(o), G))
 
 @njit(inline='always')
-def philox(seed, c0, c1, c2):
+def philox(seed, c0, c1, c2, c3):
     "Philox4x32-10 of Salmon et al. (2011)"
-    k0,k1,c3 = u32(seed & low),u32(seed >> u64(32)),u32(0)
+    k0,k1 = u32(seed & low),u32(seed >> u64(32))
     for _ in range(10):
         h0,h1 = P0*u64(c0),P1*u64(c2)
         c0,c1,c2,c3 = (u32(u32(h1 >> u64(32)) ^ c1 ^ k0), u32(h1 & low),
                        u32(u32(h0 >> u64(32)) ^ c3 ^ k1), u32(h0 & low))
-        k0,k1 = add(k0, W0),add(k1, W1)
+        k0,k1 = add(k0, Q0),add(k1, Q1)
     return c0,c1,c2,c3
 
+ranks_of_limits = masks._limit_ranks.astype(np.uint32)
+
 @njit(nogil=True, cache=True)
-def fill(kind, m, t, seeds, b0, o0, i0, res):
-    "Write the 16-bit numbers of the lanes to `res`, uint16 of shape `(seeds, blocks, 4, outputs, inputs)`; `m`: last two multipliers; `t`: counters"
+def fill_counters(kind, seed, b, res):
+    "Write the counters of all inputs to `res`"
+    for i in range(len(res)): res[i] = mix(mul(u32(i+1), G)) if kind==3 else key(seed, b, i, S3)
+
+@njit(nogil=True, cache=True)
+def fill(kind, ranks, seeds, b0, o0, i0, res):
+    "Write the 20-bit numbers to `res`, of shape `(seeds, blocks, 8, outputs, inputs)`"
     S,B,_,O,I = res.shape
+    t = np.empty((i0+I+15)//16*16, np.uint32)
     for s in range(S):
         seed = u64(seeds[s])
         for b in range(B):
+            fill_counters(kind, seed, b0+b, t)
             for o in range(O):
                 if kind==1:
                     for i in range(I):
-                        w = philox(seed, u32(b0+b), u32(o0+o), u32(i0+i))
-                        for j in range(4): res[s,b,j,o,i] = w[j] >> u32(16)
+                        for half in range(2):
+                            w = philox(seed, u32(b0+b), u32(o0+o), u32(i0+i), u32(half))
+                            for j in range(4): res[s,b,4*half+j,o,i] = w[j] >> u32(12)
                     continue
                 k0,k1,k2 = key(seed, b0+b, o0+o, S0),key(seed, b0+b, o0+o, S1),key(seed, b0+b, o0+o, S2)
-                for i in range(I):
-                    x = mul(k0 ^ t[i], M1)
+                for c in range(i0//16*16, len(t)):
+                    x = add(k0, t[c])
                     if kind!=2: x = shr(x, 15)
-                    y,z = add(mul(x, m[0]), k1),add(mul(x, m[1]), k2)
-                    res[s,b,0,o,i],res[s,b,1,o,i] = shl16(y) >> u32(16),y >> u32(16)
-                    res[s,b,2,o,i],res[s,b,3,o,i] = shl16(z) >> u32(16),z >> u32(16)
+                    y,z = add(mul(x, W1), k1),add(mul(x, W2), k2)
+                    if kind!=2: y,z = shr(y, 16),shr(z, 16)
+                    first,j = c//16*16,c%16//4
+                    for byte in range(4):
+                        within = c%4*4+byte
+                        i = first+within-i0
+                        if i<0 or i>=I: continue
+                        place = 16*j+within+int(t[first] >> u32(20))
+                        low1,low2 = ranks[(place+int(k1 >> u32(20)))&4095],ranks[(place+int(k2 >> u32(20)))&4095]
+                        res[s,b,j,o,i] = u32((y >> u32(8*byte) & u32(255)) << u32(12) | low1)
+                        res[s,b,j+4,o,i] = u32((z >> u32(8*byte) & u32(255)) << u32(12) | low2)
 
-def multipliers(kind):
-    "Return the multipliers that make the two words of a block"
-    return (u32(0x846ca68b),u32(0x915f77f5)) if kind=='hashed_counters' else tuple(u32(m%2**32) for m in masks._word_multipliers)
-
-def counters(kind, n):
-    "Return the counters of the first `n` inputs"
-    if kind!='hashed_counters': return masks.mask_counters(n).numpy().view(np.uint32).astype(np.uint32)
-    return masks._mix(torch.arange(1, n+1, dtype=torch.int32)*masks._key_step).numpy().view(np.uint32).astype(np.uint32)
-
-def make(kind, seeds, B, O, I, b0=0, o0=0, i0=0):
-    "Make 16-bit numbers of shape `(seeds, blocks, 4, outputs, inputs)`"
-    res = np.empty((len(seeds), B, 4, O, I), np.uint16)
-    fill(kinds.index(kind), multipliers(kind), counters(kind, i0+I)[i0:], np.asarray(seeds, np.int64).view(np.uint64), b0, o0, i0, res)
+def counters(kind, n, b=0, seed=1):
+    "Return the counters of the first `n` inputs in row block `b`"
+    res = np.empty(n, np.uint32)
+    fill_counters(kinds.index(kind), u64(seed), b, res)
     return res
 
-def check_twins():
-    "Raise unless `make` gives the bits of `masks.mask_words`, `dropped` those of `masks.mask_bits`, and Philox its published numbers"
-    for seed in (0, -1, 2**62+12345, -2**63):
-        keys,t = masks.mask_keys(torch.tensor(seed), range(3, 8), 7),masks.mask_counters(33)
-        got = make('ours', [seed], 5, 7, 33, b0=3)[0]
-        if not np.array_equal(masks.mask_words(keys, t).numpy().view(np.uint32) >> 16, got):
-            raise AssertionError(f'the generator here differs from masks.mask_words: {seed=}')
-        for p in ps:
-            kept = masks.mask_bits(keys, t, masks.drop_threshold(p)).numpy()!=0
-            if not np.array_equal(kept, ~dropped(got, p).reshape(20, 7, 33)): raise AssertionError(f'thresholds differ: {p=}')
-    zero = [f'{w:04x}' for w in make('philox', [0], 1, 1, 1).ravel()]
-    if zero!=['6627', 'e169', 'bc57', '9b00']: raise AssertionError(f'Philox4x32-10 of zeros is wrong: {zero}')
+def make(kind, seeds, B, O, I, b0=0, o0=0, i0=0):
+    "Make 20-bit numbers of shape `(seeds, blocks, 8, outputs, inputs)`"
+    res = np.empty((len(seeds), B, 8, O, I), np.uint32)
+    fill(kinds.index(kind), ranks_of_limits, np.asarray(seeds, np.int64).view(np.uint64), b0, o0, i0, res)
+    return res
 
-def order(u):
-    "Return the number that is compared with the threshold; below it, a weight is dropped"
-    return np.uint16(0x7fff) - u
-def dropped(u, p): return order(u) < masks.drop_threshold(p)
-edges = np.array([masks.drop_threshold(p) for p in ps], np.uint16)
-classes = np.searchsorted(edges, order(np.arange(2**16, dtype=np.uint16)), side='right').astype(np.uint8)
-q = np.diff(np.r_[0, edges.astype(float), 2**16])/2**16       # probabilities of the classes
+def deciding(u):
+    "Return the upper 8 bits of numbers"
+    return (u >> u32(12)).astype(np.uint8)
+
+def check_twins():
+    "Raise unless `make` and `dropped` give the masks of `masks.mask_bits`, and Philox its published numbers"
+    for seed in (0, -1, 2**62+12345, -2**63):
+        keys,t = masks.mask_keys(torch.tensor(seed), range(3, 8), 7),masks.mask_counters(torch.tensor(seed), range(3, 8), 33)
+        got = make('ours', [seed], 5, 7, 33, b0=3)[0]
+        for p in (0, *ps, .997):
+            kept = masks.mask_bits(keys, t, masks.drop_threshold(p)).numpy()[...,:33]
+            if not np.array_equal(kept, ~dropped(got, p).reshape(40, 7, 33)): raise AssertionError(f'masks differ: {seed=}, {p=}')
+        if not np.array_equal(make('ours', [seed], 2, 3, 15, b0=4, o0=2, i0=9)[0], got[1:3,:,2:5,9:24]): raise AssertionError('a part differs')
+    zero = [f'{w:05x}' for w in make('philox', [0], 1, 1, 1).ravel()[:4]]
+    if zero!=['6627e', 'e169c', 'bc57a', '9b00d']: raise AssertionError(f'Philox4x32-10 of zeros is wrong: {zero}')
+
+def dropped(u, p): return u < masks.drop_threshold(p)
+edges = np.array([masks.drop_threshold(p) for p in ps], np.uint32)
+classes = np.searchsorted(edges, np.arange(2**20, dtype=np.uint32), side='right').astype(np.uint8)
+q = np.diff(np.r_[0, edges.astype(float), 2**20])/2**20       # probabilities of the classes
 thresholds = tuple(masks.drop_probability(int(e)) for e in edges)
 
 # ---- tools ------------------------------------------------------------------------------------------------------------------
@@ -187,23 +202,21 @@ def joint(kind, total):
         if (test,detail) not in tests: tests[test,detail] = np.zeros((len(q),)*len(parts), np.int64)
         table(parts, tests[test,detail])
     B,O,I = 64,64,512
-    for _ in range(max(1, round(total/(4*B*O*I)))):
+    for _ in range(max(1, round(total/(8*B*O*I)))):
         x = np.ascontiguousarray(classes[make(kind, draw(rng, 1), B, O, I)[0]].swapaxes(0, 1))
         for name,axis,n in ('block',ROW,B),('output',OUT,O),('input',IN,I):
             for lag in [2**k for k in range(10) if 2**(k+1)<=n] + [3,7]: count('pair', f'{name} lag {lag}', split(x, axis, lag))
         a,b = split(x, ROW, 1)
-        for j in range(4):
-            for k in range(4):
-                if j<k: count('pair', f'rows {j},{k} of a block', [x[j], x[k]])
-                if j!=k: count('pair', f'row {j} and row {k} of the next block', [a[j], b[k]])
-            others = [k for k in range(4) if k!=j]
-            count('triple', f'rows {others} of a block', [x[k] for k in others])
+        for j in range(8):
+            for k in range(j): count('pair', f'rows {k},{j} of a block', [x[k], x[j]])
+            for k in (j+1)%8,(j+4)%8: count('pair', f'row {j} and row {k} of the next block', [a[j], b[k]])
+            count('triple', f'rows {j},{(j+1)%8},{(j+4)%8} of a block', [x[k%8] for k in (j,j+1,j+4)])
             a_in,b_in = split(x[j], IN-1, 1)
-            count('pair', f'rows {j},{(j+1)%4} of a block, input lag 1', [a_in, split(x[(j+1)%4], IN-1, 1)[1]])
-        count('quadruple', 'rows of a block', list(x))
+            count('pair', f'rows {j},{(j+1)%8} of a block, input lag 1', [a_in, split(x[(j+1)%8], IN-1, 1)[1]])
+        for four in (0,1,2,3),(4,5,6,7),(0,1,4,5),(2,3,6,7): count('quadruple', f'rows {four} of a block', [x[k] for k in four])
         for lag in 1,16,128:
             count('quadruple', f'inputs, lag {lag}', split(x, IN, lag, 4))
-            for j,k in (0,1),(0,2),(1,3),(2,3): count('rectangle', f'rows {j},{k} x inputs lag {lag}', split(x[j], IN-1, lag)+split(x[k], IN-1, lag))
+            for j,k in (0,1),(0,4),(3,7),(5,6): count('rectangle', f'rows {j},{k} x inputs lag {lag}', split(x[j], IN-1, lag)+split(x[k], IN-1, lag))
         for a,b in ((OUT,1),(IN,1)), ((OUT,1),(IN,256)), ((OUT,32),(IN,1)), ((OUT,4),(IN,4)), ((ROW,1),(IN,1)), ((ROW,1),(OUT,1)), ((ROW,16),(IN,16)), ((ROW,16),(OUT,16)):
             count('rectangle', ' x '.join(f'{("","blocks","outputs","inputs")[c]} lag {l}' for c,l in (a,b)), square(x, a, b))
     return [r for (test,detail),res in tests.items() for r in judge(kind, test, detail, res)]
@@ -218,26 +231,26 @@ def seeds(kind, total):
     for start in 'random','small':
         for name,other in near.items():
             res,quad = np.zeros((len(q),)*2, np.int64),np.zeros((len(q),)*4, np.int64)
-            for c in range(max(1, round(total/(4*2*16*64*S)))):
+            for c in range(max(1, round(total/(8*2*16*64*S)))):
                 s = draw(rng, S) if start=='random' else np.arange(S, dtype=np.int64)*2+2*S*c+1
                 a,b = (classes[make(kind, v, 2, 16, 64)] for v in (s, other(s)))
                 table([a,b], res)
                 table(split(a, 4, 1)+split(b, 4, 1), quad)
-            rows += judge(kind, 'pair', f'{start} seeds {name}', res)+judge(kind, 'rectangle', f'{start} seeds {name} x inputs lag 1', quad)
+            rows += judge(kind, 'seed pair', f'{start} seeds {name}', res)+judge(kind, 'seed rectangle', f'{start} seeds {name} x inputs lag 1', quad)
     return rows
 
 def singles(kind, total):
-    "Test the 65536 values of a number, and how often each position is dropped over many seeds"
-    rng,rows,S = rng_of(kind, 'singles'),[],2048
-    values,counts,n = np.zeros((4, 2**16)),{(w,p): 0 for w in ('random','successive') for p in ps},0
-    for c in range(max(1, round(total/(4*4*8*32*S*2)))):
+    "Test the 65536 values of upper 16 bits, and how often each position is dropped over many seeds"
+    rng,rows,S = rng_of(kind, 'singles'),[],1024
+    values,counts,n = np.zeros((8, 2**16)),{(w,p): 0 for w in ('random','successive') for p in ps},0
+    for c in range(max(1, round(total/(8*4*8*32*S*2)))):
         for which,s in ('random', draw(rng, S)),('successive', np.arange(S)+c*S):
             u = make(kind, s, 4, 8, 32)
             if which=='random':
-                for j in range(4): values[j] += np.bincount(u[:,:,j].ravel(), minlength=2**16)
+                for j in range(8): values[j] += np.bincount(u[:,:,j].ravel() >> u32(4), minlength=2**16)
             for p in ps: counts[which,p] = counts[which,p] + dropped(u, p).sum(0)
         n += S
-    for j in range(4): rows.append(Row(kind, 'single', f'values of row {j}', int(values[j].sum()), *chi2(values[j], np.full(2**16, 2.**-16))))
+    for j in range(8): rows.append(Row(kind, 'single', f'values of row {j}', int(values[j].sum()), *chi2(values[j], np.full(2**16, 2.**-16))))
     for (which,p),k in counts.items():
         t = masks.drop_probability(masks.drop_threshold(p))
         x = ((k-n*t)**2/(n*t*(1-t))).sum()
@@ -245,31 +258,32 @@ def singles(kind, total):
     return rows
 
 def avalanche(kind, total):
-    "Test which bits of a number flip when a bit of the seed flips"
+    "Test which of the 8 bits of a number that are random flip when a bit of the seed flips"
     rng,S = rng_of(kind, 'avalanche'),128
-    reps = max(1, round(total/(64*4*2*8*32*S*2)))
-    flips,weight = np.zeros((64, 16)),np.zeros(17)
-    ones = np.array([bin(v).count('1') for v in range(2**16)], np.uint8)
+    reps = max(1, round(total/(64*8*2*8*32*S*2)))
+    flips,weight = np.zeros((64, 8)),np.zeros(9)
+    ones = np.array([bin(v).count('1') for v in range(2**8)], np.uint8)
     for k in range(64):
         for _ in range(reps):
             s = draw(rng, S)
-            d = make(kind, s, 2, 8, 32) ^ make(kind, (s.view(np.uint64) ^ (u64(1) << u64(k))).view(np.int64), 2, 8, 32)
-            for j in range(16): flips[k,j] += (d >> np.uint16(j) & np.uint16(1)).sum()
-            weight += np.bincount(ones[d].ravel(), minlength=17)
+            flipped = (s.view(np.uint64) ^ (u64(1) << u64(k))).view(np.int64)
+            d = deciding(make(kind, s, 2, 8, 32)) ^ deciding(make(kind, flipped, 2, 8, 32))
+            for j in range(8): flips[k,j] += (d >> np.uint8(j) & np.uint8(1)).sum()
+            weight += np.bincount(ones[d].ravel(), minlength=9)
     n = weight.sum()/64
     z2 = (flips-n/2)**2/(n/4)
     return [Row(kind, 'avalanche', 'bits that flip', int(n*64), z2.sum(), z2.size, stats.chi2.sf(z2.sum(), z2.size)),
-            Row(kind, 'avalanche', 'number of bits that flip', int(n*64), *chi2(weight, stats.binom.pmf(range(17), 16, .5)))]
+            Row(kind, 'avalanche', 'number of bits that flip', int(n*64), *chi2(weight, stats.binom.pmf(range(9), 8, .5)))]
 
 def sums(kind, total):
     "Test the number of dropped weights along an axis against the binomial distribution"
     B,O,I = 64,256,256
     rng,hist = rng_of(kind, 'sums'),{}
-    for _ in range(max(1, round(total/(4*B*O*I)))):
-        u = order(make(kind, draw(rng, 1), B, O, I)[0])
+    for _ in range(max(1, round(total/(8*B*O*I)))):
+        u = make(kind, draw(rng, 1), B, O, I)[0]
         for p in ps:
             d = u<masks.drop_threshold(p)
-            for name,axes in ('inputs',3),('outputs',2),('blocks',0),('rows',(0,1)):
+            for name,axes in ('inputs',3),('outputs',2),('blocks',0),('rows of a block',1),('rows',(0,1)):
                 k = d.sum(axes, dtype=np.int32)
                 n = d.size//k.size
                 hist[name,p,n] = hist.get((name,p,n), 0)+np.bincount(k.ravel(), minlength=n+1)
@@ -301,8 +315,8 @@ def rank(kind, total):
     "Test the ranks of 32x32 matrices of masks at p=0.5"
     B,O,I = 16,32,1024
     rng,hist = rng_of(kind, 'rank'),{}
-    for _ in range(max(1, round(total/(4*B*O*I)))):
-        d = dropped(make(kind, draw(rng, 1), B, O, I)[0], .5).reshape(B*4, O, I)
+    for _ in range(max(1, round(total/(8*B*O*I)))):
+        d = dropped(make(kind, draw(rng, 1), B, O, I)[0], .5).reshape(B*8, O, I)
         for name,axes in ('rows x inputs',(1,0,2)),('outputs x inputs',(0,1,2)),('rows x outputs',(2,0,1)),('inputs x rows of one output',(1,2,0)):
             t = d.transpose(axes)
             t = t.reshape(-1, t.shape[1]//32, 32, t.shape[2]//32, 32).swapaxes(2, 3)
@@ -312,10 +326,10 @@ def rank(kind, total):
 
 def spectrum(kind, total):
     "Test the mean power of each frequency along each axis, and the distribution of power in long streams"
-    B,O,I = 64,256,256
+    B,O,I = 32,256,256
     rng,power,long,n_seq = rng_of(kind, 'spectrum'),{},[],{}
-    for _ in range(max(1, round(total/(4*B*O*I)))):
-        x = np.where(dropped(make(kind, draw(rng, 1), B, O, I)[0], .5), np.float32(1), np.float32(-1)).reshape(4*B, O, I)
+    for _ in range(max(1, round(total/(8*B*O*I)))):
+        x = np.where(dropped(make(kind, draw(rng, 1), B, O, I)[0], .5), np.float32(1), np.float32(-1)).reshape(8*B, O, I)
         for axis,name in enumerate(('rows','outputs','inputs')):
             y = np.moveaxis(x[:64] if axis else x[:,:64], axis, -1)
             f = np.abs(torch.fft.rfft(torch.from_numpy(np.ascontiguousarray(y))).numpy()[...,1:-1])**2/y.shape[-1]
@@ -336,8 +350,8 @@ def runs(kind, total):
     "Test the lengths of runs of dropped and of kept weights"
     B,O,I = 64,64,512
     rng,hist = rng_of(kind, 'runs'),{}
-    for _ in range(max(1, round(total/(4*B*O*I)))):
-        u = order(make(kind, draw(rng, 1), B, O, I)[0])
+    for _ in range(max(1, round(total/(8*B*O*I)))):
+        u = make(kind, draw(rng, 1), B, O, I)[0]
         for name,axes in ('inputs',(0,1,2,3)),('outputs',(0,1,3,2)),('rows',(2,3,0,1)):
             v = np.ascontiguousarray(u.transpose(axes)).ravel()
             for p in ps:
@@ -365,9 +379,9 @@ def correlated(kind, detail, n_samples, sums):
 
 def signs(u): return torch.from_numpy(np.where(dropped(u, .5), np.float32(1), np.float32(-1)))
 
-def input_pairs(kind, total, n=1024, like=((0,0), (1,1), (2,2), (3,3), (0,1), (2,3))):
+def input_pairs(kind, total, n=1024, like=((0,0), (3,3), (4,4), (7,7), (0,1), (0,4), (2,6), (1,7))):
     "Test the correlation of each pair of `n` inputs at p=0.5, in the pairs of rows of a block in `like`"
-    rng,N = rng_of(kind, f'{n} inputs'),max(1, min(2**7, round(total/(4*n))//1024))*1024
+    rng,N = rng_of(kind, f'{n} inputs'),max(1, min(2**7, round(total/(8*n))//1024))*1024
     res = torch.zeros(len(like), n, n)       # whole numbers: exact
     for _ in range(N//1024):
         u = make(kind, draw(rng, 16), 1, 64, n)[:,0]
@@ -379,13 +393,13 @@ def output_pairs(kind, total, n=512):
     "Test the correlation of each pair of `n` outputs at p=0.5"
     rng,N,res = rng_of(kind, f'{n} outputs'),max(1, min(2**4, round(total/(64*n))//1024))*1024,torch.zeros(n, n)
     for _ in range(N//1024):
-        d = signs(make(kind, draw(rng, 1), 4, n, 64)[0]).permute(0, 1, 3, 2).reshape(1024, n)
+        d = signs(make(kind, draw(rng, 1), 2, n, 64)[0]).permute(0, 1, 3, 2).reshape(1024, n)
         res.addmm_(d.T, d)
     return correlated(kind, f'{n} outputs', N, res.double().numpy())
 
 def all_pairs(kind, total):
     "Test pairs of inputs, pairs of many more inputs in two rows of a block, and pairs of outputs"
-    return input_pairs(kind, total) + input_pairs(kind, total, 4096, ((0,0), (2,2))) + output_pairs(kind, total)
+    return input_pairs(kind, total) + input_pairs(kind, total, 4096, ((0,0), (5,5))) + output_pairs(kind, total)
 
 tests = dict(single=singles, joint=joint, seeds=seeds, avalanche=avalanche, sums=sums, rank=rank, spectrum=spectrum, runs=runs, all_pairs=all_pairs)
 sizes = dict(single=2e8, joint=4e8, seeds=1e7, avalanche=1e8, sums=1e8, rank=1e8, spectrum=1e8, runs=1e8, all_pairs=2.2e9)    # numbers
@@ -396,52 +410,58 @@ orders = dict(inputs=((1,16,64,256), (0,1,2,3,4)), outputs=((1,16,256,64), (0,1,
               rows=((1,256,32,32), (0,3,4,1,2)), seeds=((256,2,16,32), (1,2,3,4,0)))
 
 def stream(kind, order, first=1, n_bytes=math.inf):
-    "Write the numbers to standard output, two in each 32-bit word, with increasing seeds"
+    "Write the upper 8 bits of the numbers to standard output, with increasing seeds"
     (S,B,O,I),axes = orders[order]
     while n_bytes>0:
-        chunk = np.ascontiguousarray(make(kind, first+np.arange(S), B, O, I).transpose(axes))
+        chunk = np.ascontiguousarray(deciding(make(kind, first+np.arange(S), B, O, I)).transpose(axes))
         try: sys.stdout.buffer.write(chunk.data)
         except BrokenPipeError: os._exit(0)
         first,n_bytes = first+S,n_bytes-chunk.nbytes
 
 # ---- exact results ----------------------------------------------------------------------------------------------------------
 
+byte_limits = np.array([26, 128, 230], np.uint8)     # p = 0.1, 0.5, 0.9
+
 @njit(nogil=True, cache=True)
-def _exhaustive(m, k1, k2, cls, res):
+def _exhaustive(k1, k2, cls, res):
     for n in range(2**32):
         x = u32(n)
-        y,z = add(mul(x, m[0]), k1),add(mul(x, m[1]), k2)
-        res[cls[shl16(y) >> u32(16)],cls[y >> u32(16)],cls[shl16(z) >> u32(16)],cls[z >> u32(16)]] += 1
+        y,z,at = shr(add(mul(x, W1), k1), 16),shr(add(mul(x, W2), k2), 16),0
+        for byte in range(4): at = at*4 + cls[y >> u32(8*byte) & u32(255)]
+        for byte in range(4): at = at*4 + cls[z >> u32(8*byte) & u32(255)]
+        res[at] += 1
 
 def exhaustive(kind, cases):
     "Print exact results over all 2**32 states for random pairs of keys"
-    rng = np.random.default_rng(3)
-    print(kind, *map(hex, multipliers(kind)))
-    print(f'{"k1":>8} {"k2":>8} {"chi2/N":>9} ' + ' '.join(f'{f"p={p}":>9}' for p in ps) + '   largest |correlation| of two rows;  marginals exact')
+    if kind!='ours': return
+    rng,cls = np.random.default_rng(3),np.searchsorted(byte_limits, np.arange(256), side='right').astype(np.uint8)
+    probs = np.bincount(cls)/256
+    want = np.array([2.**32])
+    for _ in range(8): want = np.multiply.outer(want, probs).ravel()
+    print(f'{"k1":>8} {"k2":>8} {"chi2/N":>9} ' + ' '.join(f'{f"{v}/256":>9}' for v in byte_limits) + '   largest |correlation| of two bytes;  marginals exact')
     for _ in range(cases):
         k1,k2 = rng.integers(0, 2**32, 2, dtype=np.uint32)
-        res = np.zeros((len(q),)*4, np.int64)
-        _exhaustive(multipliers(kind), k1, k2, classes, res)
-        want = np.einsum('a,b,c,d->abcd', q, q, q, q)*2**32
+        res = np.zeros(4**8, np.int64)
+        _exhaustive(k1, k2, cls, res)
         worst,exact = [],True
-        for j,t in enumerate(thresholds):
-            c = res
-            for axis in range(4): c = np.stack([c.take(range(j+1), axis).sum(axis), c.take(range(j+1, len(q)), axis).sum(axis)], axis)
-            pairs = [c.sum(tuple(k for k in range(4) if k not in (a,b)))[0,0]/2**32 for a in range(4) for b in range(a)]
-            worst.append(max(abs(v-t*t)/(t*(1-t)) for v in pairs))
-            exact &= all(c.sum(tuple(k for k in range(4) if k!=a))[0]==round(t*2**32) for a in range(4))
+        for j,v in enumerate(byte_limits):
+            t,c = v/256,res.reshape((4,)*8)
+            for axis in range(8): c = np.stack([c.take(range(j+1), axis).sum(axis), c.take(range(j+1, 4), axis).sum(axis)], axis)
+            pairs = [c.sum(tuple(k for k in range(8) if k not in (a,b)))[0,0]/2**32 for a in range(8) for b in range(a)]
+            worst.append(max(abs(o-t*t)/(t*(1-t)) for o in pairs))
+            exact &= all(c.sum(tuple(k for k in range(8) if k!=a))[0]==int(v)*2**24 for a in range(8))
         print(f'{k1:08x} {k2:08x} {((res-want)**2/want).sum()/2**32:9.1e} ' + ' '.join(f'{w:9.1e}' for w in worst), '  ', exact, flush=True)
 
 @njit(nogil=True, cache=True)
 def _overlap(ds, K, start, L, M, res):
-    "Compute how often two inputs whose counters differ by `d` are both dropped, over `K` states and all second keys"
+    "Compute how often two weights whose counters differ by `d` are both dropped by their last bytes, over `K` states and all second keys"
     one = 4294967296.
     for n in range(len(ds)):
         d,total,s = ds[n],0.,u32(start)
         for _ in range(K):
             s = add(s, G)
             k0 = mix(s)
-            a,b = mul(shr(mul(k0, M1), 15), M),mul(shr(mul(u32(k0^d), M1), 15), M)
+            a,b = mul(shr(k0, 15), M),mul(shr(add(k0, d), 15), M)
             c = float(u32((u64(b)+(u64(1) << u64(32))-u64(a)) & low))
             total += max(0., L-c)+max(0., L-(one-c))
         res[n] = total/K/one
@@ -460,33 +480,33 @@ def worst(ds, M, steps=((2**10, 50000), (2**14, 100), (2**20, 4))):
         ds,c = ds[best],c[best]
     return ds,c
 
-def zero_bits(d):
-    "Count the zero bits at the end of each of `d`"
-    return np.log2(d & -d.astype(np.int64)).astype(int)
-
 def pairs(kind, n, at_least=0):
-    "Return counter differences that end in `at_least` zero bits, with their two inputs: shape `(3, n_pairs)`"
+    "Return counter differences that end in `at_least` zero bits, with their two counters: shape `(3, n_pairs)`"
     t,res = counters(kind, n),[]
     for i in range(n-1):
-        d = t[i] ^ t[i+1:]
+        d = t[i+1:] - t[i]
         j = np.flatnonzero(d & u32(2**at_least-1)==0)
         res.append(np.stack([d[j], np.full(len(j), i), i+1+j]).astype(np.uint32))
     return np.concatenate(res, 1)
 
+def weak_pairs(kind, n=2048, blocks=16, at_least=10):
+    "Correlations at p=0.5, in each word and over many row blocks, of the pairs that are weak in the first: shape `(2, n_pairs)`"
+    _,i,j = pairs(kind, n, at_least)
+    res = np.zeros((2, len(i)))
+    for b in range(blocks):
+        t = counters(kind, n, b)
+        for row,M in zip(res, (W1,W2)): row += correlations(t[j]-t[i], M, 2**13, start=b+1)/blocks
+    return res
+
 def differences(kind, n):
-    "Print the correlation of pairs of `n` inputs, and of all counter differences by their zero bits at the end"
-    print(f'{kind}: largest |correlation| at p=0.5 in rows 0,1 and rows 2,3; pairs of counters that differ in upper bits only are weak')
-    for at_least in (0, 10) if n<=1024 else (10,):
-        d,i,j = pairs(kind, n, at_least)
-        for row,M in enumerate(multipliers(kind)):
-            ds,c = worst(d, M, ((2**11, 50000), (2**14, 300), (2**18, 300))) if len(d) else (d, d)
-            first = np.flatnonzero(d==ds[0])[0] if len(d) else 0
-            what = f'inputs {i[first]} and {j[first]}, d={ds[0]:08x}: {c[0]:+.4f}' if len(d) else 'none'
-            print(f'rows {2*row},{2*row+1}, {len(d)} of the {n*(n-1)//2} pairs (zero bits at the end >= {at_least}): {what}; {(np.abs(c)>.01).sum()} above 0.01', flush=True)
-    print('zero bits at the end of d, largest correlation over all such d')
+    "Print the largest correlations of weak pairs of `n` counters, and of all differences by their zero bits at the end"
+    found = np.abs(weak_pairs(kind, n))
+    print(f'{kind}: {found.shape[1]} of {n*(n-1)//2} pairs of counters differ by a number with 10 zero bits at the end')
+    print(f'largest |correlation| of their masks at p=0.5 over 16 row blocks: {found.max(initial=0):.4f}; {(found>.02).sum()} above 0.02')
+    print('zero bits at the end of d, largest correlation over all such d within a row block')
     for k in range(31, 13, -1):
         ds = ((np.arange(2**(31-k), dtype=np.uint64)*2+1) << u64(k)).astype(np.uint32)
-        print(f'{k:>3} ' + ' '.join(f'{abs(worst(ds, M)[1][0]):.4f}' for M in multipliers(kind)), flush=True)
+        print(f'{k:>3} ' + ' '.join(f'{abs(worst(ds, M)[1][0]):.4f}' for M in (W1,W2)), flush=True)
 
 # ---- the report -------------------------------------------------------------------------------------------------------------
 
@@ -540,7 +560,7 @@ def main():
     for kind in a.generators:
         rows += battery(kind, .01 if a.quick else a.scale, a.tests)
         redone = {(r.generator,r.test) for r in rows}
-        both = sorted([r for r in old if r[:2] not in redone]+rows, key=lambda r: kinds.index(r.generator))
+        both = sorted([r for r in old if r[:2] not in redone and r.generator in kinds]+rows, key=lambda r: kinds.index(r.generator))
         with open(a.out, 'w', newline='') as f:
             w = csv.writer(f, lineterminator='\n')
             w.writerow(Row._fields)

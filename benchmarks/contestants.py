@@ -1,12 +1,13 @@
 """What `benchmarks/layers.py` measures, one contestant in each process
 
     python benchmarks/contestants.py step '{"name": "Flipout", "n": 64, "n_in": 200, "n_out": 100, "p": 0.5}'
+    python benchmarks/contestants.py kernels '{"n": 64, "n_in": 200, "n_out": 100, "p": 0.1, "other": "../older/fastai_dropconnect"}'
     python benchmarks/contestants.py epoch '{"name": "gaussian"}'
 
 prints one line of JSON. Every contestant takes turns with the plain layer or Learner in the same process. A ratio is the median over
 pairs of turns, so other work on the machine slows down both halves of a pair, or only a few pairs.
 """
-import json, os, sys, time, warnings
+import importlib, importlib.util, json, os, sys, time, warnings
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -149,6 +150,31 @@ def step(name:str, n:int, n_in:int, n_out:int, p:float, device:str='cpu', second
     mb = peak_mb(f, device)
     return dict(peak_mb=mb, **summary(in_turns(f, make(reference, n, n_in, n_out), clock_of(device), seconds)))
 
+def package_at(folder):
+    "Import the package in a folder under another name, beside the installed one"
+    spec = importlib.util.spec_from_file_location('other_dropconnect', Path(folder)/'__init__.py', submodule_search_locations=[str(folder)])
+    sys.modules['other_dropconnect'] = res = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(res)
+    return res
+
+def kernel_step(package, n, n_in, n_out, p):
+    "Return a function that calls the numba kernels of a package, forward and both gradients"
+    kernels,masks = (importlib.import_module(f'{package}.{o}') for o in ('kernels.numba','masks'))
+    x,w,g = torch.randn(n, n_in),torch.randn(n_out, n_in),torch.randn(n, n_out)
+    threshold = masks.drop_threshold(p)
+    def f():
+        seed = masks.draw_seed()
+        kernels.forward(x, w, seed, threshold)
+        kernels.grads(g, x, w, seed, threshold)
+    return f
+
+def kernels(n:int, n_in:int, n_out:int, p:float, other:str, device:str='cpu', seconds:float=3.) -> dict:
+    "Measure the numba kernels against those of the package in the folder `other`"
+    package_at(other)
+    f,ref = (kernel_step(o, n, n_in, n_out, p) for o in ('fastai_dropconnect','other_dropconnect'))
+    f(), ref()      # compiles
+    return summary(in_turns(f, ref, clock_of(device), seconds))
+
 def epoch(name:str, rows:int=100_000, bs:int=1024, layers:tuple=(500,250), p:float=.3, device:str='cpu', seconds:float=60.) -> dict:
     "Measure an epoch of a `tabular_learner` on 20 columns of random numbers, validation included"
     import numpy as np, pandas as pd
@@ -173,7 +199,7 @@ if __name__ == '__main__':
     warnings.filterwarnings('ignore')
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    try: res = dict(step=step, epoch=epoch)[sys.argv[1]](**json.loads(sys.argv[2]))
+    try: res = dict(step=step, kernels=kernels, epoch=epoch)[sys.argv[1]](**json.loads(sys.argv[2]))
     except ImportError as e: res = dict(note=f'cannot be imported: {e}')
     except (RuntimeError,MemoryError) as e: res = dict(note=str(e).splitlines()[0] if str(e) else 'out of memory')
     print(json.dumps(res))

@@ -1,8 +1,9 @@
 """Time and memory of DropConnect layers compared with `nn.Linear`: `make bench`, or
 
-    OMP_NUM_THREADS=1 python benchmarks/layers.py [--quick] [--device cuda] [--only 'example, numba'] [--out DIR]
+    OMP_NUM_THREADS=1 python benchmarks/layers.py [--quick] [--device cuda] [--only 'example, numba'] [--against DIR] [--out DIR]
 
-prints three tables, writes each as a CSV that names the machine, and plots them.
+prints three tables, writes each as a CSV that names the machine and the kernel, and plots them. With `--against`, a fourth table compares
+the kernels with those of another version of the package, such as `../older/fastai_dropconnect` of a git worktree, in one process by turns.
 """
 import json, os, platform, resource, subprocess, sys
 from datetime import date
@@ -17,7 +18,7 @@ results = here/'results'
 reference = 'nn.Linear'
 contestants = [reference, 'example, numba', 'example, triton', 'example, torch', 'gaussian', 'batch', 'fastai WeightDropout', 'Flipout', 'dense einsum', 'PyPI dropconnect']
 ours = contestants[:6]
-full = dict(shapes=[(64,200,100), (256,200,100), (1024,500,250), (1024,1000,500), (128,1024,1024)], ps=[.1,.5],    # (n, n_in, n_out)
+full = dict(shapes=[(64,16,16), (64,200,100), (256,200,100), (512,300,200), (1024,500,250), (1024,1000,500), (128,1024,1024)], ps=[.1,.5],    # (n, n_in, n_out)
             growth=[512,1024,2048,4096], epoch=dict(rows=100_000, bs=1024, layers=[500,250]))
 tiny = dict(shapes=[(8,16,8)], ps=[.5], growth=[16], epoch=dict(rows=512, bs=64, layers=[16,8]))
 
@@ -31,7 +32,7 @@ def bound(
     "Return the promised bound for one CPU thread"
     if device!='cpu': return None
     if n is None: return 2. if name=='example, numba' else None
-    return {'example, numba': 3., 'example, torch': 30., 'gaussian': 2.5, 'batch': 1.5 if n>=512 else None}.get(name)
+    return {'example, numba': 2.8, 'example, torch': 30., 'gaussian': 2.5, 'batch': 1.5 if n>=512 else None}.get(name)
 
 def alone(job, limit, memory_gb, **kw):
     "Run a job of `contestants.py` in a separate process; returns its result, or a note why there is none"
@@ -42,6 +43,16 @@ def alone(job, limit, memory_gb, **kw):
     except subprocess.TimeoutExpired: return dict(note=f'takes more than {limit:.0f} s')
     if res.returncode: return dict(note=(res.stderr.strip().splitlines() or [f'ended with {res.returncode}'])[-1])
     return json.loads(res.stdout.splitlines()[-1])
+
+def kernel_name(device):
+    "Say which kernel of 'example' runs, and for which processor it is compiled"
+    from fastai_dropconnect.functional import choose_backend
+    name = choose_backend(device)
+    if name!='numba': return f'kernel {name}'
+    import llvmlite.binding as llvm, numba
+    cpu = numba.config.CPU_NAME or llvm.get_host_cpu_name()
+    features = numba.config.CPU_FEATURES or ('' if numba.config.CPU_NAME else llvm.get_host_cpu_features().flatten())
+    return f'kernel numba for {cpu}' + (' with AVX-512' if '+avx512bw' in features else '')
 
 def machine(device):
     "Describe the machine, for the first lines of a CSV"
@@ -54,7 +65,7 @@ def machine(device):
     def has(p):
         try: return f'{p} {version(p)}'
         except PackageNotFoundError: return f'no {p}'
-    return [where, f'{date.today()}, Python {platform.python_version()}, ' + ', '.join(map(has, ['torch','numba','fastai','fastai_dropconnect']))]
+    return [where, kernel_name(device), f'{date.today()}, Python {platform.python_version()}, ' + ', '.join(map(has, ['torch','numba','fastai','fastai_dropconnect']))]
 
 def save(df, path, about):
     "Write a table with comments on top, for `pd.read_csv(path, comment='#')`"
@@ -97,6 +108,10 @@ def measure_growth(name, sizes, run):
     df = df.assign(ps_per_product=1e9*df.ms/(df.n*df.n_in*df.n_out), bytes_per_number=2**20*df.peak_mb/numbers)
     return df[['name','axis','n','n_in','n_out','ms','ps_per_product','ratio','peak_mb','bytes_per_number','note']]
 
+def measure_kernels(shapes, ps, other, run):
+    "Measure the numba kernels against those of another version"
+    return table([measured(run, 'kernels', dict(n=n, n_in=n_in, n_out=n_out, p=p), other=str(other)) for n,n_in,n_out in shapes for p in ps], times)
+
 def measure_epochs(names, run):
     "Measure an epoch of `tabular_learner` in each mode"
     return table([measured(run, 'epoch', dict(name=name)) for name in names], times)
@@ -117,7 +132,7 @@ def report(layers, grown, epochs):
     "Print the three tables"
     print('\nForward and backward: CPU time as a ratio to nn.Linear\'s, and MB of memory beyond nn.Linear\'s. !: over the bound. (n, n_in, n_out):')
     print(layers_table(layers).to_string())
-    print('\nBounds: example 3x with numba, 30x without; gaussian 2.5x; batch 1.5x from 512 rows on')
+    print('\nBounds: example 2.8x with numba, 30x without; gaussian 2.5x; batch 1.5x from 512 rows on')
     print('\nGrowth: picoseconds for each of n*n_in*n_out products, bytes for each of n*n_in + n_out*n_in + n*n_out numbers')
     print(grown.drop(columns='note').to_string(index=False, float_format='{:.3g}'.format))
     print('\nOne epoch of tabular_learner(layers=[500,250]) on 100,000 rows of 20 columns, bs 1024; bound for example with numba: 2x')
@@ -163,6 +178,7 @@ def main(
     seconds:float=2., # Time for each contestant and shape
     limit:float=300., # Stop a contestant after this many seconds
     memory_gb:float=12., # Stop a contestant that needs more memory; 0 for no limit
+    against:str='', # Folder of another version of the package, whose kernels are measured too
     out:str=str(results) # Directory for the tables and the figure
 ):
     "Measure, print and save"
@@ -179,5 +195,9 @@ def main(
     epochs = saved('epochs', judge(measure_epochs([o for o in ours if o in names], partial(run, seconds=20*seconds, **sizes['epoch'])), device))
     print('\n'.join(about))
     report(layers, grown, epochs)
+    if against:
+        kernels = saved('kernels', measure_kernels(sizes['shapes'], sizes['ps'], Path(against).resolve(), partial(run, seconds=seconds)))
+        print(f'\nKernels alone, forward and both gradients: CPU time as a ratio to that of {against}; aim: .70')
+        print(kernels[['n','n_in','n_out','p','ratio','ratio_best','pairs']].to_string(index=False, float_format='{:.3g}'.format))
     os.environ.setdefault('MPLBACKEND', 'Agg')
     draw(out, stem).savefig(Path(out)/f'{stem}layers.png', dpi=110)

@@ -157,7 +157,7 @@ def test_each_contestant_has_a_row():
 
 
 def test_bounds():
-    assert layers.bound('example, numba', 'cpu', 64) == 3 and layers.bound('example, numba', 'cpu') == 2 and layers.bound('example, torch', 'cpu', 64) == 30
+    assert layers.bound('example, numba', 'cpu', 64) == 2.8 and layers.bound('example, numba', 'cpu') == 2 and layers.bound('example, torch', 'cpu', 64) == 30
     assert layers.bound('batch', 'cpu', 256) is None and layers.bound('batch', 'cpu', 512) == 1.5 and layers.bound('Flipout', 'cpu', 512) is None
     rows = layers.table([dict(name='gaussian', n=64, ratio=2.6), dict(name='gaussian', n=64, ratio=2.5), dict(name='gaussian', n=64, note='x'),
                          dict(name='Flipout', n=64, ratio=9.)], ['ratio','note'])
@@ -231,7 +231,8 @@ def test_a_process_returns_its_last_line_or_a_note(monkeypatch):
 
 def test_quick_run_makes_tables_and_a_figure(tmp_path):
     names = [layers.reference, 'example, numba', 'Flipout']
-    res = subprocess.run([sys.executable, ROOT/'benchmarks'/'layers.py', '--quick', '--only', ';'.join(names), '--out', tmp_path], capture_output=True, text=True)
+    flags = '--quick', '--only', ';'.join(names), '--against', ROOT/'fastai_dropconnect', '--out', tmp_path
+    res = subprocess.run([sys.executable, ROOT/'benchmarks'/'layers.py', *flags], capture_output=True, text=True)
     assert res.returncode == 0, res.stderr
     steps,grown,epochs = (pd.read_csv(tmp_path/f'{o}.csv', comment='#') for o in ('layers','growth','epochs'))
     assert list(steps.name) == names and steps.ratio.notna().all() and (steps.pairs>0).all() and (steps.n==8).all()
@@ -239,7 +240,9 @@ def test_quick_run_makes_tables_and_a_figure(tmp_path):
     assert list(grown.axis) == ['n','n_in','n_out'] and grown.ms.notna().all()
     assert list(epochs.name) == names[:2] and (epochs.ms>0).all()
     first = (tmp_path/'layers.csv').read_text().splitlines()
-    assert first[0].startswith('# ') and 'torch' in first[1]
+    assert first[0].startswith('# ') and first[1].startswith('# kernel numba for ') and 'torch' in first[2]
+    kernels = pd.read_csv(tmp_path/'kernels.csv', comment='#')
+    assert (kernels.ratio>0).all() and (kernels.pairs>0).all()
     assert (tmp_path/'layers.png').stat().st_size > 10_000
     for name in names: assert name in res.stdout
     assert 'bounds missed' in res.stdout

@@ -6,175 +6,50 @@
 __all__ = ['grad_input', 'grad_weight', 'grads', 'usable', 'forward']
 
 # %% ../../nbs/110_kernels.numba.ipynb #71236461
-import operator, os, sys, threading, numba, numpy as np, torch, torch.nn.functional as F
+import os, threading, numba, numpy as np, torch, torch.nn.functional as F
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from itertools import pairwise
-from llvmlite import ir
-from numba.core import cgutils, event as numba_events, types
-from numba.extending import intrinsic, models, overload, register_model
 from torch import Tensor
 from .torch import gradient_calls, widen
-from ..masks import HASH_CONSTANTS, block_rows, word_limit
+from .vectors import add_where, aligned_zeros, broadcast, copy_into, jit, kept_rows, load
+from .vectors import load_limits, store, sum_eight, vector_sz
+from ..masks import HASH_CONSTANTS, block_rows, is_strict, limits_array
 
 # %% ../../nbs/110_kernels.numba.ipynb #daa20d18
-def _jit(**kw):
-    "Decorate with `numba.njit`, without Python's lock and with an on-disk cache if possible"
-    def wrap(f):
-        opts = dict(nogil=True, error_model='numpy', **kw)
-        try: return numba.njit(f, cache=os.path.isfile(f.__code__.co_filename), **opts)
-        except RuntimeError: return numba.njit(f, **opts)     # no folder for the cache is writable
-    return wrap
-
 def usable(device:torch.device) -> bool: # On the CPU, unless `NUMBA_DISABLE_JIT=1` is set
     "Tell whether this backend runs on `device`"
     return device.type=='cpu' and not numba.config.DISABLE_JIT
-
-# %% ../../nbs/110_kernels.numba.ipynb #8a78237e
-_not_announced = threading.Lock()    # taken by the first compilation and never released
-
-def _compilation_message(cache_path:str|None) -> str:
-    "Say what takes so long, and whether it is cached"
-    msg = 'fastai_dropconnect: compiling the CPU kernels, which takes about 10 seconds '
-    if cache_path: return f'{msg}and happens once: the result is cached in {cache_path}'
-    return f'{msg}in each process: numba finds no folder for its cache'
-
-class _AnnounceCompilation(numba_events.Listener):
-    "Listener that tells the user, once, that numba compiles a function of this module"
-    def on_start(self, event):
-        dispatcher = event.data['dispatcher']
-        if getattr(dispatcher, '__module__', None)!=__name__ or not sys.stderr: return
-        if _not_announced.acquire(blocking=False):
-            with suppress(OSError, ValueError):     # a closed stderr must not end a training
-                print(_compilation_message(dispatcher.stats.cache_path), file=sys.stderr, flush=True)
-
-    def on_end(self, event): pass
-
-numba_events.register('numba:compile', _AnnounceCompilation())
-
-# %% ../../nbs/110_kernels.numba.ipynb #7c03e883
-_vector_sz = 16    # numbers in a vector
-
-class _Vector(types.Type):
-    "Numba type of `_vector_sz` numbers of type `elem`"
-    def __init__(self, elem):
-        super().__init__(f'Vector({elem})')
-        self.elem = elem
-
-@register_model(_Vector)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, dmm, t):
-        super().__init__(dmm, t, ir.VectorType(dmm.lookup(t.elem).get_value_type(), _vector_sz))
-
-def _vector_pointer(context, builder, array_type, array, i): # LLVM pointer, and its alignment in bytes
-    "Build the address of the vector that begins at `array[i]`"
-    p = builder.gep(context.make_array(array_type)(context, builder, array).data, [i])
-    elem = p.type.pointee
-    return builder.bitcast(p, ir.VectorType(elem, _vector_sz).as_pointer()),context.get_abi_sizeof(elem)
-
-# %% ../../nbs/110_kernels.numba.ipynb #57f07d1e
-def _define_operator(
-    op, # Function of the module `operator`
-    emit, # Function of `(builder, a, b)` that builds LLVM's instruction
-    elem=None # Type of the numbers of the result, that of `a` by default
-):
-    "Let `op` work on two vectors"
-    @intrinsic
-    def call(typingctx, a, b):
-        return (_Vector(elem) if elem else a)(a, b),lambda context, builder, sig, args: emit(builder, *args)
-    @overload(op, inline='always')
-    def _(a, b):
-        if isinstance(a, _Vector) and isinstance(b, _Vector): return lambda a, b: call(a, b)
-
-for op in operator.add,operator.mul,operator.xor: _define_operator(op, getattr(ir.IRBuilder, op.__name__))
-_define_operator(operator.lshift, ir.IRBuilder.shl)
-_define_operator(operator.rshift, ir.IRBuilder.lshr)
-_define_operator(operator.lt, lambda builder, a, b: builder.icmp_signed('<', a, b), types.boolean)
-
-# %% ../../nbs/110_kernels.numba.ipynb #2e9d1cd2
-@intrinsic
-def _broadcast(typingctx, x):
-    "Make a vector with `x` in all places"
-    def emit(context, builder, sig, args):
-        t = context.get_value_type(sig.return_type)
-        first = builder.insert_element(ir.Constant(t, ir.Undefined), args[0], ir.Constant(ir.IntType(32), 0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), _vector_sz), [0]*_vector_sz)
-        return builder.shuffle_vector(first, first, zeros)
-    return _Vector(x)(x),emit
-
-@intrinsic
-def _load(typingctx, array, i):
-    "Load `array[i:i+_vector_sz]`, without a check of bounds"
-    def emit(context, builder, sig, args):
-        pointer,align = _vector_pointer(context, builder, sig.args[0], *args)
-        return builder.load(pointer, align=align)
-    return _Vector(array.dtype)(array, types.intp),emit
-
-@intrinsic
-def _store(typingctx, array, i, v):
-    "Store the vector `v` in `array[i:i+_vector_sz]`, without a check of bounds"
-    def emit(context, builder, sig, args):
-        pointer,align = _vector_pointer(context, builder, sig.args[0], *args[:2])
-        builder.store(args[2], pointer, align=align)
-        return context.get_dummy_value()
-    return types.void(array, types.intp, v),emit
-
-# %% ../../nbs/110_kernels.numba.ipynb #85f665c3
-@intrinsic
-def _add_where(typingctx, s, kept, a, b):
-    "Compute `s + a*b` where `kept`, else `s`"
-    def emit(context, builder, sig, args):
-        s,kept,a,b = args
-        product = builder.fmul(a, b, flags=('contract','nsz'))
-        return builder.select(kept, builder.fadd(s, product, flags=('contract','nsz')), s)
-    return s(s, kept, a, b),emit
-
-@intrinsic
-def _vector_sum(typingctx, v):
-    "Sum the numbers of a vector"
-    def emit(context, builder, sig, args):
-        t = args[0].type
-        name = f'llvm.vector.reduce.fadd.v{_vector_sz}f{v.elem.bitwidth}'
-        reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(t.element, [t.element, t]), name)
-        return builder.call(reduce, [ir.Constant(t.element, -0.), args[0]], fastmath=('contract','nsz','reassoc'))
-    return v.elem(v),emit
-
-# %% ../../nbs/110_kernels.numba.ipynb #85d614fa
-@_jit()
-def _aligned_zeros(n, dtype):
-    "Allocate `n` zeros that begin at a line of the cache"
-    a = np.zeros(n+64, dtype)
-    return a[-a.ctypes.data % 64 // a.itemsize:][:n]
-
-@_jit(inline='always')
-def _copy(to, numbers):
-    "Copy as `to[:len(numbers)] = numbers`, which numba does one by one"
-    for i in range(len(numbers)): to[i] = numbers[i]
 
 # %% ../../nbs/110_kernels.numba.ipynb #1af6dd66
 _u32 = np.uint32
 _MIX1,_MIX2 = map(_u32, HASH_CONSTANTS['mix_multipliers'])
 _key_step = _u32(HASH_CONSTANTS['key_step'])
 _key_salts = tuple(map(_u32, HASH_CONSTANTS['key_salts']))
+_counter_salt = _u32(HASH_CONSTANTS['counter_salt'])
 _WORD1,_WORD2 = map(_u32, HASH_CONSTANTS['word_multipliers'])
 
-@_jit()
+@jit(inline='always')
 def _mix(x):
     "Hash a 32-bit integer with `lowbias32`"
     x = _u32(_u32(x ^ _u32(x>>_u32(16)))*_MIX1)
     x = _u32(_u32(x ^ _u32(x>>_u32(15)))*_MIX2)
     return _u32(x ^ _u32(x>>_u32(16)))
 
-@_jit()
-def _counters(n_in):
-    "Compute `mask_counters`, shape `(n_in,)`"
-    res = np.empty(n_in, np.uint32)
-    for i in range(n_in):
-        hashed = _mix(_u32(_u32(i+1)*_key_step))
-        res[i] = _u32(hashed & _u32(0xffff0000)) | _u32(_u32(i+1) & _u32(0xffff))
-    return res
+@jit()
+def _fill_hashes(
+    low, high, # Halves of the seed
+    salt,
+    block, # Number of the row block
+    first, # The first number to hash
+    res # Memory for the result
+):
+    "Hash consecutive numbers together with the seed, a salt and a row block"
+    k = _mix(_u32(_mix(_u32(low ^ salt)) + high))
+    k = _mix(_u32(k + _u32(_u32(block)*_key_step)))
+    first = _u32(first)
+    for j in range(len(res)): res[j] = _mix(_u32(k ^ _u32(_u32(first+_u32(j))*_key_step)))
 
-@_jit()
+@jit()
 def _fill_keys(
     low, high, # Halves of the seed
     block, # Number of the row block
@@ -182,10 +57,7 @@ def _fill_keys(
     keys # Memory for the result, shape `(3, n_outputs)`
 ):
     "Compute the keys of one block of rows for the outputs from `first` on"
-    for j in range(3):
-        k = _mix(_u32(_mix(_u32(low ^ _key_salts[j])) + high))
-        k = _mix(_u32(k + _u32(_u32(block)*_key_step)))
-        for o in range(keys.shape[1]): keys[j,o] = _mix(_u32(k ^ _u32(_u32(first+o)*_key_step)))
+    for j in range(3): _fill_hashes(low, high, _key_salts[j], block, first, keys[j])
 
 def _seed_halves(seed:Tensor) -> tuple: # Lower and upper 32 bits
     "Split a seed of 64 bits"
@@ -193,96 +65,178 @@ def _seed_halves(seed:Tensor) -> tuple: # Lower and upper 32 bits
     return _u32(s & 0xffffffff),_u32(s>>32 & 0xffffffff)
 
 # %% ../../nbs/110_kernels.numba.ipynb #fdc758d4
-@_jit(inline='always')
-def _row_masks(
-    k, # Three keys
-    counters, # Vector of counters
-    limit # Vector of `word_limit`
-): # Four vectors of booleans, `True` = kept
-    "Compute which of the four rows of a block keep each weight of a vector"
-    half = _broadcast(_u32(16))
-    x = (_broadcast(k[0]) ^ counters) * _broadcast(_MIX1)
-    x = x ^ (x >> _broadcast(_u32(15)))
-    a = x*_broadcast(_WORD1) + _broadcast(k[1])
-    b = x*_broadcast(_WORD2) + _broadcast(k[2])
-    return (a ^ (a<<half)) < limit,a < limit,(b ^ (b<<half)) < limit,b < limit
+@jit(inline='always')
+def _words(
+    keys, # Shape `(3, n_outputs)`
+    o, # Number of an output among them
+    counters # Vector of counters
+): # Two vectors
+    "Compute the two words of 16 counters and one output"
+    half = broadcast(_u32(16))
+    x = broadcast(keys[0,o]) + counters
+    x = x ^ (x >> broadcast(_u32(15)))
+    a = x*broadcast(_WORD1) + broadcast(keys[1,o])
+    b = x*broadcast(_WORD2) + broadcast(keys[2,o])
+    return a ^ (a>>half),b ^ (b>>half)
 
-def _limit(threshold:int) -> np.int32:
-    "Convert `word_limit` for the kernels"
-    return np.int32(word_limit(threshold))
+@jit(inline='always')
+def _masks(
+    word, # One of the two vectors of `_words`
+    key, # The key that was added to it
+    counter, # The first of the counters
+    limits, # From `limits_array`
+    strict # `True` for the limits of a large `p`, else `None`
+): # Four vectors of booleans, `True` = kept
+    "Compute which of four rows keep each of 16 weights"
+    place = ((key>>_u32(20)) + (counter>>_u32(20))) & 4095
+    return kept_rows(word, load_limits(limits, place), strict)
+
+def _limits(threshold:int) -> tuple:
+    "Return the arguments `limits` and `strict` of the kernels"
+    return limits_array(threshold),True if is_strict(threshold) else None
 
 # %% ../../nbs/110_kernels.numba.ipynb #43905538
-@_jit()
+@jit(inline='always')
+def _block_sums(
+    keys, # Shape `(3, n_outputs)`
+    o, # Number of an output among them
+    counters, # Of the inputs, and one vector more
+    limits, strict, # As in `_masks`
+    x, # Inputs of eight rows, shape `(8, width)`
+    w # Weights of the output, shape `(width,)`
+): # Vector of eight sums
+    "Compute one output of eight rows"
+    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = broadcast(x.dtype.type(0))
+    a,b = _words(keys, o, load(counters, 0))
+    for i in range(0, len(w), vector_sz):
+        now_a,now_b,wi = a,b,load(w, i)
+        a,b = _words(keys, o, load(counters, i+vector_sz))
+        m = _masks(now_a, keys[1,o], counters[i], limits, strict)
+        s0,s1 = add_where(s0, m[0], load(x[0], i), wi),add_where(s1, m[1], load(x[1], i), wi)
+        s2,s3 = add_where(s2, m[2], load(x[2], i), wi),add_where(s3, m[3], load(x[3], i), wi)
+        m = _masks(now_b, keys[2,o], counters[i], limits, strict)
+        s4,s5 = add_where(s4, m[0], load(x[4], i), wi),add_where(s5, m[1], load(x[5], i), wi)
+        s6,s7 = add_where(s6, m[2], load(x[6], i), wi),add_where(s7, m[3], load(x[7], i), wi)
+    return sum_eight((s0, s1, s2, s3, s4, s5, s6, s7))
+
+@jit()
 def _forward(
     x, # Inputs, shape `(n, n_in)`
     w, # Weight, shape `(n_out, width)`: rows padded to whole vectors
     low, high, # Halves of the seed
-    limit, # From `_limit`
+    limits, strict, # From `_limits`
     y, # Memory for the outputs, shape `(n, n_out)`
     first, last # Row blocks to compute
 ):
     "Compute the outputs of the row blocks from `first` to before `last`"
     n,(n_out,width) = len(x),w.shape
-    counters,keys = _counters(width),np.empty((3,n_out), np.uint32)
-    rows = _aligned_zeros(4*width, x.dtype).reshape(4, width)
-    limit,zero = _broadcast(limit),_broadcast(x.dtype.type(0))
+    counters,keys = np.zeros(width+vector_sz, np.uint32),np.empty((3,n_out), np.uint32)
+    rows,sums = aligned_zeros(8*width, x.dtype).reshape(8, width),np.empty((n_out,8), x.dtype)
     for b in range(first, last):
-        n_rows = min(4, n-4*b)
-        for j in range(n_rows): _copy(rows[j], x[4*b+j])
+        n_rows = min(8, n-8*b)
+        for j in range(n_rows): copy_into(rows[j], x[8*b+j])
         _fill_keys(low, high, b, 0, keys)
-        for o in range(n_out):
-            k,wo = (keys[0,o],keys[1,o],keys[2,o]),w[o]
-            s0 = s1 = s2 = s3 = zero
-            for i in range(0, width, _vector_sz):
-                m,wi = _row_masks(k, _load(counters, i), limit),_load(wo, i)
-                s0 = _add_where(s0, m[0], _load(rows[0], i), wi)
-                s1 = _add_where(s1, m[1], _load(rows[1], i), wi)
-                s2 = _add_where(s2, m[2], _load(rows[2], i), wi)
-                s3 = _add_where(s3, m[3], _load(rows[3], i), wi)
-            sums = _vector_sum(s0),_vector_sum(s1),_vector_sum(s2),_vector_sum(s3)
-            for j in range(n_rows): y[4*b+j,o] = sums[j]
+        _fill_hashes(low, high, _counter_salt, b, 0, counters)
+        for o in range(n_out): store(sums[o], 0, _block_sums(keys, o, counters, limits, strict, rows, w[o]))
+        for j in range(n_rows):
+            for o in range(n_out): y[8*b+j,o] = sums[o,j]
 
 # %% ../../nbs/110_kernels.numba.ipynb #7c9c8951
-@_jit(inline='always')
-def _vector_gradients(
-    keys, # Shape `(3, n_outputs)`
-    e, # Gradients of the outputs of four rows, shape `(4, n_outputs)`
-    counters, limit, # Vectors
-    x, # Inputs of four rows: four vectors
-    s, # Gradients of these inputs: four vectors
-    pairs, # Weights, and their gradients, shape `(n_outputs, 2, _vector_sz)`
-    need_x, need_w # `None` if the gradient of the input, or of the weight, is not needed
+@jit(inline='always')
+def _add_input_gradients(
+    s, # Gradients of four rows: four vectors
+    m, # Masks of these rows
+    e, # Gradients of the output of these rows: four vectors of one number each
+    w # Vector of weights
 ): # The new `s`
+    "Add `e*w` to the gradients of four rows, where kept"
+    return add_where(s[0], m[0], e[0], w),add_where(s[1], m[1], e[1], w),\
+        add_where(s[2], m[2], e[2], w),add_where(s[3], m[3], e[3], w)
+
+@jit(inline='always')
+def _add_weight_gradient(
+    s, # Vector
+    m, e, # As in `_add_input_gradients`
+    x # Inputs of four rows: four vectors
+): # The new `s`
+    "Add `e*x` of four rows to `s`, where kept"
+    s = add_where(add_where(s, m[0], e[0], x[0]), m[1], e[1], x[1])
+    return add_where(add_where(s, m[2], e[2], x[2]), m[3], e[3], x[3])
+
+@jit(inline='always')
+def _four_of(e, j, o):
+    "Make vectors of `e[j,o]` and of the three rows that follow"
+    return broadcast(e[j,o]),broadcast(e[j+1,o]),broadcast(e[j+2,o]),broadcast(e[j+3,o])
+
+@jit(inline='always')
+def _load_four(rows, j, i):
+    "Load a vector from row `j` and from the three rows that follow"
+    return load(rows[j], i),load(rows[j+1], i),load(rows[j+2], i),load(rows[j+3], i)
+
+# %% ../../nbs/110_kernels.numba.ipynb #be771841
+@jit(inline='always')
+def _vector_gradients(
+    keys, # Shape `(3, n_outputs+1)`
+    e, # Gradients of the outputs of eight rows, shape `(8, n_outputs)`
+    n_outs, # Outputs of this group
+    counters, i, # Counters of the inputs, and the place of the vector among them
+    limits, strict, # As in `_masks`
+    x, s, at, # Inputs of eight rows, their gradients, shape `(8, width)`, and the place of the vector in them
+    pairs, # Weights, and their gradients, shape `(n_outputs, 2, vector_sz)`
+    need_x, need_w # `None` if the gradient of the input, or of the weight, is not needed
+):
     "Add the gradients of a vector of inputs to `s`, and those of its weights to `pairs`"
-    for o in range(e.shape[1]):
-        m = _row_masks((keys[0,o],keys[1,o],keys[2,o]), counters, limit)
-        e0,e1,e2,e3 = _broadcast(e[0,o]),_broadcast(e[1,o]),_broadcast(e[2,o]),_broadcast(e[3,o])
-        if need_x is not None:
-            w = _load(pairs[o,0], 0)
-            s = (_add_where(s[0], m[0], e0, w), _add_where(s[1], m[1], e1, w),
-                 _add_where(s[2], m[2], e2, w), _add_where(s[3], m[3], e3, w))
-        if need_w is not None:
-            sum_w = _add_where(_load(pairs[o,1], 0), m[0], e0, x[0])
-            sum_w = _add_where(sum_w, m[1], e1, x[1])
-            sum_w = _add_where(sum_w, m[2], e2, x[2])
-            _store(pairs[o,1], 0, _add_where(sum_w, m[3], e3, x[3]))
-    return s
+    x1,x2,s1,s2 = _load_four(x, 0, at),_load_four(x, 4, at),_load_four(s, 0, at),_load_four(s, 4, at)
+    c,zeros = load(counters, i),broadcast(e.dtype.type(0))
+    a,b = _words(keys, 0, c)
+    for o in range(n_outs):
+        now_a,now_b = a,b
+        a,b = _words(keys, o+1, c)
+        m1,e1 = _masks(now_a, keys[1,o], counters[i], limits, strict),_four_of(e, 0, o)
+        if need_x is not None: s1 = _add_input_gradients(s1, m1, e1, load(pairs[o,0], 0))
+        if need_w is not None: sum1 = _add_weight_gradient(load(pairs[o,1], 0), m1, e1, x1)
+        m2,e2 = _masks(now_b, keys[2,o], counters[i], limits, strict),_four_of(e, 4, o)
+        if need_x is not None: s2 = _add_input_gradients(s2, m2, e2, load(pairs[o,0], 0))
+        if need_w is not None: store(pairs[o,1], 0, sum1 + _add_weight_gradient(zeros, m2, e2, x2))
+    if need_x is not None:
+        for j in range(4):
+            store(s[j], at, s1[j])
+            store(s[j+4], at, s2[j])
 
 # %% ../../nbs/110_kernels.numba.ipynb #e11286e6
 _max_tile,_group_outs = 256,64   # most inputs of a tile; outputs of a group
 
-@_jit(inline='always')
-def _load_four(rows, i):
-    "Load a vector from each of four rows"
-    return _load(rows[0], i),_load(rows[1], i),_load(rows[2], i),_load(rows[3], i)
+@jit()
+def _fill_pairs(
+    w, # Weight, shape `(n_out, n_in)`, or `None`
+    outs, ins, # First output and input, and those to end before
+    pairs # Memory for weights and their gradients, shape `(n_vectors, n_outputs, 2, vector_sz)`
+):
+    "Copy weights to `pairs`, and set their gradients to 0"
+    for i in range(ins[0], ins[1], vector_sz):
+        for o in range(outs[0], outs[1]):
+            pair = pairs[(i-ins[0])//vector_sz,o-outs[0]]
+            if w is not None: copy_into(pair[0], w[o,i:min(i+vector_sz, ins[1])])
+            store(pair[1], 0, broadcast(pairs.dtype.type(0)))
 
-@_jit()
+@jit()
+def _read_pairs(
+    pairs, # As in `_fill_pairs`
+    outs, ins, # As in `_fill_pairs`
+    gw # Gradient of the weight, memory of shape `(n_out, n_in)`
+):
+    "Copy the gradients of weights from `pairs`"
+    for i in range(ins[0], ins[1], vector_sz):
+        for o in range(outs[0], outs[1]):
+            copy_into(gw[o,i:ins[1]], pairs[(i-ins[0])//vector_sz,o-outs[0],1,:min(vector_sz, ins[1]-i)])
+
+@jit()
 def _backward(
     g, # Gradients of the outputs, shape `(n, n_out)`
     x, # Inputs, shape `(n, n_in)`, or `None`
     w, # Weight, shape `(n_out, n_in)`, or `None`
     low, high, # Halves of the seed
-    limit, # From `_limit`
+    limits, strict, # From `_limits`
     gx, # Gradient of the input, zeros of shape `(n, n_in)`, or `None`
     gw, # Gradient of the weight, memory of shape `(n_out, n_in)`, or `None`
     n_in, width, # Inputs of the layer, inputs of a tile
@@ -290,36 +244,30 @@ def _backward(
 ):
     "Compute the gradients for the tiles of inputs from `first` to before `last`"
     n,n_out = g.shape
-    counters,keys = _counters(-(-n_in//_vector_sz)*_vector_sz),np.empty((3,_group_outs), np.uint32)
-    limit,zeros = _broadcast(limit),_broadcast(g.dtype.type(0))
-    rows,e = _aligned_zeros(8*width, g.dtype).reshape(2, 4, width),np.zeros((4,_group_outs), g.dtype)
-    pairs = _aligned_zeros(width*_group_outs*2, g.dtype).reshape(width//_vector_sz, _group_outs, 2, _vector_sz)
+    counters,keys = np.empty(width, np.uint32),np.zeros((3,_group_outs+1), np.uint32)
+    rows,e = aligned_zeros(16*width, g.dtype).reshape(2, 8, width),np.zeros((8,_group_outs), g.dtype)
+    pairs = aligned_zeros(width*_group_outs*2, g.dtype).reshape(width//vector_sz, _group_outs, 2, vector_sz)
     for t in range(first, last):
-        i0,i1 = t*width,min((t+1)*width, n_in)
+        ins = t*width,min((t+1)*width, n_in)
         for o0 in range(0, n_out, _group_outs):
-            n_outs = min(_group_outs, n_out-o0)
-            for i in range(i0, i1, _vector_sz):
-                for o in range(n_outs):
-                    if w is not None: _copy(pairs[(i-i0)//_vector_sz,o,0], w[o0+o,i:min(i+_vector_sz, i1)])
-                    _store(pairs[(i-i0)//_vector_sz,o,1], 0, zeros)
-            for r in range(0, n, 4):
-                n_rows = min(4, n-r)
-                e[n_rows:],rows[0,n_rows:] = 0,0
+            outs = o0,min(o0+_group_outs, n_out)
+            n_outs = outs[1]-o0
+            _fill_pairs(w, outs, ins, pairs)
+            for r in range(0, n, 8):
+                n_rows = min(8, n-r)
+                if n_rows<8: e[n_rows:],rows[0,n_rows:] = 0,0
                 for j in range(n_rows):
-                    _copy(e[j], g[r+j,o0:o0+n_outs])
-                    if x is not None: _copy(rows[0,j], x[r+j,i0:i1])
-                    if gx is not None: _copy(rows[1,j], gx[r+j,i0:i1])
-                _fill_keys(low, high, r//4, o0, keys[:,:n_outs])
-                for i in range(0, i1-i0, _vector_sz):
-                    s = _vector_gradients(keys, e[:,:n_outs], _load(counters, i0+i), limit, _load_four(rows[0], i),
-                                          _load_four(rows[1], i), pairs[i//_vector_sz], gx, gw)
-                    for j in range(4): _store(rows[1,j], i, s[j])
+                    copy_into(e[j], g[r+j,o0:outs[1]])
+                    if x is not None: copy_into(rows[0,j], x[r+j,ins[0]:ins[1]])
+                    if gx is not None: copy_into(rows[1,j], gx[r+j,ins[0]:ins[1]])
+                _fill_keys(low, high, r//8, o0, keys[:,:n_outs])
+                _fill_hashes(low, high, _counter_salt, r//8, ins[0], counters)
+                for i in range(0, ins[1]-ins[0], vector_sz):
+                    _vector_gradients(keys, e, n_outs, counters, i, limits, strict, rows[0], rows[1], i,
+                                      pairs[i//vector_sz], gx, gw)
                 if gx is not None:
-                    for j in range(n_rows): _copy(gx[r+j,i0:i1], rows[1,j,:i1-i0])
-            if gw is not None:
-                for i in range(i0, i1, _vector_sz):
-                    for o in range(n_outs):
-                        _copy(gw[o0+o,i:i1], pairs[(i-i0)//_vector_sz,o,1,:min(_vector_sz, i1-i)])
+                    for j in range(n_rows): copy_into(gx[r+j,ins[0]:ins[1]], rows[1,j,:ins[1]-ins[0]])
+            if gw is not None: _read_pairs(pairs, outs, ins, gw)
 
 # %% ../../nbs/110_kernels.numba.ipynb #3f8b5db1
 _pool,_lock = None,threading.Lock()
@@ -369,9 +317,9 @@ def forward(
     "Compute `y[r,o] = sum_i x[r,i] * weight[o,i] * mask[r,o,i]`"
     (n,n_in),n_out = x.shape,len(weight)
     xw,w = widen(x, weight)
-    if n_in%_vector_sz: w = F.pad(w, (0,-n_in%_vector_sz))
+    if n_in%vector_sz: w = F.pad(w, (0,-n_in%vector_sz))
     y = xw.new_empty(n, n_out)
-    args = _as_numpy(xw),_as_numpy(w),*_seed_halves(seed),_limit(threshold),_as_numpy(y)
+    args = _as_numpy(xw),_as_numpy(w),*_seed_halves(seed),*_limits(threshold),_as_numpy(y)
     _run_in_threads(_forward, args, -(-n//block_rows), _n_threads(n*n_out*n_in))
     return y.to(x.dtype)
 
@@ -390,9 +338,9 @@ def _gradients(
     gx = None if w is None else e.new_zeros(n, n_in)
     gw = None if xw is None else e.new_empty(n_out, n_in)
     n_threads = _n_threads(n*n_out*n_in)
-    width = min(_max_tile, max(64, -(-n_in//(_vector_sz*n_threads))*_vector_sz))
+    width = min(_max_tile, max(64, -(-n_in//(vector_sz*n_threads))*vector_sz))
     e,xw,w,*out = map(_as_numpy, (e, xw, w, gx, gw))
-    args = e,xw,w,*_seed_halves(seed),_limit(threshold),*out,n_in,width
+    args = e,xw,w,*_seed_halves(seed),*_limits(threshold),*out,n_in,width
     _run_in_threads(_backward, args, -(-n_in//width), n_threads)
     return tuple(t if t is None else t.to(g.dtype) for t in (gx,gw))
 

@@ -9,49 +9,7 @@ __all__ = ['piece_sz', 'grad_input', 'grad_weight', 'grads', 'usable', 'widen', 
 import math, torch
 from collections.abc import Callable
 from torch import Tensor
-from ..masks import _MIX1, _signed32, _word_multipliers
-from ..masks import block_rows, mask_counters, mask_keys, word_limit
-
-# %% ../../nbs/100_kernels.torch.ipynb #30576f0c
-def _flipped_keys(
-    seed:Tensor, # 0-d int64, from `draw_seed`
-    blocks:range, # Numbers of row blocks
-    n_out:int # Outputs of the layer
-) -> Tensor: # int32, shape `(5, len(blocks), n_out)`
-    "Compute the keys of complemented words: the first key, then each other one complemented and shifted"
-    first,second,third = mask_keys(seed, blocks, n_out)
-    return torch.stack([first, ~second, second<<16, ~third, third<<16])
-
-def _flipped_words(
-    keys:Tensor, # From `_flipped_keys`, shape `(5, n_blocks, n_out)`
-    counters:Tensor, # From `mask_counters`, shape `(n_in,)`
-    out:Tensor, # Memory for the result, int32
-    tmp:Tensor # Memory of half that size, int32
-) -> Tensor: # int32, shape `(n_blocks*block_rows, n_out, n_in)`
-    "Compute the complement of the deciding half of each of `mask_words`"
-    shape = *keys.shape[1:],len(counters)
-    x,shifted = tmp[:2*math.prod(shape)].view(2, *shape)
-    torch.bitwise_xor(keys[0,...,None], counters, out=x).mul_(_MIX1)
-    x.bitwise_xor_(torch.bitwise_right_shift(x, 15, out=shifted).bitwise_and_(2**17-1))
-    res = out.view(shape[0], block_rows, *shape[1:])
-    for j,m in enumerate(_word_multipliers):
-        word,other = res[:,2*j+1],res[:,2*j]
-        torch.add(keys[2*j+1,...,None], x, alpha=-m, out=word)
-        torch.add(keys[2*j+2,...,None], x, alpha=_signed32(m<<16), out=other).bitwise_xor_(word)
-    return res.flatten(0, 1)
-
-# %% ../../nbs/100_kernels.torch.ipynb #6fc683da
-def _where_kept(
-    t:Tensor, # float32 or float64, of a shape that broadcasts to that of `flipped`
-    flipped:Tensor, # From `_flipped_words`, shape `(n_rows, n_out, n_in)`
-    threshold:int, # From `drop_threshold`
-    out:Tensor # Memory for the result, of the type of `t`
-) -> Tensor: # `out`, of the shape of `flipped`
-    "Copy `t` where a weight is kept, and put 0 where it is dropped"
-    ints = torch.int64 if t.dtype==torch.float64 else torch.int32
-    select = torch.ops.aten.threshold_backward.grad_input
-    select(t.view(ints), flipped, ~word_limit(threshold), grad_input=out.view(ints))
-    return out
+from ..masks import block_rows, mask_bits, mask_counters, mask_keys
 
 # %% ../../nbs/100_kernels.torch.ipynb #711d1add
 piece_sz = 2**20
@@ -74,25 +32,20 @@ def _piece_shape(
 # %% ../../nbs/100_kernels.torch.ipynb #fa22356d
 def _pieces(
     seed:Tensor, # 0-d int64, from `draw_seed`
+    threshold:int, # From `drop_threshold`
     n:int, # Rows of the batch
     n_out:int, # Outputs of the layer
-    n_in:int, # Inputs of the layer
-    dtype:torch.dtype=torch.float32 # Type of `tmp`
-): # Yields `(rows, outputs, flipped, tmp)`: two slices, the flipped words of the piece, and memory of their shape
-    "Go through a batch piece by piece, in the same memory"
+    n_in:int # Inputs of the layer
+): # Yields `(rows, outputs, kept)`: two slices, and the mask of the piece
+    "Go through a batch piece by piece"
     rows,outs = _piece_shape(n_out, n_in)
-    n_blocks = -(-n//block_rows)
-    keys,counters = _flipped_keys(seed, range(n_blocks), n_out),mask_counters(n_in, seed.device)
-    sz = min(rows, n_blocks*block_rows) * min(outs, n_out) * n_in
-    memory = keys.new_empty(sz*(1 + dtype.itemsize//4))
-    rest,words = memory.split([len(memory)-sz, sz])
-    tmp = rest.view(dtype)
+    blocks = range(-(-n//block_rows))
+    keys,counters = mask_keys(seed, blocks, n_out),mask_counters(seed, blocks, n_in)
     for r in _ranges(n, rows):
-        blocks = slice(r.start//block_rows, -(-r.stop//block_rows))
+        b = slice(r.start//block_rows, -(-r.stop//block_rows))
         for o in _ranges(n_out, outs):
-            k = keys[:,blocks,o.start:o.stop]
-            flipped = _flipped_words(k, counters, words[:k[0].numel()*block_rows*n_in], rest)[:len(r)]
-            yield slice(r.start, r.stop),slice(o.start, o.stop),flipped,tmp[:flipped.numel()].view(flipped.shape)
+            kept = mask_bits(keys[:,b,o.start:o.stop], counters[b], threshold)[:len(r),:,:n_in]
+            yield slice(r.start, r.stop),slice(o.start, o.stop),kept
 
 # %% ../../nbs/100_kernels.torch.ipynb #0d9a441a
 def usable(device:torch.device) -> bool: # Always `True`
@@ -115,8 +68,8 @@ def forward(
     "Compute `y[r,o] = sum_i x[r,i] * weight[o,i] * mask[r,o,i]`"
     xw,w = widen(x, weight)
     y = xw.new_empty(len(x), len(weight))
-    for r,o,flipped,tmp in _pieces(seed, len(x), *weight.shape, y.dtype):
-        y[r,o] = _where_kept(w[o], flipped, threshold, tmp).mul_(xw[r,None]).sum(2)
+    for r,o,kept in _pieces(seed, threshold, len(x), *weight.shape):
+        y[r,o] = torch.bmm(torch.where(kept, w[o], 0), xw[r,:,None])[...,0]
     return y.to(x.dtype)
 
 # %% ../../nbs/100_kernels.torch.ipynb #1a3dc8ef
@@ -133,9 +86,9 @@ def _gradients(
     g,x,weight = widen(g, x, weight)
     gx = None if weight is None else g.new_zeros(len(g), n_in)
     gw = None if x is None else g.new_zeros(n_out, n_in)
-    for r,o,flipped,tmp in _pieces(seed, len(g), n_out, n_in, g.dtype):
-        if gx is not None: gx[r] += torch.bmm(g[r,None,o], _where_kept(weight[o], flipped, threshold, tmp))[:,0]
-        if gw is not None: gw[o] += _where_kept(x[r,None], flipped, threshold, tmp).mul_(g[r,o,None]).sum(0)
+    for r,o,kept in _pieces(seed, threshold, len(g), n_out, n_in):
+        if gx is not None: gx[r] += torch.bmm(g[r,None,o], torch.where(kept, weight[o], 0))[:,0]
+        if gw is not None: gw[o] += torch.where(kept, x[r,None], 0).mul_(g[r,o,None]).sum(0)
     return tuple(t if t is None else t.to(dtype) for t in (gx,gw))
 
 # %% ../../nbs/100_kernels.torch.ipynb #95a7853a

@@ -7,14 +7,16 @@ __all__ = ['grad_input', 'grad_weight', 'grads', 'usable', 'forward']
 
 # %% ../../nbs/120_kernels.triton.ipynb #f7fc184f
 import torch, triton, triton.language as tl
+from functools import lru_cache
 from torch import Tensor
 from .torch import gradient_calls
-from ..masks import HASH_CONSTANTS, block_rows, word_limit
+from ..masks import HASH_CONSTANTS, block_rows, drop_limits, is_strict
 
 # %% ../../nbs/120_kernels.triton.ipynb #7a2e0b74
 _MIX1,_MIX2 = map(tl.constexpr, HASH_CONSTANTS['mix_multipliers'])
 _key_step = tl.constexpr(HASH_CONSTANTS['key_step'])
 _key_salt1,_key_salt2,_key_salt3 = map(tl.constexpr, HASH_CONSTANTS['key_salts'])
+_counter_salt = tl.constexpr(HASH_CONSTANTS['counter_salt'])
 _WORD1,_WORD2 = map(tl.constexpr, HASH_CONSTANTS['word_multipliers'])
 
 @triton.jit
@@ -25,24 +27,16 @@ def _mix(x):
     return x ^ (x >> 16)
 
 @triton.jit
-def _counters(i):
-    "Compute `mask_counters` for the inputs `i`, shape `(I,)`"
-    c = i.to(tl.uint32)+1
-    hashed = _mix(c * tl.full((), _key_step, tl.uint32))
-    return (hashed & tl.full((), 0xffff0000, tl.uint32)) | (c & 0xffff)
-
-@triton.jit
-def _key(
+def _hash_numbers(
     low, high, # Halves of the seed
+    salt: tl.constexpr,
     block, # Number of the row block
-    o, # Numbers of the outputs, shape `(O,)`
-    salt: tl.constexpr # Which of the three keys
+    numbers # Integers of any shape
 ):
-    "Compute one of the three keys of a row block, shape `(O,)`"
+    "Hash numbers together with the seed, a salt and a row block"
     step = tl.full((), _key_step, tl.uint32)
     k = _mix(_mix(low ^ tl.full((), salt, tl.uint32)) + high)
-    k = _mix(k + block.to(tl.uint32)*step)
-    return _mix(k ^ (o.to(tl.uint32)*step))
+    return _mix(_mix(k + block.to(tl.uint32)*step) ^ (numbers.to(tl.uint32)*step))
 
 @triton.jit
 def _load_seed(seed):
@@ -52,77 +46,123 @@ def _load_seed(seed):
 
 # %% ../../nbs/120_kernels.triton.ipynb #97dafcf2
 @triton.jit
-def _row_masks(
+def _shared_hash(
     low, high, # Halves of the seed
     block, # Number of the row block
     o, # Numbers of the outputs, shape `(O,)`
-    counters, # Of the inputs, shape `(I,)`
-    limit # From `word_limit`
-): # Four masks, shape `(O, I)`
-    "Compute which of the four rows of a block keep each weight"
-    x = (_key(low, high, block, o, _key_salt1)[:,None] ^ counters[None,:]) * tl.full((), _MIX1, tl.uint32)
-    x = x ^ (x >> 15)
-    a = x*tl.full((), _WORD1, tl.uint32) + _key(low, high, block, o, _key_salt2)[:,None]
-    b = x*tl.full((), _WORD2, tl.uint32) + _key(low, high, block, o, _key_salt3)[:,None]
-    m0 = (a ^ (a << 16)).to(tl.int32, bitcast=True) < limit
-    m1 = a.to(tl.int32, bitcast=True) < limit
-    m2 = (b ^ (b << 16)).to(tl.int32, bitcast=True) < limit
-    m3 = b.to(tl.int32, bitcast=True) < limit
-    return m0,m1,m2,m3
+    m # Numbers of quadruples of inputs, shape `(M,)`
+): # Numbers that all rows share, shapes `(4, O, M)`, `(1, 1, M)` and `(4, 1, M)`
+    "Compute what the words, and the places of their limits, are made of"
+    j,m = tl.arange(0, 4)[:,None,None],m[None,None,:]
+    first = m//4*16
+    counters = _hash_numbers(low, high, _counter_salt, block, first + 4*j + m%4)
+    x = _hash_numbers(low, high, _key_salt1, block, o)[None,:,None] + counters
+    offset = _hash_numbers(low, high, _counter_salt, block, first) >> 20
+    return x ^ (x >> 15),offset,16*j + m%4*4
+
+@triton.jit
+def _half_words(
+    shared, # From `_shared_hash`
+    offset, within, # From `_shared_hash`
+    multiplier, # `_WORD1` or `_WORD2`, as a number
+    key # Key of each output, shape `(O,)`
+): # Words and places, shape `(4, O, M)`
+    "Compute the words of four rows, and where in the list their limits begin"
+    word = shared*multiplier + key[None,:,None]
+    place = (((key >> 20)[None,:,None] + offset) & 4095).to(tl.int32)
+    return word ^ (word >> 16),place + within
+
+@triton.jit
+def _words(low, high, block, o, m): # Words and places of the first four rows, and of the others, shape `(4, O, M)`
+    "Compute the words of the rows of a block, and where in the list their limits begin"
+    shared,offset,within = _shared_hash(low, high, block, o, m)
+    key2,key3 = _hash_numbers(low, high, _key_salt2, block, o),_hash_numbers(low, high, _key_salt3, block, o)
+    word1,place1 = _half_words(shared, offset, within, tl.full((), _WORD1, tl.uint32), key2)
+    word2,place2 = _half_words(shared, offset, within, tl.full((), _WORD2, tl.uint32), key3)
+    return word1,place1,word2,place2
+
+@triton.jit
+def _kept(
+    words, places, # Of four rows, shape `(4, O, M)`
+    limits, # From `drop_limits`
+    strict: tl.constexpr, # From `is_strict`
+    t: tl.constexpr # Which byte
+): # Booleans, shape `(4, O, M)`
+    "Compute which weights of the inputs `4*m + t` are kept in four rows"
+    number,limit = ((words >> (8*t)) & 255).to(tl.int32),tl.load(limits + places + t).to(tl.int32)
+    return number > limit if strict else number >= limit
 
 # %% ../../nbs/120_kernels.triton.ipynb #e3cea004
 @triton.jit
-def _bound(inside, n):
-    "Return `n` if `inside`, else 0"
-    return tl.where(inside, n, 0)
+def _load_part(
+    array, # Shape `(n, columns)`
+    r, n, # Numbers of the rows, and of all rows
+    c, columns, # Numbers of the columns, and of all columns
+    dtype: tl.constexpr # Type of the result
+): # Shape `(len(r), len(c))`
+    "Load some rows and columns, and 0 outside the array"
+    inside = (r<n)[:,None] & (c<columns)[None,:]
+    return tl.load(array + r.to(tl.int64)[:,None]*columns + c[None,:], inside, 0).to(dtype)
+
+@triton.jit
+def _store_part(array, r, n, c, columns, values):
+    "Store what `_load_part` loads"
+    inside = (r<n)[:,None] & (c<columns)[None,:]
+    tl.store(array + r.to(tl.int64)[:,None]*columns + c[None,:], values, inside)
 
 @triton.jit
 def _forward(
     x, # Inputs, shape `(n, n_in)`
     w, # Weight, shape `(n_out, n_in)`
     seed, # 0-d int64
+    limits, # From `drop_limits`
     y, # Memory for the outputs, shape `(n, n_out)`
     n, n_out, n_in,
-    limit, # From `word_limit`
-    O: tl.constexpr, I: tl.constexpr, # Outputs and inputs of a piece
+    strict: tl.constexpr, # From `is_strict`
+    O: tl.constexpr, M: tl.constexpr, # Outputs and quadruples of inputs of a piece
     dtype: tl.constexpr # Type to sum in
 ):
-    "Compute `O` outputs of the four rows of a block"
-    b = tl.program_id(0)    # grid: row blocks, groups of outputs
-    r,o = b.to(tl.int64)*4,tl.program_id(1)*O + tl.arange(0, O)
+    "Compute `O` outputs of the eight rows of a block"
+    b,o = tl.program_id(0),tl.program_id(1)*O + tl.arange(0, O)    # grid: row blocks, groups of outputs
+    r1 = b*8 + tl.arange(0, 4)
+    r2 = r1 + 4
     low,high = _load_seed(seed)
-    s0,s1,s2,s3 = tl.zeros((O,I), dtype),tl.zeros((O,I), dtype),tl.zeros((O,I), dtype),tl.zeros((O,I), dtype)
-    for i0 in range(0, n_in, I):
-        i = i0 + tl.arange(0, I)
-        inside = (o<n_out)[:,None] & (i<n_in)[None,:]
-        v = tl.load(w + o.to(tl.int64)[:,None]*n_in + i[None,:], inside, 0).to(dtype)
-        m0,m1,m2,m3 = _row_masks(low, high, b, o, _counters(i), limit)
-        s0 += tl.where(m0, v*tl.load(x + r*n_in + i, i<n_in, 0).to(dtype)[None,:], 0)
-        s1 += tl.where(m1, v*tl.load(x + (r+1)*n_in + i, i<_bound(r+1<n, n_in), 0).to(dtype)[None,:], 0)
-        s2 += tl.where(m2, v*tl.load(x + (r+2)*n_in + i, i<_bound(r+2<n, n_in), 0).to(dtype)[None,:], 0)
-        s3 += tl.where(m3, v*tl.load(x + (r+3)*n_in + i, i<_bound(r+3<n, n_in), 0).to(dtype)[None,:], 0)
-    tl.store(y + r*n_out + o, tl.sum(s0, 1), o<n_out)
-    tl.store(y + (r+1)*n_out + o, tl.sum(s1, 1), o<_bound(r+1<n, n_out))
-    tl.store(y + (r+2)*n_out + o, tl.sum(s2, 1), o<_bound(r+2<n, n_out))
-    tl.store(y + (r+3)*n_out + o, tl.sum(s3, 1), o<_bound(r+3<n, n_out))
+    sum1,sum2 = tl.zeros((4,O,M), dtype),tl.zeros((4,O,M), dtype)
+    for m0 in range(0, tl.cdiv(n_in, 4), M):
+        m = m0 + tl.arange(0, M)
+        word1,place1,word2,place2 = _words(low, high, b, o, m)
+        for t in tl.static_range(4):
+            i = 4*m + t
+            v = _load_part(w, o, n_out, i, n_in, dtype)[None,:,:]
+            x1,x2 = _load_part(x, r1, n, i, n_in, dtype)[:,None,:],_load_part(x, r2, n, i, n_in, dtype)[:,None,:]
+            sum1 += tl.where(_kept(word1, place1, limits, strict, t), v*x1, 0)
+            sum2 += tl.where(_kept(word2, place2, limits, strict, t), v*x2, 0)
+    _store_part(y, r1, n, o, n_out, tl.sum(sum1, 2))
+    _store_part(y, r2, n, o, n_out, tl.sum(sum2, 2))
 
 # %% ../../nbs/120_kernels.triton.ipynb #dc1d1206
-_piece_outs,_piece_ins = 16,64    # outputs and inputs of a piece of the mask
+_piece_outs,_piece_words = 16,16    # outputs and quadruples of inputs of a piece of the mask
 
 def usable(device:torch.device) -> bool: # On a GPU, and on the CPU with `TRITON_INTERPRET=1`
     "Tell whether this backend runs on `device`"
     return device.type=='cuda' or (device.type=='cpu' and not isinstance(_forward, triton.JITFunction))
 
+@lru_cache(maxsize=256)
+def _limits(threshold:int, device:torch.device) -> Tensor:
+    "Compute `drop_limits` once for a device"
+    return drop_limits(threshold, device)
+
 def _launch(
     kernel, # Triton kernel
     grid:tuple, # Blocks of threads along each axis
     t:Tensor, # Tensor whose device and type are used
-    *args # Of the kernel, up to `limit` or `part_blocks`
+    threshold:int, # From `drop_threshold`
+    *args # Of the kernel, up to `n_in` or `part_blocks`
 ):
     "Run `kernel` on the device of `t` if the grid is not empty"
     if min(grid)<1: return
     dtype = tl.float64 if t.dtype==torch.float64 else tl.float32
-    with torch.cuda.device_of(t): kernel[grid](*args, _piece_outs, _piece_ins, dtype)
+    with torch.cuda.device_of(t): kernel[grid](*args, is_strict(threshold), _piece_outs, _piece_words, dtype)
 
 def forward(
     x:Tensor, # Inputs, shape `(n, n_in)`
@@ -135,7 +175,7 @@ def forward(
     x,weight = x.contiguous(),weight.contiguous()
     y = x.new_empty(n, n_out)
     grid = triton.cdiv(n, block_rows),triton.cdiv(n_out, _piece_outs)
-    _launch(_forward, grid, x, x, weight, seed, y, n, n_out, n_in, word_limit(threshold))
+    _launch(_forward, grid, x, threshold, x, weight, seed, _limits(threshold, x.device), y, n, n_out, n_in)
     return y
 
 # %% ../../nbs/120_kernels.triton.ipynb #7d6fcb20
@@ -144,31 +184,37 @@ def _grad_input(
     g, # Gradient of the outputs, shape `(n, n_out)`
     w, # Weight, shape `(n_out, n_in)`
     seed, # 0-d int64
+    limits, # From `drop_limits`
     gx, # Memory for the gradient of the input, shape `(n, n_in)`
     n, n_out, n_in,
-    limit, # From `word_limit`
-    O: tl.constexpr, I: tl.constexpr, # Outputs and inputs of a piece
+    strict: tl.constexpr, # From `is_strict`
+    O: tl.constexpr, M: tl.constexpr, # Outputs and quadruples of inputs of a piece
     dtype: tl.constexpr # Type to sum in
 ):
-    "Compute the gradient of `I` inputs of the four rows of a block"
-    b = tl.program_id(0)    # grid: row blocks, groups of inputs
-    r,i = b.to(tl.int64)*4,tl.program_id(1)*I + tl.arange(0, I)
+    "Compute the gradient of `4*M` inputs of four rows of a block"
+    b,m = tl.program_id(0)//2,tl.program_id(1)*M + tl.arange(0, M)    # grid: halves of row blocks, groups of inputs
+    half = tl.program_id(0)%2
+    r = b*8 + half*4 + tl.arange(0, 4)
     low,high = _load_seed(seed)
-    counters = _counters(i)
-    s0,s1,s2,s3 = tl.zeros((O,I), dtype),tl.zeros((O,I), dtype),tl.zeros((O,I), dtype),tl.zeros((O,I), dtype)
+    multiplier = tl.where(half==0, tl.full((), _WORD1, tl.uint32), tl.full((), _WORD2, tl.uint32))
+    sum0,sum1,sum2,sum3 = (tl.zeros((4,O,M), dtype),tl.zeros((4,O,M), dtype),
+                           tl.zeros((4,O,M), dtype),tl.zeros((4,O,M), dtype))
     for o0 in range(0, n_out, O):
         o = o0 + tl.arange(0, O)
-        inside = (o<n_out)[:,None] & (i<n_in)[None,:]
-        v = tl.load(w + o.to(tl.int64)[:,None]*n_in + i[None,:], inside, 0).to(dtype)
-        m0,m1,m2,m3 = _row_masks(low, high, b, o, counters, limit)
-        s0 += tl.where(m0, v*tl.load(g + r*n_out + o, o<n_out, 0).to(dtype)[:,None], 0)
-        s1 += tl.where(m1, v*tl.load(g + (r+1)*n_out + o, o<_bound(r+1<n, n_out), 0).to(dtype)[:,None], 0)
-        s2 += tl.where(m2, v*tl.load(g + (r+2)*n_out + o, o<_bound(r+2<n, n_out), 0).to(dtype)[:,None], 0)
-        s3 += tl.where(m3, v*tl.load(g + (r+3)*n_out + o, o<_bound(r+3<n, n_out), 0).to(dtype)[:,None], 0)
-    tl.store(gx + r*n_in + i, tl.sum(s0, 0), i<n_in)
-    tl.store(gx + (r+1)*n_in + i, tl.sum(s1, 0), i<_bound(r+1<n, n_in))
-    tl.store(gx + (r+2)*n_in + i, tl.sum(s2, 0), i<_bound(r+2<n, n_in))
-    tl.store(gx + (r+3)*n_in + i, tl.sum(s3, 0), i<_bound(r+3<n, n_in))
+        shared,offset,within = _shared_hash(low, high, b, o, m)
+        key2,key3 = _hash_numbers(low, high, _key_salt2, b, o),_hash_numbers(low, high, _key_salt3, b, o)
+        word,place = _half_words(shared, offset, within, multiplier, tl.where(half==0, key2, key3))
+        e = _load_part(g, r, n, o, n_out, dtype)[:,:,None]
+        v0,v1 = _load_part(w, o, n_out, 4*m, n_in, dtype),_load_part(w, o, n_out, 4*m+1, n_in, dtype)
+        v2,v3 = _load_part(w, o, n_out, 4*m+2, n_in, dtype),_load_part(w, o, n_out, 4*m+3, n_in, dtype)
+        sum0 += tl.where(_kept(word, place, limits, strict, 0), e*v0[None,:,:], 0)
+        sum1 += tl.where(_kept(word, place, limits, strict, 1), e*v1[None,:,:], 0)
+        sum2 += tl.where(_kept(word, place, limits, strict, 2), e*v2[None,:,:], 0)
+        sum3 += tl.where(_kept(word, place, limits, strict, 3), e*v3[None,:,:], 0)
+    _store_part(gx, r, n, 4*m, n_in, tl.sum(sum0, 1))
+    _store_part(gx, r, n, 4*m+1, n_in, tl.sum(sum1, 1))
+    _store_part(gx, r, n, 4*m+2, n_in, tl.sum(sum2, 1))
+    _store_part(gx, r, n, 4*m+3, n_in, tl.sum(sum3, 1))
 
 def _input_gradient(
     g:Tensor, # Gradient of the outputs, shape `(n, n_out)`
@@ -180,44 +226,61 @@ def _input_gradient(
     n,(n_out,n_in) = len(g),weight.shape
     g,weight = g.contiguous(),weight.contiguous()
     gx = g.new_empty(n, n_in)
-    grid = triton.cdiv(n, block_rows),triton.cdiv(n_in, _piece_ins)
-    _launch(_grad_input, grid, g, g, weight, seed, gx, n, n_out, n_in, word_limit(threshold))
+    grid = 2*triton.cdiv(n, block_rows),triton.cdiv(n_in, 4*_piece_words)
+    _launch(_grad_input, grid, g, threshold, g, weight, seed, _limits(threshold, g.device), gx, n, n_out, n_in)
     return gx
 
 # %% ../../nbs/120_kernels.triton.ipynb #71d89a6f
+@triton.jit
+def _kept_product(
+    g, # Gradients of the outputs of four rows, shape `(4, O, 1)`
+    x, # Inputs, shape `(n, n_in)`
+    r, n, # Numbers of four rows, and of all rows
+    i, n_in, # Numbers of the inputs, and of all inputs
+    kept, # From `_kept`, shape `(4, O, M)`
+    dtype: tl.constexpr # Type of the result
+): # Shape `(4, O, M)`
+    "Compute the product of gradients and inputs where kept, and 0 elsewhere"
+    return tl.where(kept, g*_load_part(x, r, n, i, n_in, dtype)[:,None,:], 0)
+
 @triton.jit
 def _grad_weight(
     g, # Gradient of the outputs, shape `(n, n_out)`
     x, # Inputs, shape `(n, n_in)`
     seed, # 0-d int64
+    limits, # From `drop_limits`
     gw, # Memory for the gradient of each part, shape `(parts, n_out, n_in)`
     n, n_out, n_in,
-    limit, # From `word_limit`
     part_blocks, # Row blocks of a part
-    O: tl.constexpr, I: tl.constexpr, # Outputs and inputs of a piece
+    strict: tl.constexpr, # From `is_strict`
+    O: tl.constexpr, M: tl.constexpr, # Outputs and quadruples of inputs of a piece
     dtype: tl.constexpr # Type to sum in
 ):
-    "Compute the gradient of `O x I` weights over the rows of a part"
+    "Compute the gradient of `O x 4*M` weights over the rows of a part"
     # grid: groups of outputs, groups of inputs, parts of the batch
-    o,i = tl.program_id(0)*O + tl.arange(0, O),tl.program_id(1)*I + tl.arange(0, I)
+    o,m = tl.program_id(0)*O + tl.arange(0, O),tl.program_id(1)*M + tl.arange(0, M)
     part = tl.program_id(2)
     low,high = _load_seed(seed)
-    counters = _counters(i)
-    s = tl.zeros((O,I), dtype)
+    sum0,sum1,sum2,sum3 = (tl.zeros((4,O,M), dtype),tl.zeros((4,O,M), dtype),
+                           tl.zeros((4,O,M), dtype),tl.zeros((4,O,M), dtype))
     for j in range(0, part_blocks):
         b = part*part_blocks + j
-        r = b.to(tl.int64)*4
-        m0,m1,m2,m3 = _row_masks(low, high, b, o, counters, limit)
-        g0 = tl.load(g + r*n_out + o, o<_bound(r<n, n_out), 0).to(dtype)
-        g1 = tl.load(g + (r+1)*n_out + o, o<_bound(r+1<n, n_out), 0).to(dtype)
-        g2 = tl.load(g + (r+2)*n_out + o, o<_bound(r+2<n, n_out), 0).to(dtype)
-        g3 = tl.load(g + (r+3)*n_out + o, o<_bound(r+3<n, n_out), 0).to(dtype)
-        s += tl.where(m0, g0[:,None]*tl.load(x + r*n_in + i, i<_bound(r<n, n_in), 0).to(dtype)[None,:], 0)
-        s += tl.where(m1, g1[:,None]*tl.load(x + (r+1)*n_in + i, i<_bound(r+1<n, n_in), 0).to(dtype)[None,:], 0)
-        s += tl.where(m2, g2[:,None]*tl.load(x + (r+2)*n_in + i, i<_bound(r+2<n, n_in), 0).to(dtype)[None,:], 0)
-        s += tl.where(m3, g3[:,None]*tl.load(x + (r+3)*n_in + i, i<_bound(r+3<n, n_in), 0).to(dtype)[None,:], 0)
-    at = (part.to(tl.int64)*n_out + o.to(tl.int64)[:,None])*n_in + i[None,:]
-    tl.store(gw + at, s, (o<n_out)[:,None] & (i<n_in)[None,:])
+        r = b*8 + tl.arange(0, 4)
+        word1,place1,word2,place2 = _words(low, high, b, o, m)
+        e1,e2 = _load_part(g, r, n, o, n_out, dtype)[:,:,None],_load_part(g, r+4, n, o, n_out, dtype)[:,:,None]
+        sum0 += _kept_product(e1, x, r, n, 4*m, n_in, _kept(word1, place1, limits, strict, 0), dtype)
+        sum0 += _kept_product(e2, x, r+4, n, 4*m, n_in, _kept(word2, place2, limits, strict, 0), dtype)
+        sum1 += _kept_product(e1, x, r, n, 4*m+1, n_in, _kept(word1, place1, limits, strict, 1), dtype)
+        sum1 += _kept_product(e2, x, r+4, n, 4*m+1, n_in, _kept(word2, place2, limits, strict, 1), dtype)
+        sum2 += _kept_product(e1, x, r, n, 4*m+2, n_in, _kept(word1, place1, limits, strict, 2), dtype)
+        sum2 += _kept_product(e2, x, r+4, n, 4*m+2, n_in, _kept(word2, place2, limits, strict, 2), dtype)
+        sum3 += _kept_product(e1, x, r, n, 4*m+3, n_in, _kept(word1, place1, limits, strict, 3), dtype)
+        sum3 += _kept_product(e2, x, r+4, n, 4*m+3, n_in, _kept(word2, place2, limits, strict, 3), dtype)
+    gw += part.to(tl.int64)*n_out*n_in
+    _store_part(gw, o, n_out, 4*m, n_in, tl.sum(sum0, 0))
+    _store_part(gw, o, n_out, 4*m+1, n_in, tl.sum(sum1, 0))
+    _store_part(gw, o, n_out, 4*m+2, n_in, tl.sum(sum2, 0))
+    _store_part(gw, o, n_out, 4*m+3, n_in, tl.sum(sum3, 0))
 
 # %% ../../nbs/120_kernels.triton.ipynb #d3b454b1
 _max_parts,_full_grid = 16,512   # parts of the batch at most; blocks of threads that fill a GPU
@@ -239,13 +302,13 @@ def _weight_gradient(
     "Compute the gradient of the weight"
     (n,n_out),n_in = g.shape,x.shape[1]
     g,x = g.contiguous(),x.contiguous()
-    outs,ins = triton.cdiv(n_out, _piece_outs),triton.cdiv(n_in, _piece_ins)
+    outs,ins = triton.cdiv(n_out, _piece_outs),triton.cdiv(n_in, 4*_piece_words)
     n_blocks = triton.cdiv(n, block_rows)
     part_blocks = _part_blocks(n_blocks, outs*ins)
     parts = max(1, triton.cdiv(n_blocks, part_blocks))
     gw = g.new_empty(parts, n_out, n_in, dtype=torch.promote_types(g.dtype, torch.float32))
-    args = seed,gw,n,n_out,n_in,word_limit(threshold),part_blocks
-    _launch(_grad_weight, (outs,ins,parts), g, g, x, *args)
+    args = seed,_limits(threshold, g.device),gw,n,n_out,n_in,part_blocks
+    _launch(_grad_weight, (outs,ins,parts), g, threshold, g, x, *args)
     return gw.sum(0).to(g.dtype)
 
 # %% ../../nbs/120_kernels.triton.ipynb #97b20661
