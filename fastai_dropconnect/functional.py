@@ -7,12 +7,11 @@ __all__ = ['BACKENDS', 'MODES', 'dropconnect', 'choose_backend', 'linear_dropcon
 
 # %% ../nbs/130_functional.ipynb #cfe8142e
 import os, torch
-import torch.nn.functional as F
+import torch.autograd.forward_ad as forward_ad, torch.nn.functional as F
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from .checks import check_choice, check_p
 from .masks import draw_seed, drop_probability, drop_threshold
 
@@ -118,6 +117,52 @@ def _example_backward(ctx, g):
 
 _example_forward.register_autograd(_example_backward, setup_context=_save_example)
 
+# %% ../nbs/130_functional.ipynb #6a0ec4ce
+# Kernel for the gradient by the first and by the second argument, and its arguments: 0 and 1 of the two, 2 is the gradient
+_derivatives = {
+    'forward': (('grad_input', 2, 1), ('grad_weight', 2, 0)),
+    'grad_input': (('forward', 2, 1), ('grad_weight', 0, 2)),
+    'grad_weight': (('forward', 1, 2), ('grad_input', 0, 2))}
+
+class _MaskedSum(torch.autograd.Function):
+    "A kernel by name: 'forward', 'grad_input' or 'grad_weight'"
+    @staticmethod
+    def forward(kernel, a, b, seed, threshold, backend):
+        return getattr(_kernels(a, backend), kernel)(a, b, seed, threshold)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.kernel,a,b,seed,*ctx.rest = inputs
+        ctx.save_for_backward(a, b, seed)
+        ctx.save_for_forward(a, b, seed)
+
+    @staticmethod
+    def backward(ctx, g):
+        *ab,seed = ctx.saved_tensors
+        args = *ab,g
+        needed = zip(ctx.needs_input_grad[1:3], _derivatives[ctx.kernel])
+        grads = [_MaskedSum.apply(k, args[i], args[j], seed, *ctx.rest) if need else None for need,(k,i,j) in needed]
+        return None,*grads,None,None,None
+
+    @staticmethod
+    def jvp(ctx, _, da, db, *rest):
+        a,b,seed = ctx.saved_tensors
+        pairs = [(da,b)]*(da is not None) + [(a,db)]*(db is not None)
+        return sum(_MaskedSum.apply(ctx.kernel, *ab, seed, *ctx.rest) for ab in pairs)
+
+    @staticmethod
+    def vmap(info, in_dims, kernel, a, b, seed, *rest):
+        def item(t, dim, k): return t if dim is None else t.select(dim, k)
+        def call(k): return _MaskedSum.apply(kernel, *[item(t, d, k) for t,d in zip((a,b,seed), in_dims[1:4])], *rest)
+        return torch.stack([call(k) for k in range(info.batch_size)]),0
+
+_input_gradient = partial(_MaskedSum.apply, 'grad_input')
+_weight_gradient = partial(_MaskedSum.apply, 'grad_weight')
+
+def _both_gradients(g:Tensor, x:Tensor, weight:Tensor, *rest) -> tuple:
+    "Compute both gradients as functions that autograd knows"
+    return _input_gradient(g, weight, *rest),_weight_gradient(g, x, *rest)
+
 # %% ../nbs/130_functional.ipynb #b78e0c8e
 def _scale_and_bias(y:Tensor, bias:Tensor|None, scale:float) -> Tensor:
     "Compute `y*scale + bias`"
@@ -132,15 +177,26 @@ class _ExampleFunction(torch.autograd.Function):
         return _scale_and_bias(_kernels(x, backend).forward(x, weight, seed, threshold), bias, scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
-        k = _kernels(g, ctx.backend)
         scaled = (g*ctx.scale).to(ctx.dtype)
-        gx,gw = _needed_gradients(ctx, scaled, ctx.rest, k.grads, k.grad_input, k.grad_weight)
+        if torch.is_grad_enabled():      # `create_graph=True`
+            gx,gw = _needed_gradients(ctx, scaled, (*ctx.rest, ctx.backend), _both_gradients, _input_gradient, _weight_gradient)
+        else:
+            k = _kernels(g, ctx.backend)
+            gx,gw = _needed_gradients(ctx, scaled, ctx.rest, k.grads, k.grad_input, k.grad_weight)
         gb = g.sum(0) if ctx.needs_input_grad[2] else None
         return gx,gw,gb,None,None,None,None
 
 # %% ../nbs/130_functional.ipynb #fbc45bf1
+def _is_traced(x:Tensor) -> bool:
+    "Tell whether torch records operations, or has only shapes: compilation, tracing, 'meta' and fake tensors"
+    fake = x.is_meta or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or fake
+
+def _is_transformed() -> bool:
+    "Tell whether a function of `torch.func` or forward mode runs"
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level>=0
+
 def _linear_example(
     x:Tensor, # Inputs, shape `(n, n_in)`
     weight:Tensor, # Shape `(n_out, n_in)`
@@ -152,37 +208,59 @@ def _linear_example(
     threshold = drop_threshold(p)
     scale = 1/(1-drop_probability(threshold))
     rest = draw_seed(x.device),threshold,backend
-    if torch.compiler.is_compiling(): return _scale_and_bias(_example_forward(x, weight, *rest), bias, scale)
+    if _is_traced(x): return _scale_and_bias(_example_forward(x, weight, *rest), bias, scale)
+    if _is_transformed(): return _scale_and_bias(_MaskedSum.apply('forward', x, weight, *rest), bias, scale)
     return _ExampleFunction.apply(x, weight, bias, scale, *rest)
 
 # %% ../nbs/130_functional.ipynb #5f7f8bee
+def _autocast_enabled(device:torch.device) -> bool:
+    "Tell whether autocast is on for `device`"
+    return device.type!='meta' and torch.is_autocast_enabled(device.type)
+
 def _no_autocast(device:torch.device):
     "Return a context without autocast, which is empty if autocast is off anyway: it saves 20 us"
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _autocast_enabled(device) else nullcontext()
 
 # %% ../nbs/130_functional.ipynb #a63fabe9
+def _variance(x:Tensor, weight:Tensor, dtype:torch.dtype) -> Tensor: # Shape `(n, n_out)`
+    "Compute `x^2 (W^2)^T`"
+    xx,ww = x.to(dtype).square(),weight.to(dtype).square()
+    with _no_autocast(x.device): return F.linear(xx, ww)
+
+def _noise_again(x:Tensor, weight:Tensor, noise:Tensor) -> Tensor:
+    "Return `noise` as a function of `x` and `weight`"
+    var = _variance(x, weight, noise.dtype)
+    return noise*var.detach().sqrt() * torch.where(var>0, var, 1).rsqrt()
+
 class _GaussianFunction(torch.autograd.Function):
     "The function `x W^T + bias + eps * c * sqrt(x^2 (W^2)^T)`"
     @staticmethod
     def forward(ctx, x, weight, bias, eps, c):
-        xx,ww = x.to(eps.dtype).square(),weight.to(eps.dtype).square()
-        with _no_autocast(x.device): y,var = F.linear(x, weight, bias),F.linear(xx, ww)
+        var = _variance(x, weight, eps.dtype)
+        with _no_autocast(x.device): y = F.linear(x, weight, bias)
         noise = var.rsqrt().nan_to_num_(posinf=0).mul_(eps)     # for each unit of the variance
         ctx.c = c
         ctx.save_for_backward(x, weight, noise)
         return y.addcmul_(noise, var, value=c)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
         x,weight,noise = ctx.saved_tensors
         for_x,for_weight,for_bias = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled(): noise = _noise_again(x, weight, noise)      # `create_graph=True`
         gv = g*noise     # twice the derivative by the variance, without `c`; the other half is in the squares
         gx = gw = None
         with _no_autocast(g.device):
             if for_x: gx = (g@weight).addcmul_(x, gv@weight.to(gv.dtype).square(), value=ctx.c)
             if for_weight: gw = (g.t()@x).addcmul_(weight, gv.t()@x.to(gv.dtype).square(), value=ctx.c)
         return gx,gw,g.sum(0) if for_bias else None,None,None
+
+def _gaussian_expression(x:Tensor, weight:Tensor, bias:Tensor|None, eps:Tensor, c:float) -> Tensor:
+    "Compute the same in operations that torch can trace and transform"
+    var = _variance(x, weight, eps.dtype)
+    with _no_autocast(x.device): y = F.linear(x, weight, bias)
+    noise = torch.where(var>0, eps, 0) * torch.where(var>0, var, 1).sqrt()
+    return (y + noise*c).to(y.dtype)
 
 def _linear_gaussian(
     x:Tensor, # Inputs, shape `(n, n_in)`
@@ -192,8 +270,9 @@ def _linear_gaussian(
     backend:str=None # Not used: there is no mask
 ) -> Tensor: # Shape `(n, n_out)`
     "Apply a linear layer with noise of the mean and variance of 'example'"
-    eps = torch.randn(len(x), len(weight), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    return _GaussianFunction.apply(x, weight, bias, eps, (p/(1-p))**.5)
+    eps = torch.randn(x.shape[0], weight.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    apply = _gaussian_expression if _is_traced(x) or _is_transformed() else _GaussianFunction.apply
+    return apply(x, weight, bias, eps, (p/(1-p))**.5)
 
 # %% ../nbs/130_functional.ipynb #27ac40ab
 def _linear_batch(
@@ -215,9 +294,9 @@ def _autocast(
     *ts:Tensor # Tensors, the last may be `None`
 ): # The tensors in autocast's type if it is on; `float64` stays
     "Cast tensors as autocast does for `F.linear`"
-    device_type = ts[0].device.type
-    if not torch.is_autocast_enabled(device_type): return ts
-    dtype = torch.get_autocast_dtype(device_type)
+    device = ts[0].device
+    if not _autocast_enabled(device): return ts
+    dtype = torch.get_autocast_dtype(device.type)
     return [t if t is None or t.dtype==torch.float64 else t.to(dtype) for t in ts]
 
 # %% ../nbs/130_functional.ipynb #35223e2a
