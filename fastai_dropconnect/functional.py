@@ -180,7 +180,8 @@ class _ExampleFunction(torch.autograd.Function):
     def backward(ctx, g):
         scaled = (g*ctx.scale).to(ctx.dtype)
         if torch.is_grad_enabled():      # `create_graph=True`
-            gx,gw = _needed_gradients(ctx, scaled, (*ctx.rest, ctx.backend), _both_gradients, _input_gradient, _weight_gradient)
+            rest = *ctx.rest,ctx.backend
+            gx,gw = _needed_gradients(ctx, scaled, rest, _both_gradients, _input_gradient, _weight_gradient)
         else:
             k = _kernels(g, ctx.backend)
             gx,gw = _needed_gradients(ctx, scaled, ctx.rest, k.grads, k.grad_input, k.grad_weight)
