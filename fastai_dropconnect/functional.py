@@ -118,7 +118,8 @@ def _example_backward(ctx, g):
 _example_forward.register_autograd(_example_backward, setup_context=_save_example)
 
 # %% ../nbs/130_functional.ipynb #6a0ec4ce
-# Kernel for the gradient by the first and by the second argument, and its arguments: 0 and 1 of the two, 2 is the gradient
+# Kernels for the gradients by the first and by the second argument, each with what it takes: 0 and 1 are those two, 2 is
+# the gradient of the result
 _derivatives = {
     'forward': (('grad_input', 2, 1), ('grad_weight', 2, 0)),
     'grad_input': (('forward', 2, 1), ('grad_weight', 0, 2)),
