@@ -79,6 +79,10 @@ def test_the_operators_keep_the_rules_of_torch(name):
     torch.library.opcheck(getattr(functional, name), (*args,*rest))
 
 
+def test_the_operator_of_normal_numbers_keeps_the_rules_of_torch():
+    torch.library.opcheck(functional._normals, (torch.tensor(3),torch.empty(6, 4),'torch'))
+
+
 @pytest.mark.parametrize('needed', ['x', 'w', 'b', 'xw', 'wb', 'xwb'])
 @pytest.mark.parametrize('mode', MODES)
 def test_only_the_gradients_asked_for(mode, needed):
