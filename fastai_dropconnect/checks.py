@@ -29,10 +29,11 @@ def check_p(
     name:str='p' # Name of the argument, for the message
 ) -> float: # `p` as a `float`
     "Return `p` if it is a number with `0 <= p < 1`"
+    number = _is_number(p)
+    if number and 0 <= p < 1: return float(p)
+    # after the return, as `torch.compile` cannot format a number that may change
     msg = f'`{name}` must be a number with 0 <= {name} < 1, got {name}={p!r}'
-    if not _is_number(p): raise TypeError(msg)
-    if not 0 <= p < 1: raise ValueError(msg)
-    return float(p)
+    raise ValueError(msg) if number else TypeError(msg)
 
 # %% ../nbs/000_checks.ipynb #3cb19ce2
 def check_int(

@@ -6,15 +6,14 @@
 __all__ = ['BACKENDS', 'MODES', 'dropconnect', 'choose_backend', 'linear_dropconnect']
 
 # %% ../nbs/130_functional.ipynb #cfe8142e
-import os, torch
-import torch.nn.functional as F
+import math, os, torch
+import torch.autograd.forward_ad as forward_ad, torch.nn.functional as F
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from .checks import check_choice, check_p
-from .masks import draw_seed, drop_probability, drop_threshold
+from .masks import HASH_CONSTANTS, _mix, _signed32, _xorshift_, draw_seed, drop_probability, drop_threshold
 
 # %% ../nbs/130_functional.ipynb #41b7127e
 def dropconnect(
@@ -37,19 +36,26 @@ def _backend_module(
     try: return import_module(f'fastai_dropconnect.kernels.{backend}')
     except ImportError: return None
 
-def choose_backend(
-    device:torch.device|str, # Device of the tensors
-    backend:str=None # Name of a backend; that of the environment variable or else the fastest by default
-) -> str: # One of `BACKENDS`; `RuntimeError` if `backend` does not run on `device`
-    "Choose the backend for `device`"
-    device = torch.device(device)
-    wanted = backend or os.environ.get('FASTAI_DROPCONNECT_BACKEND') or None
-    check_choice(wanted, 'backend', BACKENDS, none=True)
+@cache
+def _usable_backend(
+    device:torch.device,
+    wanted:str|None # Name of a backend
+) -> str: # One of `BACKENDS`; `RuntimeError` if `wanted` does not run on `device`
+    "Choose a backend once for each device"
     fastest = 'triton' if device.type=='cuda' else 'numba'
     for name in [wanted] if wanted else [fastest, 'torch']:
         if _backend_module(name) and _backend_module(name).usable(device): return name
     reason = 'which is not installed, is switched off, or does not run there'
     raise RuntimeError(f'`backend` must run on {device}, got backend={wanted!r}, {reason}')
+
+def choose_backend(
+    device:torch.device|str, # Device of the tensors
+    backend:str=None # Name of a backend; that of the environment variable or else the fastest by default
+) -> str: # One of `BACKENDS`; `RuntimeError` if `backend` does not run on `device`
+    "Choose the backend for `device`"
+    wanted = backend or os.environ.get('FASTAI_DROPCONNECT_BACKEND') or None
+    if wanted: check_choice(wanted, 'backend', BACKENDS)
+    return _usable_backend(torch.device(device), wanted)
 
 def _kernels(t:Tensor, backend:str|None):
     "Return the module of the backend for the device of `t`"
@@ -118,6 +124,52 @@ def _example_backward(ctx, g):
 
 _example_forward.register_autograd(_example_backward, setup_context=_save_example)
 
+# %% ../nbs/130_functional.ipynb #6a0ec4ce
+# Kernels for the gradients by both arguments. Each takes two of: 0 and 1, the arguments; 2, the gradient of the result
+_derivatives = {
+    'forward': (('grad_input', 2, 1), ('grad_weight', 2, 0)),
+    'grad_input': (('forward', 2, 1), ('grad_weight', 0, 2)),
+    'grad_weight': (('forward', 1, 2), ('grad_input', 0, 2))}
+
+class _MaskedSum(torch.autograd.Function):
+    "A kernel by name: 'forward', 'grad_input' or 'grad_weight'"
+    @staticmethod
+    def forward(kernel, a, b, seed, threshold, backend):
+        return getattr(_kernels(a, backend), kernel)(a, b, seed, threshold)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.kernel,a,b,seed,*ctx.rest = inputs
+        ctx.save_for_backward(a, b, seed)
+        ctx.save_for_forward(a, b, seed)
+
+    @staticmethod
+    def backward(ctx, g):
+        *ab,seed = ctx.saved_tensors
+        args = *ab,g
+        needed = zip(ctx.needs_input_grad[1:3], _derivatives[ctx.kernel])
+        grads = [_MaskedSum.apply(k, args[i], args[j], seed, *ctx.rest) if need else None for need,(k,i,j) in needed]
+        return None,*grads,None,None,None
+
+    @staticmethod
+    def jvp(ctx, _, da, db, *rest):
+        a,b,seed = ctx.saved_tensors
+        pairs = [(da,b)]*(da is not None) + [(a,db)]*(db is not None)
+        return sum(_MaskedSum.apply(ctx.kernel, *ab, seed, *ctx.rest) for ab in pairs)
+
+    @staticmethod
+    def vmap(info, in_dims, kernel, a, b, seed, *rest):
+        def item(t, dim, k): return t if dim is None else t.select(dim, k)
+        def call(k): return _MaskedSum.apply(kernel, *[item(t, d, k) for t,d in zip((a,b,seed), in_dims[1:4])], *rest)
+        return torch.stack([call(k) for k in range(info.batch_size)]),0
+
+_input_gradient = partial(_MaskedSum.apply, 'grad_input')
+_weight_gradient = partial(_MaskedSum.apply, 'grad_weight')
+
+def _both_gradients(g:Tensor, x:Tensor, weight:Tensor, *rest) -> tuple:
+    "Compute both gradients as functions that autograd knows"
+    return _input_gradient(g, weight, *rest),_weight_gradient(g, x, *rest)
+
 # %% ../nbs/130_functional.ipynb #b78e0c8e
 def _scale_and_bias(y:Tensor, bias:Tensor|None, scale:float) -> Tensor:
     "Compute `y*scale + bias`"
@@ -132,15 +184,27 @@ class _ExampleFunction(torch.autograd.Function):
         return _scale_and_bias(_kernels(x, backend).forward(x, weight, seed, threshold), bias, scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
-        k = _kernels(g, ctx.backend)
         scaled = (g*ctx.scale).to(ctx.dtype)
-        gx,gw = _needed_gradients(ctx, scaled, ctx.rest, k.grads, k.grad_input, k.grad_weight)
+        if torch.is_grad_enabled():      # `create_graph=True`
+            rest = *ctx.rest,ctx.backend
+            gx,gw = _needed_gradients(ctx, scaled, rest, _both_gradients, _input_gradient, _weight_gradient)
+        else:
+            k = _kernels(g, ctx.backend)
+            gx,gw = _needed_gradients(ctx, scaled, ctx.rest, k.grads, k.grad_input, k.grad_weight)
         gb = g.sum(0) if ctx.needs_input_grad[2] else None
         return gx,gw,gb,None,None,None,None
 
 # %% ../nbs/130_functional.ipynb #fbc45bf1
+def _is_traced(x:Tensor) -> bool:
+    "Tell whether torch records operations, or has only shapes: compilation, tracing, 'meta' and fake tensors"
+    fake = x.is_meta or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or fake
+
+def _is_transformed() -> bool:
+    "Tell whether a function of `torch.func` or forward mode runs"
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level>=0
+
 def _linear_example(
     x:Tensor, # Inputs, shape `(n, n_in)`
     weight:Tensor, # Shape `(n_out, n_in)`
@@ -152,48 +216,115 @@ def _linear_example(
     threshold = drop_threshold(p)
     scale = 1/(1-drop_probability(threshold))
     rest = draw_seed(x.device),threshold,backend
-    if torch.compiler.is_compiling(): return _scale_and_bias(_example_forward(x, weight, *rest), bias, scale)
+    if _is_traced(x): return _scale_and_bias(_example_forward(x, weight, *rest), bias, scale)
+    if _is_transformed(): return _scale_and_bias(_MaskedSum.apply('forward', x, weight, *rest), bias, scale)
     return _ExampleFunction.apply(x, weight, bias, scale, *rest)
 
+# %% ../nbs/130_functional.ipynb #f310e27a
+_pair_block = 256     # a block has the sines of this many pairs, then their cosines, as in `kernels.normal`
+
+def _pair_words(seed:Tensor, n:int) -> Tensor: # int32, shape `(2, n)`
+    "Compute two words of 32 bits for each of `n` pairs"
+    def constants(name): return torch.tensor(HASH_CONSTANTS[name], device=seed.device).to(torch.int32)[:,None]
+    step,mix1 = _signed32(HASH_CONSTANTS['key_step']),_signed32(HASH_CONSTANTS['mix_multipliers'][0])
+    low,high = (seed << 32 >> 32).to(torch.int32),(seed >> 32).to(torch.int32)
+    keys = _mix(_mix(low ^ constants('key_salts')) + high)
+    x = _xorshift_(torch.arange(n, dtype=torch.int32, device=seed.device)*step, 16)
+    x = _xorshift_((x ^ keys[0])*mix1, 15)
+    return _xorshift_(x*constants('word_multipliers') + keys[1:], 16)
+
+def _torch_normals(seed:Tensor, n:int) -> Tensor: # float32, shape `(n,)`
+    "Draw the numbers of `kernels.normal.normals` with torch"
+    radius,angle = _pair_words(seed, _pair_block*-(-n//(2*_pair_block)))
+    u = (radius >> 1).bitwise_and_(2**31-1).float()*2**-31 + 2**-32
+    r,t = (u.log()*-2).clamp_min_(0).sqrt_(),angle.float()*(2*math.pi*2**-32)
+    pairs = torch.stack([r*t.sin(), r*t.cos()]).view(2, -1, _pair_block)
+    return pairs.transpose(0, 1).flatten()[:n]
+
+@torch.library.custom_op('fastai_dropconnect::normals', mutates_args=())
+def _normals(seed:Tensor, y:Tensor, backend:str|None) -> Tensor:
+    "Draw normal numbers from a seed, float32, of the shape of `y`"
+    numba = choose_backend(y.device, backend)=='numba'
+    draw = _backend_module('normal').normals if numba else _torch_normals
+    return draw(seed, y.numel()).view(y.shape)
+
+@_normals.register_fake
+def _(seed, y, backend): return torch.empty_like(y, dtype=torch.float32)
+
+@_normals.register_vmap
+def _(info, in_dims, seed, y, backend):
+    item = y if in_dims[1] is None else y.select(in_dims[1], 0)
+    if in_dims[0] is None: return _normals(seed, item, backend),None
+    return torch.stack([_normals(s, item, backend) for s in seed.unbind(in_dims[0])]),0
+
 # %% ../nbs/130_functional.ipynb #5f7f8bee
+def _autocast_enabled(device:torch.device) -> bool:
+    "Tell whether autocast is on for `device`"
+    return device.type!='meta' and torch.is_autocast_enabled(device.type)
+
 def _no_autocast(device:torch.device):
     "Return a context without autocast, which is empty if autocast is off anyway: it saves 20 us"
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _autocast_enabled(device) else nullcontext()
 
 # %% ../nbs/130_functional.ipynb #a63fabe9
+def _variance(x:Tensor, weight:Tensor) -> Tensor: # At least float32, shape `(n, n_out)`
+    "Compute `x^2 (W^2)^T`"
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.to(dtype).square()@weight.to(dtype).square().t()
+
+def _noise_again(x:Tensor, weight:Tensor, noise:Tensor) -> Tensor:
+    "Return `noise` as a function of `x` and `weight`"
+    var = _variance(x, weight)
+    return noise*var.detach().sqrt() * torch.where(var>0, var, 1).rsqrt()
+
+def _add_noise_(y:Tensor, var:Tensor, seed:Tensor, c:float, backend:str|None) -> Tensor:
+    "Add normal noise of variance `c*c*var` to `y`, and return it for each unit of the variance"
+    if choose_backend(y.device, backend)=='numba': return _backend_module('normal').add_noise_(y, var, seed, c)
+    eps = _torch_normals(seed, y.numel()).view_as(y)
+    noise = var.rsqrt().nan_to_num_(posinf=0).mul_(eps)
+    y.addcmul_(noise, var, value=c)
+    return noise
+
 class _GaussianFunction(torch.autograd.Function):
     "The function `x W^T + bias + eps * c * sqrt(x^2 (W^2)^T)`"
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, c):
-        xx,ww = x.to(eps.dtype).square(),weight.to(eps.dtype).square()
-        with _no_autocast(x.device): y,var = F.linear(x, weight, bias),F.linear(xx, ww)
-        noise = var.rsqrt().nan_to_num_(posinf=0).mul_(eps)     # for each unit of the variance
+    def forward(ctx, x, weight, bias, c, seed, backend):
+        with _no_autocast(x.device): var,y = _variance(x, weight),F.linear(x, weight, bias)
+        y = y.to(var.dtype).contiguous()
+        noise = _add_noise_(y, var, seed, c, backend)
         ctx.c = c
         ctx.save_for_backward(x, weight, noise)
-        return y.addcmul_(noise, var, value=c)
+        return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
         x,weight,noise = ctx.saved_tensors
         for_x,for_weight,for_bias = ctx.needs_input_grad[:3]
-        gv = g*noise     # twice the derivative by the variance, without `c`; the other half is in the squares
         gx = gw = None
         with _no_autocast(g.device):
+            if torch.is_grad_enabled(): noise = _noise_again(x, weight, noise)      # `create_graph=True`
+            gv = g*noise     # twice the derivative by the variance, without `c`; the other half is in the squares
             if for_x: gx = (g@weight).addcmul_(x, gv@weight.to(gv.dtype).square(), value=ctx.c)
             if for_weight: gw = (g.t()@x).addcmul_(weight, gv.t()@x.to(gv.dtype).square(), value=ctx.c)
-        return gx,gw,g.sum(0) if for_bias else None,None,None
+        return gx,gw,g.sum(0) if for_bias else None,None,None,None
+
+def _gaussian_expression(x:Tensor, weight:Tensor, bias:Tensor|None, c:float, seed:Tensor, backend:str|None) -> Tensor:
+    "Compute the same in operations that torch can trace and transform"
+    with _no_autocast(x.device): var,y = _variance(x, weight),F.linear(x, weight, bias)
+    eps = _normals(seed, y.detach(), backend)
+    noise = torch.where(var>0, eps, 0) * torch.where(var>0, var, 1).sqrt()
+    return (y + noise*c).to(y.dtype)
 
 def _linear_gaussian(
     x:Tensor, # Inputs, shape `(n, n_in)`
     weight:Tensor, # Shape `(n_out, n_in)`
     bias:Tensor|None, # Shape `(n_out,)`
     p:float, # Probability that a connection is dropped
-    backend:str=None # Not used: there is no mask
+    backend:str=None # As in `choose_backend`
 ) -> Tensor: # Shape `(n, n_out)`
     "Apply a linear layer with noise of the mean and variance of 'example'"
-    eps = torch.randn(len(x), len(weight), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    return _GaussianFunction.apply(x, weight, bias, eps, (p/(1-p))**.5)
+    apply = _gaussian_expression if _is_traced(x) or _is_transformed() else _GaussianFunction.apply
+    return apply(x, weight, bias, (p/(1-p))**.5, draw_seed(x.device), backend)
 
 # %% ../nbs/130_functional.ipynb #27ac40ab
 def _linear_batch(
@@ -215,9 +346,9 @@ def _autocast(
     *ts:Tensor # Tensors, the last may be `None`
 ): # The tensors in autocast's type if it is on; `float64` stays
     "Cast tensors as autocast does for `F.linear`"
-    device_type = ts[0].device.type
-    if not torch.is_autocast_enabled(device_type): return ts
-    dtype = torch.get_autocast_dtype(device_type)
+    device = ts[0].device
+    if not _autocast_enabled(device): return ts
+    dtype = torch.get_autocast_dtype(device.type)
     return [t if t is None or t.dtype==torch.float64 else t.to(dtype) for t in ts]
 
 # %% ../nbs/130_functional.ipynb #35223e2a

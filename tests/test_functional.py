@@ -79,6 +79,10 @@ def test_the_operators_keep_the_rules_of_torch(name):
     torch.library.opcheck(getattr(functional, name), (*args,*rest))
 
 
+def test_the_operator_of_normal_numbers_keeps_the_rules_of_torch():
+    torch.library.opcheck(functional._normals, (torch.tensor(3),torch.empty(6, 4),'torch'))
+
+
 @pytest.mark.parametrize('needed', ['x', 'w', 'b', 'xw', 'wb', 'xwb'])
 @pytest.mark.parametrize('mode', MODES)
 def test_only_the_gradients_asked_for(mode, needed):
@@ -93,14 +97,6 @@ def test_only_the_gradients_asked_for(mode, needed):
     torch.manual_seed(5)
     linear_dropconnect(x, w, b, .3, mode).backward(g)
     for name in needed: torch.testing.assert_close(grads[name], ts[name].grad)
-
-
-@pytest.mark.parametrize('mode', ['example', 'gaussian'])
-def test_second_derivatives_are_refused(mode):
-    x,w,b,_ = tensors()
-    w.requires_grad_()
-    g, = torch.autograd.grad(linear_dropconnect(x, w, b, .3, mode).square().sum(), w, create_graph=True)
-    with pytest.raises(RuntimeError, match='once_differentiable'): g.sum().backward()
 
 
 def test_a_weight_without_noise_is_the_weight_itself():

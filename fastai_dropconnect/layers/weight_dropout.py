@@ -13,6 +13,7 @@ from fastcore.basics import listify
 from torch import Tensor, nn
 from ..checks import check_p
 from ..functional import dropconnect
+from .dropconnect import refuse_script
 from ..nn_utils import call_with
 
 # %% ../../nbs/210_layers.weight_dropout.ipynb #a61879c1
@@ -49,6 +50,8 @@ class WeightDropout(nn.Module):
             raise ValueError(f'`layer_names` must be names of parameters of the module ({", ".join(known)}), '
                              f'got layer_names={layer_names!r}')
 
+    __prepare_scriptable__ = refuse_script
+
     def forward(self, *args, **kwargs): # What `module` returns
         if not self.training or self.weight_p==0: return self.module(*args, **kwargs)
         parameters = map(self.module.get_parameter, self.layer_names)
@@ -79,6 +82,8 @@ class EmbeddingDropout(nn.Module):
             raise TypeError(f'`emb` must be an nn.Embedding, got {type(emb).__name__}')
         self.emb = emb
         self.embed_p = check_p(embed_p, 'embed_p')
+
+    __prepare_scriptable__ = refuse_script
 
     def forward(self, words:Tensor, scale:float|None=None) -> Tensor:
         res = self.emb(words)
