@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['StoredTable', 'store_table']
 
-# %% ../../nbs/328_tabular.store.ipynb #00d282a8
+# %% ../../nbs/328_tabular.store.ipynb #979d6109
 import glob, hashlib, json, mmap, os, shutil, tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 import numpy as np, pandas as pd, torch
 from fastai.data.block import TransformBlock
 from fastai.data.transforms import Categorize, CategoryMap
@@ -16,6 +17,7 @@ from fastcore.foundation import L
 from .data import DataError
 from .fitting import Moments, TableStats, fit_procs, plain_array
 from .source import TableSource, import_pyarrow, to_numbers, valid_mask
+if TYPE_CHECKING: import pyarrow as pa
 
 # %% ../../nbs/328_tabular.store.ipynb #537bd47d
 def _as_categories(column, values, items) -> pd.Categorical: # -1 where `values` has no such value
@@ -197,12 +199,12 @@ def _fill_folder(folder, wanted, sources, mask, fit):
     finally: shutil.rmtree(new, ignore_errors=True)
     return to
 
-# %% ../../nbs/328_tabular.store.ipynb #cbc6ca07
+# %% ../../nbs/328_tabular.store.ipynb #9de848b6
 class StoredTable(TabularPandas):
     "Encoded rows in a folder, mapped into memory"
     def __init__(self,
         to:TabularPandas, # With fitted procs
-        folder:str|Path,
+        folder:str|Path, # From `store_table`
         part:str='train' # 'train' or 'valid'
     ):
         self.folder,self.part = Path(folder),part
@@ -239,10 +241,10 @@ def _inverse(order):
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
 
 def _forget_pages(array):
-    "Let the system take back the memory of a mapped file; where it cannot be asked, it decides by itself"
+    "Let the system take back the memory of a mapped file"
     if hasattr(mmap, 'MADV_DONTNEED') and array.size: array._mmap.madvise(mmap.MADV_DONTNEED)
 
-# %% ../../nbs/328_tabular.store.ipynb #02d277d2
+# %% ../../nbs/328_tabular.store.ipynb #8c6edddf
 def _split(path, valid, seed, columns, date_names, piece) -> tuple: # Sources, mask, and a description for the manifest
     "Open the files and choose the rows that validate"
     sources = [TableSource(path, columns, date_names, piece)]
@@ -266,14 +268,14 @@ def _folder_for(path, folder) -> Path:
     raise ValueError(f'`folder` must be given unless `path` is one file or folder, got {path=}')
 
 def store_table(
-    path, # Parquet or Arrow file, folder, pattern, a list of them, or a `pyarrow.dataset.Dataset`
+    path:'str|Path|list|pa.dataset.Dataset', # Parquet or Arrow file, folder, pattern, a list of them, or a dataset
     folder:str|Path=None, # Folder for the encoded rows; by default next to the file, with `.stored` at the end
     procs:list=(), # Classes or instances: Categorify, FillMissing, FillMissingAnywhere, Normalize, QuantileNormalize
     cat_names:list=(), # Names of the categories
     cont_names:list=(), # Names of the continuous columns
     y_names:str|list=(), # Names of the targets
     y_block:TransformBlock=None, # By default regression for numbers, else one category
-    valid=.2, # Share drawn at random, `(column of dates, first day or share)`, mask, positions, or another file
+    valid:float|tuple|list|np.ndarray|str|Path=.2, # Share, `(date column, first day or share)`, mask, positions, file
     date_names:list=(), # Columns of dates, replaced by what `add_datepart` makes of them
     seed:int=0, # Seed for drawing rows that validate
     sample:int=2**18, # `QuantileNormalize` takes its quantiles from so many rows at most, drawn at random

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['shuffled_pieces', 'part_of', 'StoredTabDL', 'stored_dataloaders']
 
-# %% ../../nbs/329_tabular.stored.ipynb #19eec28b
+# %% ../../nbs/329_tabular.stored.ipynb #b14b51db
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 import torch
 from fastai.tabular.data import TabularDataLoaders
 from fastai.torch_core import default_device
@@ -14,6 +16,7 @@ from fastcore.basics import ifnone
 from ..checks import check_int
 from .loader import FastTabDL, is_changed
 from .store import StoredTable, store_table
+if TYPE_CHECKING: import pyarrow as pa
 
 # %% ../../nbs/329_tabular.stored.ipynb #5f2ed89b
 def shuffled_pieces(
@@ -99,9 +102,9 @@ class StoredTabDL(FastTabDL):
         own = dict(buffer=self.buffer, block=self.block, rank=self.rank, world_size=self.world_size)
         return super().new(dataset, cls, **((own if issubclass(cls, StoredTabDL) else {}) | kwargs))
 
-# %% ../../nbs/329_tabular.stored.ipynb #25aabb29
+# %% ../../nbs/329_tabular.stored.ipynb #2664a1dd
 def stored_dataloaders(
-    path, # Parquet or Arrow file, folder, pattern, a list of them, or a `pyarrow.dataset.Dataset`
+    path:'str|Path|list|pa.dataset.Dataset', # Parquet or Arrow file, folder, pattern, a list of them, or a dataset
     bs:int=64, # Rows in a training batch
     val_bs:int=4096, # Rows in a validation batch
     shuffle:bool=True, # Draw the training rows in a new order in each epoch?
@@ -110,7 +113,7 @@ def stored_dataloaders(
     block:int=2**12, # Neighbouring rows that are read together
     rank:int=0, # Number of this process
     world_size:int=1, # Processes that share the rows
-    device=None, # By default fastai's
+    device:str|torch.device=None, # By default fastai's
     **kwargs # As for `store_table`: names, procs, `valid`, `folder`
 ) -> TabularDataLoaders:
     "Make loaders of a table that may be larger than memory"
