@@ -1,10 +1,9 @@
 "Tables in files: what is encoded and trained is what TabularPandas gives, for every kind of column and split"
-import json, pickle, warnings
+import json, pickle
 from copy import deepcopy
-from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 pa = pytest.importorskip('pyarrow', reason='pyarrow reads Parquet and Arrow files')
-import pyarrow.dataset, pyarrow.feather, pyarrow.parquet as pq
+import pyarrow.dataset, pyarrow.feather, pyarrow.parquet as pq # noqa: F401
 from fastai.learner import load_learner
 from fastai.tabular.all import (Categorify, CategoryBlock, FillMissing, FillStrategy, MultiCategoryBlock, Normalize, RegressionBlock, TabDataLoader,
                                 TabularPandas, add_datepart, rmse, set_seed)

@@ -319,7 +319,7 @@ def _target_tfms(y_block, y_names, schema) -> list:
     if y_block is None: y_block = RegressionBlock if numbers else CategoryBlock
     return list(deepcopy(y_block() if not isinstance(y_block, TransformBlock) else y_block).type_tfms)
 
-# %% ../../nbs/327_tabular.fitting.ipynb #bad0ac46
+# %% ../../nbs/327_tabular.fitting.ipynb #4894b936
 def fit_procs(
     source:TableSource, # Must read the named columns
     procs:list=(), # Classes or instances of fastai's procs
@@ -337,7 +337,7 @@ def fit_procs(
     procs = list(L([p() if isinstance(p, type) else deepcopy(p) for p in L(procs)]).sorted('order'))
     for p in procs: _check_proc(p)
     if cats and not any(isinstance(p, Categorify) for p in procs):
-        raise ValueError(f'`procs` must have Categorify for categories, got {procs=}')
+        raise ValueError(f'`procs` must have Categorify for categories, got {[type(p).__name__ for p in procs]}')
     tfms = _target_tfms(y_block, ys, source.schema)
     classes = [n for n in ys if any(type(t) is Categorize and t.vocab is None for t in tfms)]
     n_sample = sample if any(isinstance(p, QuantileNormalize) for p in procs) else 0
