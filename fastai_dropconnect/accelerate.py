@@ -19,6 +19,7 @@ from fastai.tabular.core import TabDataLoader, TabWeightedDL
 from fastcore.basics import noop, patch
 from .optimizer import FusedAdam, convert_adam, is_adam
 from .tabular.loader import FastTabDL, why_slow
+from .tabular.predict import FastPredict
 
 # %% ../nbs/336_accelerate.ipynb #8248ede7
 def _fast_loader(
@@ -146,6 +147,7 @@ def accelerate(self:Learner,
         vars(self.dls)['_shipped'] = shipped        # `export` drops it with the rows
     _fuse_opt(self)
     LeanEvents(self).install()
+    FastPredict(self).install()
     return self
 
 @patch
@@ -158,4 +160,6 @@ def decelerate(self:Learner) -> Learner: # This Learner
     _unfuse_opt(self)
     lean = vars(self).get('_call_one')
     if isinstance(lean, LeanEvents): lean.remove()
+    predict = vars(self).get('predict')
+    if isinstance(predict, FastPredict): predict.remove()
     return self
