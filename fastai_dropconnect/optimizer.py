@@ -14,26 +14,35 @@ from torch import Tensor
 _fused_types = torch.float32,torch.float64
 
 def _is_fusable(
-    p:Tensor, # Parameter with a gradient
+    p:Tensor, # Parameter
+    g:Tensor, # Its gradient
     state:dict # Its entries in the optimizer
 ) -> bool:
     "Return whether the fused kernel can update a parameter"
-    g = p.grad
     if p.dtype not in _fused_types or g.dtype!=p.dtype or g.layout!=torch.strided: return False
     # the kernel on the CPU reads memory in order and ignores strides
-    if not (p.is_contiguous() and g.is_contiguous() and p.device.type in ('cpu','cuda')): return False
+    if not (p.is_contiguous() and g.is_contiguous() and (p.is_cpu or p.is_cuda)): return False
     return not state.get('step') or (state['grad_avg'].is_contiguous() and state['sqr_avg'].is_contiguous())
 
 # %% ../nbs/334_optimizer.ipynb #04a6b474
-def _buckets(params, state) -> dict: # Lists of parameters by (weight decay?, steps, dtype, device)
+def _buckets(
+    params, # Those without a gradient are left out
+    states # By parameter
+) -> tuple: # Lists of (parameter, gradient, averages) by (weight decay?, steps, dtype, device); other parameters
     "Count a step of each parameter, and group parameters that one call can update"
-    res = {}
+    res,others = {},[]
     for p in params:
-        st = state[p]
+        g = getattr(p, 'grad', None)
+        if g is None: continue
+        st = states[p]
+        if not _is_fusable(p, g, st):
+            others.append(p)
+            continue
         if 'grad_avg' not in st: st.update(grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p), step=0)
         st['step'] += 1
-        res.setdefault((st.get('do_wd', True), st['step'], p.dtype, p.device), []).append(p)
-    return res
+        key = st.get('do_wd', True),st['step'],p.dtype,p.device
+        res.setdefault(key, []).append((p, g, st['grad_avg'], st['sqr_avg']))
+    return res,others
 
 # %% ../nbs/334_optimizer.ipynb #061a5a85
 class FusedAdam(Optimizer):
@@ -54,23 +63,19 @@ class FusedAdam(Optimizer):
         "Update all parameters that have a gradient"
         if closure is not None: raise NotImplementedError('fastai optimizers do not support a closure')
         for params,hypers in zip(self.param_lists, self.hypers):
-            with_grad = [p for p in params if getattr(p, 'grad', None) is not None]
-            fused = [_is_fusable(p, self.state[p]) for p in with_grad]
-            buckets = _buckets([p for p,f in zip(with_grad, fused) if f], self.state)
-            for key,ps in buckets.items(): self._fused_step(ps, hypers, *key)
-            for p,f in zip(with_grad, fused):
-                if not f: self._plain_step(p, hypers)
+            buckets,others = _buckets(params, self.state)
+            for key,rows in buckets.items(): self._fused_step(rows, hypers, *key)
+            for p in others: self._plain_step(p, hypers)
 
     @torch.no_grad()
-    def _fused_step(self, params, hypers, do_wd, step, dtype, device):
+    def _fused_step(self, rows, hypers, do_wd, step, dtype, device):
         "Update parameters of one bucket"
-        states = [self.state[p] for p in params]
+        params,grads,avgs,sqr_avgs = map(list, zip(*rows))
         steps = [torch.full((), float(step), device=device)]*len(params)
         kernel = torch._fused_adamw_ if self.decouple_wd else torch._fused_adam_
         lr,mom,sqr_mom,eps,wd = [float(hypers[k]) for k in ('lr','mom','sqr_mom','eps','wd')]
-        kernel(params, [p.grad for p in params], [s['grad_avg'] for s in states], [s['sqr_avg'] for s in states], [],
-               steps, lr=lr, beta1=mom, beta2=sqr_mom, eps=eps, weight_decay=wd if do_wd else 0., amsgrad=False,
-               maximize=False)
+        kernel(params, grads, avgs, sqr_avgs, [], steps, lr=lr, beta1=mom, beta2=sqr_mom, eps=eps,
+               weight_decay=wd if do_wd else 0., amsgrad=False, maximize=False)
 
     def _plain_step(self, p, hypers):
         "Update one parameter with fastai's functions"

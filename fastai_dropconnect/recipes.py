@@ -74,10 +74,11 @@ class Recipe:
     def learner(self,
         dls:TabularDataLoaders, # Data to train on
         cbs:Callback|list=None, # More callbacks
+        fast:bool=True, # Call `accelerate()`? Then each epoch sees each row once
         **kwargs # More arguments of `tabular_learner`, such as `layers`, `y_range`, `metrics`
     ) -> TabularLearner: # Not trained
         "Make the `Learner`"
-        return tabular_learner(dls, config=self._config(), cbs=[*self._callbacks(), *L(cbs)], **kwargs)
+        return tabular_learner(dls, config=self._config(), cbs=[*self._callbacks(), *L(cbs)], fast=fast, **kwargs)
 
     def train(self,
         learn:Learner, # From `learner`

@@ -21,14 +21,21 @@ def test_ratios_are_medians_within_a_round():
 
 
 def test_aims():
-    rows = [dict(case='epoch', layers='[200,100]', bs=64), dict(case='epoch', layers='[200,100]', bs=128),
-            dict(case='epoch, real sales', layers='[500,250]', bs=1024), dict(case='get_preds of 9 rows', layers='[200,100]', bs=64)]
-    df = training.with_aims(pd.DataFrame(rows))
-    assert df.aim_exact.fillna(0).tolist() == [3,0,0,15] and df.aim_example.fillna(0).tolist() == [2.2,0,0,0]
+    rows = [('epoch','[200,100]',64), ('epoch','[200,100]',128), ('epoch, real sales','[500,250]',128), ('epoch, real sales','[500,250]',1024),
+            ('members, eight','[200,100]',64), ('get_preds of 9 rows','[200,100]',64), ('predict of a row','[200,100]',64)]
+    df = training.with_aims(pd.DataFrame(rows, columns=['case','layers','bs']))
+    assert df.aim_exact.fillna(0).tolist() == [3,0,2.7,0,6.25,15,0]
+    assert df.aim_example.fillna(0).tolist() == [2.2,0,1.3,0,0,0,0]
+
+
+def test_members_are_compared_with_eight_networks(monkeypatch):
+    monkeypatch.setattr(training, 'in_rounds', lambda jobs, rounds, clock: {name: [2.] for name in jobs})
+    res = training.members(training.made_up_pandas(128, 64), (4,), 64, 1)
+    assert (res['exact'], res['ms_plain'], res['ms_exact']) == (8., 8e3, 1e3)
 
 
 @pytest.mark.slow
 def test_a_quick_run(tmp_path, capsys):
     training.main(quick=True, out=str(tmp_path), data='missing.csv')
     df = pd.read_csv(tmp_path/'training.csv', comment='#')
-    assert list(df.case) == ['epoch','epoch, synthetic sales','get_preds of 600 rows'] and (df.exact>0).all() and 'aims missed' in capsys.readouterr().out
+    assert list(df.case) == ['epoch','epoch, synthetic sales','members, eight','predict of a row','get_preds of 600 rows'] and (df.exact>0).all() and 'aims missed' in capsys.readouterr().out

@@ -27,11 +27,13 @@ from .model import TabularDropConnectModel, is_dropconnect_config, members_of
 class TabularLearner(fastai_learner.TabularLearner):
     "fastai's `TabularLearner`, whose `predict` takes rows of mixed types, with or without the target"
     def predict(self,
-        row:pd.Series # One row of a frame like the training frame
+        row:pd.Series|dict # One row of a frame like the training frame
     ) -> tuple: # The row as the model sees it with the prediction, the decoded prediction, the prediction
         "Predict a single row"
+        if isinstance(row, dict): row = pd.Series(row)
         if not isinstance(row, pd.Series):
-            raise TypeError(f'`row` must be a pd.Series, such as df.iloc[0], but row is a {type(row).__name__}')
+            raise TypeError('`row` must be a pd.Series, such as df.iloc[0], or a dict, '
+                            f'but row is a {type(row).__name__}')
         added = {f'{n}_na' for n in self.dls.cont_names}    # columns that FillMissing adds itself
         needed = [n for n in [*self.dls.cat_names, *self.dls.cont_names] if n not in added]
         missing = [n for n in needed if n not in row.index]
@@ -58,6 +60,7 @@ def _complete_config(
 # %% ../../nbs/340_tabular.learner.ipynb #ea8b3cda
 class AverageMembers(Callback):
     "Give training metrics the average of the members of an ensemble, as validation does"
+    keeps_predictions = True        # `FastPredict` asks
     def after_loss(self):
         if not self.training or self.pred.ndim!=3: return
         self.learn.pred = average_members(self.pred.detach(), get_model(self.model).average)

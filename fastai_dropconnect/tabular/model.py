@@ -22,6 +22,7 @@ from ..functional import MODES
 from ..layers.dropconnect import DropConnectEmbedding, DropConnectLinear
 from ..layers.masked_ensemble import masked_ensemble_
 from .embeddings import PLE, Periodic, num_embeddings_of
+from .one_pass import OnePassTabularModel
 
 # %% ../../nbs/330_tabular.model.ipynb #0a70648e
 def _check_weight_p(
@@ -74,7 +75,7 @@ def _replace_linears(
         setattr(parent, name, DropConnectLinear.from_linear(child, p=p, mode=mode))
 
 # %% ../../nbs/330_tabular.model.ipynb #e79aa201
-class TabularDropConnectModel(TabularModel):
+class TabularDropConnectModel(OnePassTabularModel):
     "fastai's `TabularModel` with DropConnect: `(n, n_cat)` codes and `(n, n_cont)` numbers to `(n, out_sz)`"
     def __init__(self,
         emb_szs:list, # Sequence of (num_embeddings, embedding_dim) for each categorical variable
