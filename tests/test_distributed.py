@@ -112,7 +112,7 @@ def refusal(rank, folder):
     try: distributed(learn, lambda l: l.fit(1, 1e-2))
     except RuntimeError as e: return dict(error=str(e), kind=type(learn.model).__name__)
 
-def example(rank, folder): return runpy.run_path(HERE.parent/'examples'/'distributed.py')['train'](n_rows=1503, epochs=2)
+def example(rank, folder): return runpy.run_path(HERE.parent/'examples'/'distributed.py')['train'](n_rows=1503, epochs=4)
 
 TASKS = dict(script=example, rows_dropped=lambda *a: rows(*a, True), rows_filled=lambda *a: rows(*a, False), noise=noise, predictions=predictions,
              files=files, tuning=tuning, refusal=refusal)
