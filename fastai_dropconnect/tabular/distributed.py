@@ -80,7 +80,7 @@ def rank_loader(
     seed:int # Of the order of the rows, the same on all ranks
 ) -> DataLoader: # With as many batches on each rank
     "Make a loader of one rank's part of an epoch"
-    if hasattr(dl, 'world_size'): return dl.new(rank=rank, world_size=world_size, seed=seed)
+    if hasattr(dl, 'world_size'): return dl.new(rank=rank, world_size=world_size, n=len(dl.dataset)//world_size)
     n = dl.n//world_size if dl.drop_last else -(-dl.n//world_size)
     return dl.new(get_idxs=_Part(dl, rank, world_size, seed), n=n)
 
@@ -242,7 +242,13 @@ class Ranks(Callback):
         self.learn.opt.load_state_dict(opt)
         self._before_search = None
 
-# %% ../../nbs/338_tabular.distributed.ipynb #19c18180
+# %% ../../nbs/338_tabular.distributed.ipynb #7daf3290
+def _check_whole(dls):
+    "Raise `ValueError` if a loader has a part of the rows only"
+    for dl in dls.loaders:
+        n = getattr(dl, 'world_size', 1)
+        if n>1: raise ValueError(f'`world_size` of the loaders must be 1, as `distributed` divides their rows, got {n}')
+
 @contextmanager
 def _only_rank0_writes(learn, rank):
     logger = learn.logger
@@ -259,6 +265,7 @@ def distributed(self:Learner,
     "Context manager: train and predict in all processes of `init_ranks`, which do the same here"
     rank,world_size = init_ranks()
     if world_size==1 or self._grab_cbs(Ranks): return (yield self)
+    _check_whole(self.dls)
     share_state(self)
     ranks = Ranks(rank, world_size, **kwargs)
     with _only_rank0_writes(self, rank), self.added_cbs(ranks):
