@@ -10,9 +10,9 @@ __all__ = ['exact_mask', 'dropconnect', 'linear_dropconnect', 'DropConnectEmbedd
            'fit_procs', 'StoredTable', 'store_table', 'StoredTabDL', 'stored_dataloaders', 'MaskedMembers',
            'TabularDropConnectModel', 'tabular_dropconnect_config', 'TabularLearner', 'tabular_learner',
            'RecalibrateBN', 'recalibrate_bn', 'DropConnect', 'FrozenZeroInit', 'SnapshotEnsemble', 'ZeroRestarts',
-           'FusedAdam', 'Choice', 'RECIPES', 'Recipe', 'choose_recipe', 'train_recipe', 'synthetic_bulldozers',
-           'bulldozers_dls', 'bulldozers_pandas', 'encode_sales', 'price_features', 'read_bulldozers',
-           'compare_on_bulldozers']
+           'FusedAdam', 'init_ranks', 'Choice', 'RECIPES', 'Recipe', 'choose_recipe', 'train_recipe',
+           'synthetic_bulldozers', 'bulldozers_dls', 'bulldozers_pandas', 'encode_sales', 'price_features',
+           'read_bulldozers', 'compare_on_bulldozers']
 
 # %% ../nbs/610_all.ipynb #0f790b06
 from .masks import exact_mask
@@ -56,10 +56,11 @@ from .callback.frozen_zero import FrozenZeroInit
 from .callback.snapshots import SnapshotEnsemble
 from .callback.zero_restarts import ZeroRestarts
 from .optimizer import FusedAdam
+from .tabular.distributed import init_ranks
 import fastai_dropconnect.accelerate # noqa: F401 - gives a Learner `accelerate` and `decelerate`
 
 _all_ = ['RecalibrateBN', 'recalibrate_bn', 'DropConnect', 'FrozenZeroInit', 'SnapshotEnsemble', 'ZeroRestarts',
-    'FusedAdam']
+    'FusedAdam', 'init_ranks']
 
 # %% ../nbs/610_all.ipynb #bd9b9c57
 from .recipes import Choice, RECIPES, Recipe, choose_recipe, train_recipe

@@ -13,7 +13,7 @@ EnsembleLinear MaskedEnsembleLinear masked_ensemble_ HeldWeights AveragedModel E
 FillMissingAnywhere QuantileNormalize PLE Periodic DataError tabular_dls time_split FastTabDL fast_dataloaders
 TableSource fit_procs StoredTable store_table StoredTabDL stored_dataloaders
 MaskedMembers TabularDropConnectModel tabular_dropconnect_config TabularLearner tabular_learner
-RecalibrateBN recalibrate_bn DropConnect FrozenZeroInit SnapshotEnsemble ZeroRestarts FusedAdam
+RecalibrateBN recalibrate_bn DropConnect FrozenZeroInit SnapshotEnsemble ZeroRestarts FusedAdam init_ranks
 Choice RECIPES Recipe choose_recipe train_recipe
 synthetic_bulldozers bulldozers_dls bulldozers_pandas encode_sales price_features read_bulldozers compare_on_bulldozers
 """.split()
