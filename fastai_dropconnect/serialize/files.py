@@ -8,7 +8,6 @@ __all__ = ['DTYPES', 'MAX_HEADER', 'MAX_JSON', 'FORMAT', 'VERSION', 'DESCRIPTION
 
 # %% ../../nbs/420_serialize.files.ipynb #420965dc
 import hashlib, json, math, os, re, stat
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 import numpy as np

@@ -183,6 +183,7 @@ def _check(config): # From the name of each tensor that must be there to (dtype,
     snapshots = f.take('snapshots', 'be null or an object', lambda v: v is None or _is_object(v))
     f.take('calibration', 'be null in this version', lambda v: v is None)
     f.end()
+    for i,c in enumerate(callbacks): Fields(c, f'callbacks[{i}]').choice('class', _names)
     check_network(network)
     shapes = network_shapes(network)
     res = check_table(table, network) | _with_prefix('model', shapes)

@@ -16,7 +16,6 @@ from fastai.tabular.model import TabularModel
 from fastai.torch_core import no_random
 from torch import nn
 from ..ensemble.averaging import EnsembleLoss
-from ..layers.dropconnect import DropConnectLinear
 from ..layers.masked_ensemble import MaskedEnsembleLinear
 from ..optimizer import FusedAdam
 from .fields import Fields, is_number
@@ -65,13 +64,15 @@ def _describe_noise(model, linears): # What a `TabularDropConnectModel` has more
                 embed_weight_p=model.embeds[0].p if len(model.embeds) else 0.,
                 num_embeddings=_describe_vectors(model.num_embeds), members=members if model.n_members else None)
 
+def _plain(number): return number if type(number) in (int,float) else float(number)
+
 def _described(model):
     blocks = [b for b in model.layers if isinstance(b, LinBnDrop)]
     linears,limits = [_first(b, nn.Linear) for b in blocks],_first(model.layers, SigmoidRange)
     return {'class': type(model).__name__} | dict(
         emb_szs=[[e.num_embeddings, e.embedding_dim] for e in model.embeds], n_cont=model.n_cont,
         out_sz=getattr(model, 'out_sz', linears[-1].out_features), embed_p=float(model.emb_drop.p),
-        y_range=[float(limits.low), float(limits.high)] if limits else None,
+        y_range=[_plain(limits.low), _plain(limits.high)] if limits else None,
         bn_cont=model.bn_cont is not None) | _describe_blocks(blocks) | _describe_noise(model, linears)
 
 # %% ../../nbs/426_serialize.parts.ipynb #42610266
