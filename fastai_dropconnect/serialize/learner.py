@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['CALLBACKS', 'save_model', 'load_model']
 
-# %% ../../nbs/428_serialize.learner.ipynb #428eb4c6
-import math
+# %% ../../nbs/428_serialize.learner.ipynb #428c8605
 from pathlib import Path
 import torch
 from fastai.callback.core import TrainEvalCallback
@@ -19,14 +18,15 @@ from ..callback.batchnorm import RecalibrateBN
 from ..callback.dropconnect import DropConnect
 from ..callback.frozen_zero import FrozenZeroInit
 from ..callback.snapshots import SnapshotEnsemble
-from ..ensemble.averaging import AVERAGES
+from ..ensemble.averaging import average_for
 from ..nn_utils import inner_model, load_state_, model_tensors
-from .fields import Fields, decode_values, encode_values, is_int, is_name, is_number, is_p
+from .fields import Fields, decode_values, encode_values, is_name, is_number, is_p
 from .files import SavedModel, write_model
-from .network import check_network, compare_shapes, network_shapes
+from .description import check_description, with_prefix
+from .network import compare_shapes, network_shapes
 from .parts import (build_loss, build_network, build_opt, describe_loss, describe_network,
                                                 describe_opt)
-from .table import build_dls, check_table, describe_table
+from .table import build_dls, describe_table
 from ..tabular.learner import AverageMembers, TabularLearner
 
 # %% ../../nbs/428_serialize.learner.ipynb #4283c0c0
@@ -76,9 +76,7 @@ def _build_callback(config, i):
     f.end()
     return res
 
-# %% ../../nbs/428_serialize.learner.ipynb #4286776f
-def _packed(shape): return 'U8',(math.ceil(math.prod(shape)/8),)
-def _with_prefix(prefix, items): return {f'{prefix}.{n}':v for n,v in items.items()}
+# %% ../../nbs/428_serialize.learner.ipynb #428becbb
 def _behind(prefix, tensors):
     start = f'{prefix}.'
     return {n.removeprefix(start):torch.from_numpy(t) for n,t in tensors.items() if n.startswith(start)}
@@ -89,30 +87,15 @@ def _describe_row(cycle, row): # Of the report
     values = [float(v) if is_number(v) or isinstance(v, float) else str(v) for v in row.values()]
     return dict(cycle=cycle, columns=list(row), **encode_values(values, 'the report'))
 
-def _describe_snapshots(record): # JSON and tensors
+def _describe_snapshots(record, loss_func): # JSON and tensors
     if record is None: return None,{}
     tensors = {}
-    for c in record: tensors |= _with_prefix(f'snapshot.{c}', _arrays(record[c]))
-    if record.weights is not None: tensors |= _with_prefix('mean', _arrays(record.weights))
+    for c in record: tensors |= with_prefix(f'snapshot.{c}', _arrays(record[c]))
+    if record.weights is not None: tensors |= with_prefix('mean', _arrays(record.weights))
     rows = [_describe_row(c, row) for c,row in record.rows.items()]
-    average = None if record.average is None else list(record.average)
+    average = list(record.average or average_for(loss_func))      # found at the first validation, perhaps later
     has_mean = record.weights is not None
     return dict(cycles=list(record), use=record.use, average=average, mean=has_mean, rows=rows),tensors
-
-def _is_average(v):
-    if v is None: return True
-    return isinstance(v, list) and len(v)==2 and v[0] in AVERAGES and type(v[1]) is int and abs(v[1])<9
-
-def _check_snapshots(config):
-    f = Fields(config, 'snapshots')
-    cycles = f.list('cycles', 'integers', is_int)
-    if len(set(cycles))<len(cycles): raise ValueError(f'`snapshots.cycles` must be different, got {cycles!r:.200}')
-    has_mean = f.bool('mean')
-    f.take('average', f'be null or a name of {AVERAGES} and a dimension', _is_average)
-    f.choice('use', ['last', *(['average'] if cycles else []), *(['weights'] if has_mean else []), *cycles])
-    f.list('rows', 'objects', lambda v: isinstance(v, dict))
-    f.end()
-    return cycles,has_mean
 
 def _restore_snapshots(record, config, tensors):
     record.states = {c:_behind(f'snapshot.{c}', tensors) for c in config['cycles']}
@@ -146,8 +129,8 @@ def _describe_learner(learn): # JSON and tensors
     record = next((cb.record for cb in ours if type(cb) is SnapshotEnsemble), None)
     callbacks = [_describe_callback(cb) for cb in ours if type(cb) is not SnapshotEnsemble]
     table,tensors = describe_table(learn.dls)
-    snapshots,more = _describe_snapshots(record)
-    tensors = tensors | more | _with_prefix('model', _arrays(model_tensors(model)))
+    snapshots,more = _describe_snapshots(record, learn.loss_func)
+    tensors = tensors | more | with_prefix('model', _arrays(model_tensors(model)))
     for cb in ours:
         if not isinstance(cb, FrozenZeroInit): continue
         tensors |= _arrays({f'mask.{n}':bits for n,(_,bits) in cb.record.masks.items()})
@@ -169,31 +152,9 @@ def save_model(
 _codes = {'bool': 'BOOL', 'uint8': 'U8', 'int64': 'I64', 'float32': 'F32', 'float64': 'F64'}
 def _signature(t): return _codes.get(t.dtype.name, t.dtype.name),t.shape
 
-def _masks_of(callbacks): # Names of the masks
-    kept = [c.get('masks') for c in callbacks if c.get('class')=='FrozenZeroInit']
-    if len(kept)>1: raise ValueError('`callbacks` must have one FrozenZeroInit, got two')
-    return kept[0] if kept and isinstance(kept[0], list) else []
-
-def _is_object(v): return isinstance(v, dict)
-
 def _check(config): # From the name of each tensor that must be there to (dtype, shape)
-    f = Fields({k:v for k,v in config.items() if k not in ('format','version','package','tensors')}, 'model.json')
-    network,table,_,_ = [f.take(n, 'be an object', _is_object) for n in ('network','table','loss','training')]
-    callbacks = f.list('callbacks', 'objects', _is_object)
-    snapshots = f.take('snapshots', 'be null or an object', lambda v: v is None or _is_object(v))
-    f.take('calibration', 'be null in this version', lambda v: v is None)
-    f.end()
-    for i,c in enumerate(callbacks): Fields(c, f'callbacks[{i}]').choice('class', _names)
-    check_network(network)
-    shapes = network_shapes(network)
-    res = check_table(table, network) | _with_prefix('model', shapes)
-    if snapshots is not None:
-        cycles,has_mean = _check_snapshots(snapshots)
-        for c in [*(f'snapshot.{c}' for c in cycles), *(['mean'] if has_mean else [])]: res |= _with_prefix(c, shapes)
-    for n in _masks_of(callbacks):
-        if not isinstance(n, str) or n not in shapes:
-            raise ValueError(f'`callbacks`: a mask must have the name of a tensor of the model, got {n!r:.200}')
-        res[f'mask.{n}'] = _packed(shapes[n][1])
+    res = check_description(config)
+    for i,c in enumerate(config['callbacks']): Fields(c, f'callbacks[{i}]').choice('class', _names)
     return res
 
 # %% ../../nbs/428_serialize.learner.ipynb #4286ac8e
