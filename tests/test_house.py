@@ -14,6 +14,7 @@ FillMissingAnywhere QuantileNormalize PLE Periodic DataError tabular_dls time_sp
 MaskedMembers TabularDropConnectModel tabular_dropconnect_config TabularLearner tabular_learner
 RecalibrateBN recalibrate_bn DropConnect FrozenZeroInit SnapshotEnsemble ZeroRestarts FusedAdam
 Choice RECIPES Recipe choose_recipe train_recipe
+load_model save_model Predictor RowEncoder load_predictor export_onnx export_program
 synthetic_bulldozers bulldozers_dls bulldozers_pandas encode_sales price_features read_bulldozers compare_on_bulldozers
 """.split()
 
