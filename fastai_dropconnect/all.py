@@ -10,7 +10,8 @@ __all__ = ['exact_mask', 'dropconnect', 'linear_dropconnect', 'DropConnectEmbedd
            'fit_procs', 'StoredTable', 'store_table', 'StoredTabDL', 'stored_dataloaders', 'MaskedMembers',
            'TabularDropConnectModel', 'tabular_dropconnect_config', 'TabularLearner', 'tabular_learner',
            'RecalibrateBN', 'recalibrate_bn', 'DropConnect', 'FrozenZeroInit', 'SnapshotEnsemble', 'ZeroRestarts',
-           'FusedAdam', 'init_ranks', 'Choice', 'RECIPES', 'Recipe', 'choose_recipe', 'train_recipe',
+           'FusedAdam', 'init_ranks', 'Choice', 'RECIPES', 'Recipe', 'choose_recipe', 'train_recipe', 'load_model',
+           'save_model', 'Predictor', 'RowEncoder', 'load_predictor', 'export_onnx', 'export_program',
            'synthetic_bulldozers', 'bulldozers_dls', 'bulldozers_pandas', 'encode_sales', 'price_features',
            'read_bulldozers', 'compare_on_bulldozers']
 
@@ -66,6 +67,13 @@ _all_ = ['RecalibrateBN', 'recalibrate_bn', 'DropConnect', 'FrozenZeroInit', 'Sn
 from .recipes import Choice, RECIPES, Recipe, choose_recipe, train_recipe
 
 _all_ = ['Choice', 'RECIPES', 'Recipe', 'choose_recipe', 'train_recipe']
+
+# %% ../nbs/610_all.ipynb #610ser01
+from .serialize.learner import load_model, save_model
+from .serialize.predictor import Predictor, RowEncoder, load_predictor
+from .serialize.export import export_onnx, export_program
+
+_all_ = ['load_model', 'save_model', 'Predictor', 'RowEncoder', 'load_predictor', 'export_onnx', 'export_program']
 
 # %% ../nbs/610_all.ipynb #f9e941c9
 from .bulldozers.synthetic import synthetic_bulldozers

@@ -15,6 +15,7 @@ TableSource fit_procs StoredTable store_table StoredTabDL stored_dataloaders
 MaskedMembers TabularDropConnectModel tabular_dropconnect_config TabularLearner tabular_learner
 RecalibrateBN recalibrate_bn DropConnect FrozenZeroInit SnapshotEnsemble ZeroRestarts FusedAdam init_ranks
 Choice RECIPES Recipe choose_recipe train_recipe
+load_model save_model Predictor RowEncoder load_predictor export_onnx export_program
 synthetic_bulldozers bulldozers_dls bulldozers_pandas encode_sales price_features read_bulldozers compare_on_bulldozers
 """.split()
 

@@ -8,6 +8,7 @@ from fastai.tabular.all import Adam, Callback, OptimWrapper, SGD, mae, ranger, s
 from torch import nn
 from ensemble_learners import *
 from fastai_dropconnect.all import *
+from fastai_dropconnect import files
 from fastai_dropconnect.ensemble import folder as store
 from fastai_dropconnect.nn_utils import copy_state
 
@@ -15,7 +16,7 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 MANIFEST = 'snapshots.json'
-OPERATIONS = '_write','_sync','_sync_names','_rename','_delete'
+OPERATIONS = 'write_new','sync_file','sync_names','rename_file','delete_file'
 
 
 class Seeds(Callback):
@@ -78,7 +79,10 @@ class Disk:
         self.written,self.names = [],[]
         self.kill,self.full = kill,full
         self.dead,self.unsynced = False,set()
-        for name in OPERATIONS: monkeypatch.setattr(store, name, self.wrapped(name, getattr(store, name)))
+        for name in OPERATIONS:
+            operation = self.wrapped(name, getattr(files, name))
+            for module in (files,store):
+                if hasattr(module, name): monkeypatch.setattr(module, name, operation)
 
     def instant(self):
         if self.dead or self.n==self.kill: self.die()
@@ -93,13 +97,13 @@ class Disk:
     def wrapped(self, name, operation):
         def call(*args):
             self.instant()
-            if self.full is not None and self.n_ops>=self.full and name!='_delete': raise OSError(errno.ENOSPC, 'No space left on device', str(args[0]))
+            if self.full is not None and self.n_ops>=self.full and name!='delete_file': raise OSError(errno.ENOSPC, 'No space left on device', str(args[0]))
             self.n_ops += 1
             self.names.append((name, *[a.name for a in args if isinstance(a, Path)]))
-            if name=='_write': self.write(operation, *args)
+            if name=='write_new': self.write(operation, *args)
             else: operation(*args)
-            if name=='_sync': self.unsynced.discard(args[0])
-            if name=='_rename' and args[0] in self.unsynced: self.unsynced = self.unsynced-{args[0]} | {args[1]}
+            if name=='sync_file': self.unsynced.discard(args[0])
+            if name=='rename_file' and args[0] in self.unsynced: self.unsynced = self.unsynced-{args[0]} | {args[1]}
             self.instant()
         return call
 
@@ -406,12 +410,12 @@ def test_what_is_renamed_is_on_the_disk_and_the_manifest_is_last(tmp_path, disk)
     fit(small_learn(tmp_path))
     names = d.names
     for i,op in enumerate(names):
-        if op[0]=='_rename': assert names[i-1]==('_sync', op[1]) and names[i-2]==('_write', op[1])
-    manifests = [i for i,op in enumerate(names) if op[0]=='_rename' and op[2]==MANIFEST]
-    assert len(manifests)==4 and all(names[i+1]==('_sync_names','run') for i in manifests)      # claimed, and three cycles
-    for i in manifests[1:]: assert names[i-3]==('_sync_names','run') and names[i-4][0]=='_rename' and names[i-4][2].startswith('resume')
-    deletes = [i for i,op in enumerate(names) if op[0]=='_delete']
-    assert len(deletes)==2 and all(any(names[i-1]==('_sync_names','run') and i-2==m for m in manifests) for i in deletes)
+        if op[0]=='rename_file': assert names[i-1]==('sync_file', op[1]) and names[i-2]==('write_new', op[1])
+    manifests = [i for i,op in enumerate(names) if op[0]=='rename_file' and op[2]==MANIFEST]
+    assert len(manifests)==4 and all(names[i+1]==('sync_names','run') for i in manifests)      # claimed, and three cycles
+    for i in manifests[1:]: assert names[i-3]==('sync_names','run') and names[i-4][0]=='rename_file' and names[i-4][2].startswith('resume')
+    deletes = [i for i,op in enumerate(names) if op[0]=='delete_file']
+    assert len(deletes)==2 and all(any(names[i-1]==('sync_names','run') and i-2==m for m in manifests) for i in deletes)
 
 
 def check_real_kills(tmp_path, n):
@@ -565,7 +569,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     def refuse(file, data): raise OSError(errno.EROFS, 'Read-only file system', str(file))
     fit(small_learn(tmp_path))
     before = bytes_of(tmp_path/'models/run')
-    monkeypatch.setattr(store, '_write', refuse)
+    monkeypatch.setattr(files, 'write_new', refuse)
     learn = small_learn(tmp_path, 9, count := Batches())
     for kw in (dict(path='new'), dict(overwrite=True), dict(n_cycles=4, resume=True)):
         with pytest.raises(OSError, match='Read-only.*resume=True.*models/(new|run)'): fit(learn, **kw)
@@ -665,7 +669,7 @@ def test_two_processes_write_one_run_and_fail_together(two_processes):
         assert a==b and len(bytes_of(folder_of(learn)))==4
         def full(file, data): raise OSError(errno.ENOSPC, 'No space left on device', str(file))
         for kw in ({}, dict(path='other')):
-            store._write = full
+            files.write_new = full
             second = make_learn(seed=rank, path=Path('.'))
             try:
                 with second.distrib_ctx(sync_bn=False, cpu=True): second.fit_zero_restarts(2, 1, **(dict(path='run') | kw))

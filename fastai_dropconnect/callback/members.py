@@ -11,6 +11,7 @@ from copy import deepcopy
 import torch
 from fastai.basics import DataLoader, Learner, getcallable, patch
 from torch import nn
+from . import loading     # noqa: F401, `learn.load` brings ensembles back
 from .core import RecordingCallback
 from .snapshots import SnapshotEnsemble
 from ..ensemble.averaging import AveragedModel, average_for, map_outputs, stack_members

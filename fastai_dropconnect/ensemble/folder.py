@@ -6,41 +6,19 @@
 __all__ = ['MANIFEST', 'state_signature', 'is_snapshot_name', 'SnapshotFolder']
 
 # %% ../../nbs/265_ensemble.folder.ipynb #265imp00
-import errno, hashlib, io, json, os, re, uuid
+import hashlib, io, json, re, uuid
 from contextlib import suppress
 from pathlib import Path
 import torch
 import torch.distributed as dist
 from fastcore.basics import patch
+from ..files import delete_file, replace_whole, sync_names
 from ..nn_utils import from_rank0, model_tensors
-
-# %% ../../nbs/265_ensemble.folder.ipynb #265prim1
-def _write(file, data):
-    with open(file, 'xb') as f: f.write(data)       # 'x': never into a file that exists
-
-def _sync(file): # Wait until it is on the disk
-    with open(file, 'rb+') as f: os.fsync(f.fileno())
-
-def _sync_names(folder): # Wait until the names of its files are on the disk
-    if os.name=='nt': return        # Windows has no such call
-    handle = os.open(folder, os.O_RDONLY)
-    try: os.fsync(handle)
-    except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise OSError(e.errno, e.strerror, str(folder)) from e
-    finally: os.close(handle)       # some network drives have no such call either
-
-def _rename(old, new): os.replace(old, new)
-def _delete(file): file.unlink(missing_ok=True)
 
 # %% ../../nbs/265_ensemble.folder.ipynb #265save1
 def _save_file(file, unfinished, data):
-    try:
-        _write(unfinished, data)
-        _sync(unfinished)
-        _rename(unfinished, file)
+    try: replace_whole(file, unfinished, data)
     except OSError as e:
-        if not isinstance(e, FileExistsError):
-            with suppress(OSError): _delete(unfinished)
         raise OSError(e.errno, f'{e.strerror}. The snapshots of earlier cycles are complete: make sure that the folder '
                                'can be written to and has space, then go on with `resume=True`', str(file)) from e
 
@@ -184,7 +162,7 @@ class SnapshotFolder:
         data = json.dumps(manifest, default=str).encode()
         _save_file(self.path/MANIFEST, self.path/f'snapshots_{self._next}.tmp', data)
         self.manifest = manifest
-        _sync_names(self.path)
+        sync_names(self.path)
 
     @property
     def _next(self): return self.manifest['next'] if self.manifest else _token()
@@ -203,7 +181,7 @@ def claim(self:SnapshotFolder):
 def _claim(self:SnapshotFolder):
     try: self.path.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise OSError(e.errno, f'`path` must be a folder, but: {e.strerror}', str(self.path)) from e
-    _sync_names(self.path.parent)
+    sync_names(self.path.parent)
     manifest = self.manifest or _empty_manifest()
     if self.manifest: self._clean_up()
     self._write_manifest(manifest | dict(obsolete=self._existing(manifest['obsolete']), next=_token()))
@@ -216,7 +194,7 @@ def _existing(self:SnapshotFolder, names): return sorted(n for n in names if (se
 def _clean_up(self:SnapshotFolder):
     leftover = [f for f in self.path.iterdir() if _token_of(f.name)==self.manifest['next']]
     for file in [*leftover, *(self.path/name for name in self.manifest['obsolete'])]:
-        with suppress(OSError): _delete(file)
+        with suppress(OSError): delete_file(file)
 
 # %% ../../nbs/265_ensemble.folder.ipynb #265comm1
 @patch
@@ -262,10 +240,10 @@ def _save(self:SnapshotFolder, name, obj): # An entry of the manifest
 @patch
 def _replace(self:SnapshotFolder, manifest): # Also on the disk, and delete what it does not name any longer
     gone = _named_files(self.manifest)-_named_files(manifest | dict(obsolete=[]))
-    _sync_names(self.path)
+    sync_names(self.path)
     self._write_manifest(manifest | dict(obsolete=self._existing(gone), next=_token()))
     for name in self.manifest['obsolete']:
-        with suppress(OSError): _delete(self.path/name)
+        with suppress(OSError): delete_file(self.path/name)
 
 @patch
 def _check_claim(self:SnapshotFolder):

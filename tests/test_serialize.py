@@ -1,0 +1,463 @@
+"Models without pickle: round trips, files of strangers, kills while writing, and a file of version 1 that is read forever"
+import hashlib, json, os, shutil, struct
+from functools import partial
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+import torch.nn.functional as F
+from fastai.tabular import learner as fastai_learner
+from fastai.tabular.all import (Callback, Categorify, CrossEntropyLossFlat, FillMissing, Normalize, OptimWrapper, ProgressCallback,
+                                TabularDataLoaders, TabularPandas, TabularProc, mae, noop, set_seed, tabular_config)
+from torch import nn
+from conftest import make_dls, make_table
+from fastai_dropconnect import files
+from fastai_dropconnect.all import *
+from fastai_dropconnect.callback.snapshots import snapshot_ensemble
+from fastai_dropconnect.serialize.files import SavedModel
+from fastai_dropconnect.serialize.learner import load_model, save_model
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+FIXTURE = Path(__file__).parent/'fixtures'/'model_v1'
+
+
+def shake(learn, seed=1):
+    "Give weights and statistics values that training could have given them"
+    g = torch.Generator().manual_seed(seed)
+    for n,t in learn.model.state_dict().items():
+        if t.is_floating_point() and not n.startswith('num_embeds.0'): t += .3*torch.rand(t.shape, generator=g)
+    return quiet(learn)
+
+def quiet(learn):
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+def with_snapshots(learn, use='average'):
+    ens = snapshot_ensemble(learn)
+    for c in range(3): shake(learn, c); ens.add_snapshot(c)
+    if use=='weights': ens.average_weights()
+    ens.use = use
+    return learn
+
+def small(df=None, target='y', seed=0, cls=tabular_learner, **kw):
+    set_seed(seed)
+    return shake(cls(make_dls(df, target), layers=[12,8], **kw))
+
+def config(**kw): return tabular_dropconnect_config(**kw)
+def quantiles(**kw):
+    df = make_table(200)
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify,FillMissingAnywhere,QuantileNormalize(**kw)], cat_names=['color','code'], cont_names=['a','b'],
+                                     y_names='y', valid_idx=range(150, 200), bs=32)
+    return shake(tabular_learner(dls, layers=[12,8]))
+
+def classes(): return make_table().assign(y=lambda d: np.where(d.y>1, 'high', 'low'))
+def only(cats, conts):
+    dls = TabularDataLoaders.from_df(make_table(200), procs=[Categorify,FillMissing,Normalize], cat_names=cats, cont_names=conts, y_names='y', valid_idx=range(150, 200))
+    return shake(tabular_learner(dls, layers=[12]))
+
+LEARNERS = {
+    'fastai': lambda: small(cls=fastai_learner.tabular_learner, config=tabular_config(ps=[.1,.2], embed_p=.1, act_cls=nn.LeakyReLU(.2))),
+    'lin_last': lambda: small(config=tabular_config(lin_first=False, bn_final=True), y_range=(-1,3), loss_func=F.l1_loss),
+    'dropconnect': lambda: small(config=config(weight_p=[.1,.2], out_p=.1, mode='gaussian', embed_weight_p=.1, use_bn=False), cbs=RecalibrateBN()),
+    'callback': lambda: small(cbs=DropConnect({'layers.0.0': .2}, mode='batch')),
+    'ple': lambda: small(config=config(num_embeddings=PLE(4, 6, .1))),
+    'periodic_members': lambda: small(config=config(num_embeddings='periodic', members=MaskedMembers(9, .25))),
+    'classes': lambda: small(classes(), config=config(members=3), loss_func=CrossEntropyLossFlat(label_smoothing=.1)),
+    'two_targets': lambda: small(make_table().assign(z=1.), ['y','z']),
+    'snapshots': lambda: with_snapshots(small()),
+    'classes_snapshots': lambda: with_snapshots(small(classes())),
+    'members_snapshots': lambda: with_snapshots(small(config=config(members=2, weight_p=.1))),
+    'mean_weights': lambda: with_snapshots(small(), 'weights'),
+    'second_snapshot': lambda: with_snapshots(small(), 1),
+    'uniform': quantiles, 'normal': lambda: quantiles(output_distribution='normal', n_quantiles=20),
+    'no_numbers': lambda: only(['color','code'], []), 'no_categories': lambda: only([], ['b']),
+    'accelerated': lambda: small().accelerate()}
+learners = pytest.mark.parametrize('make', LEARNERS.values(), ids=LEARNERS)
+
+
+def frame_for(learn):
+    "Rows like those of the training, some with categories that are not there"
+    df = make_table(70, seed=5)
+    df.loc[3,'color'] = 'pink'
+    if not hasattr(learn.dls.train_ds.procs, 'fill_missing_anywhere'): df['b'] = df.b.fillna(0)
+    return df.drop(columns='y')
+
+def preds(learn, df): return learn.get_preds(dl=learn.dls.test_dl(df))[0]
+
+def check_same(a, b):
+    df = frame_for(a)
+    got,want = preds(b, df),preds(a, df)
+    assert got.shape==want.shape and torch.equal(got, want) and want.std()>0
+    assert torch.equal(b.predict(df.iloc[0])[2], a.predict(df.iloc[0])[2])
+
+
+@learners
+def test_a_loaded_model_predicts_the_same_bit_for_bit(make, tmp_path):
+    learn = make()
+    again = load_model(save_model(learn, tmp_path/'m'))
+    check_same(learn, again)
+    assert repr(again.model)==repr(learn.model) and repr(again.loss_func)==repr(learn.loss_func)
+    assert [type(cb) for cb in again.cbs if type(cb) is not ProgressCallback]==[type(cb) for cb in learn.cbs]
+    assert list(again.dls.vocab)==list(learn.dls.vocab) if hasattr(learn.dls, 'vocab') else True
+    third = load_model(save_model(again, tmp_path/'n'))
+    check_same(learn, third)
+    save_model(third, tmp_path/'n')
+    save_model(learn, tmp_path/'m')
+    assert (tmp_path/'m'/'model.json').read_bytes()==(tmp_path/'n'/'model.json').read_bytes()
+
+
+@pytest.mark.parametrize('name', ['fastai','periodic_members','accelerated'])
+def test_a_loaded_model_trains_as_the_saved_one(name, tmp_path):
+    learn = LEARNERS[name]()
+    again = quiet(load_model(save_model(learn, tmp_path/'m')))
+    for l in (learn, again):
+        set_seed(3)
+        l.dls = make_dls()
+        l.fit(1, 1e-2, reset_opt=True)
+    assert all(torch.equal(p, q) for p,q in zip(learn.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_masks_hold_and_frozen_layers_stay(tmp_path):
+    learn = small(cbs=FrozenZeroInit(.5, per='row', seed=3))
+    learn.fit(1, 1e-2)
+    learn.model.embeds[0].weight.requires_grad_(False)
+    again = quiet(load_model(save_model(learn, tmp_path/'m'), metrics=mae))
+    a,b = learn.frozen_zero_init,again.frozen_zero_init
+    assert list(b.record)==list(a.record)!=[] and all(torch.equal(a.record[n], b.record[n]) for n in a.record) and b.stds==a.stds
+    again.dls = make_dls()
+    before = again.model.embeds[0].weight.clone()
+    again.fit(1, 1e-2)
+    for n,p in again.model.named_parameters():
+        if n in b.record: assert (p[~b.record[n]]==0).all() and (p[b.record[n]]!=0).all()
+    assert torch.equal(before, again.model.embeds[0].weight) and again.metrics[0].name=='mae'
+
+
+def test_snapshots_members_and_report_come_back(tmp_path):
+    learn = small(config=config(members=2))
+    learn.fit_zero_restarts(2, 1)
+    again = quiet(load_model(save_model(learn, tmp_path/'m')))
+    df = frame_for(learn)
+    a,b = [l.get_member_preds(dl=l.dls.test_dl(df))[0] for l in (learn, again)]
+    assert torch.equal(a, b) and a.shape[1]==4
+    pd.testing.assert_frame_equal(learn.snapshot_ensemble.report(), again.snapshot_ensemble.report())
+    for use in ('last', 0, 1):
+        with learn.snapshot_ensemble.using(use),again.snapshot_ensemble.using(use): assert torch.equal(preds(learn, df), preds(again, df))
+
+
+TYPED = dict(text=['a','b',None,'a'], whole=[3,-1,3,2], yes=[True,False,True,True], half=[.5,np.nan,2.,.5],
+             day=pd.to_datetime(['2020-01-01 10:00:00.123456','2021-01-01',None,'2020-01-01 10:00:00.123456'], format='ISO8601'), mixed=pd.Categorical(['x','z','z','x'], ['z','y','x'], ordered=True))
+
+@pytest.mark.parametrize('reduce', [True, False])
+@pytest.mark.parametrize('name', TYPED)
+def test_categories_keep_their_types(name, reduce, tmp_path):
+    df = pd.DataFrame({name: TYPED[name]*10 if isinstance(TYPED[name], list) else list(TYPED[name])*10})
+    if name=='mixed': df[name] = pd.Categorical(df[name], ['z','y','x'], ordered=True)
+    df['y'] = np.arange(40.)
+    to = TabularPandas(df, [Categorify], [name], [], 'y', splits=(list(range(32)), list(range(32, 40))), reduce_memory=reduce)
+    learn = shake(tabular_learner(to.dataloaders(bs=8), layers=[4]))
+    again = load_model(save_model(learn, tmp_path/'m'))
+    a,b = [list(l.dls.train_ds.procs.categorify.classes[name].items) for l in (learn, again)]
+    assert a==b and [type(v) for v in a]==[type(v) for v in b]
+    other = df[[name]].drop_duplicates()
+    if name!='mixed': other = pd.concat([other, pd.DataFrame({name: [df[name].max()]})], ignore_index=True)
+    assert torch.equal(preds(learn, other), preds(again, other))
+
+
+def fails(match, change, *args):
+    with pytest.raises(TypeError, match=match): save_model(change, *args)
+
+def test_what_cannot_be_saved_is_refused_by_name_and_nothing_is_written(tmp_path):
+    class Mine(Callback): pass
+    class MyProc(TabularProc): pass
+    dls = TabularDataLoaders.from_df(make_table(), procs=[Categorify,FillMissing,MyProc], cat_names=['color'], cont_names=['a'], y_names='y')
+    def hooked():
+        learn = small()
+        learn.model.layers[0] = nn.Sequential(*learn.model.layers[0])
+        return learn
+    cases = [(small(cbs=Mine()), 'got Mine.*removed_cbs'), (small(cbs=DropConnect(lambda pos: .1*pos)), '`weight_p` of DropConnect'),
+             (small(cbs=FrozenZeroInit(layers=lambda n,m: n=='layers.0.0')), '`layers` of FrozenZeroInit'), (tabular_learner(dls), '`procs` must be.*got MyProc'),
+             (small(loss_func=lambda p,y: 0), '`loss_func` must be'), (small(opt_func=partial(OptimWrapper, opt=torch.optim.SGD)), '`opt_func` must be'),
+             (small(splitter=lambda m: [list(m.parameters())]), '`splitter` must be'), (small(config=tabular_config(act_cls=nn.Hardtanh())), '`act_cls` must be'),
+             (hooked(), 'the model must be'), (small().to_fp16(), 'got MixedPrecision'), (small(lr=slice(1,2)), '`lr` must be')]
+    for learn,match in cases:
+        with pytest.raises(TypeError, match=match): save_model(learn, tmp_path/'m')
+        assert not (tmp_path/'m').exists()
+
+
+# Files of strangers
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp('saved')/'m'
+    learn = with_snapshots(small(config=config(members=2, num_embeddings=PLE(4, 5)), cbs=FrozenZeroInit(.5, seed=1)))
+    learn.frozen_zero_init.record['layers.0.0.weight'] = torch.rand(learn.model.layers[0][0].weight.shape)>.5
+    return save_model(learn, path)
+
+@pytest.fixture
+def path(saved, tmp_path): return Path(shutil.copytree(saved, tmp_path/'m'))
+
+def description(path): return json.loads((path/'model.json').read_text())
+def write(path, config): (path/'model.json').write_text(json.dumps(config))
+
+def put(config, where, value):
+    "Change the value at the end of a path of keys; `...` deletes it"
+    *parents,last = where
+    for k in parents: config = config[k]
+    if value is ...: del config[last]
+    else: config[last] = value
+
+HUGE = 2**40
+FIELDS = [ # where, what, what the message names
+    (['format'], 'other', 'format'), (['version'], 2, 'version 1, got version=2'), (['version'], True, 'version'), (['version'], ..., 'version'),
+    (['tensors','file'], '../../etc/passwd', '`tensors` must name'), (['tensors','file'], '/etc/passwd', '`tensors` must name'), (['tensors','file'], 3, '`tensors` must name'),
+    (['tensors','file'], 'model-0123456789abcdef.safetensors', '`tensors` must name'), (['tensors','size'], HUGE, 'bytes'), (['tensors','size'], -1, '`tensors`'),
+    (['tensors','sha256'], None, '`tensors` must name'), (['tensors'], [], '`tensors` must have'), (['network'], ..., 'network'), (['network'], [], 'network'),
+    (['hook'], 'os.system', "unknown field 'hook'"), (['network','class'], 'os.system', 'network.class'), (['network','layers'], [HUGE,HUGE], 'layers.0.0.weight'),
+    (['network','layers',0], -1, 'network.layers'), (['network','layers'], ['12'], 'network.layers'), (['network','emb_szs',0,0], HUGE, 'embeds.0.weight'),
+    (['network','members','n'], HUGE, 'tensor'), (['network','members','n'], 0, 'network.members.n'), (['network','num_embeddings','n_bins',0], HUGE, 'num_embeds'),
+    (['network','num_embeddings','dim'], 1.5, 'network.num_embeddings.dim'), (['network','act','class'], 'Sequential', 'network.act.class'),
+    (['network','y_range'], 'x', 'network.y_range'), (['network','n_cont'], 3, 'one per continuous column'), (['network','mode'], ..., 'network.mode'),
+    (['table','cat_names'], ['color'], 'table.cat_names'), (['table','cat_names',0], 'a', 'each column once'), (['table','cont_names',0], 3, 'table.cont_names'),
+    (['table','procs',0,'class'], 'eval', r'table.procs\[0\].class'), (['table','procs'], [1], 'table.procs'), (['table','loaders'], [], 'table.loaders'),
+    (['table','loaders',0,'class'], 'DataLoader', r'table.loaders\[0\].class'), (['table','loaders',0,'bs'], 0, r'table.loaders\[0\].bs'), (['table','more'], 1, "'more'"),
+    (['loss','class'], 'system', 'loss.class'), (['loss','func'], 'x', "'func'"), (['loss','reduction'], 'x', 'loss.reduction'),
+    (['training','opt','class'], 'system', 'training.opt.class'), (['training','lr'], 'x', 'training.lr'), (['training','frozen'], ['x'], 'training.frozen'),
+    (['callbacks',0,'class'], 'SaveModelCallback', r'callbacks\[0\].class'), (['callbacks',0,'sparsity'], 2, r'callbacks\[0\].sparsity'),
+    (['callbacks',0,'per'], 'col', '`per`'), (['callbacks',0,'masks'], ['layers.9.weight'], 'layers.9.weight'), (['callbacks',0,'masks'], ['layers.0.2.weight'], 'mask.layers.0.2'),
+    (['callbacks',0,'masks'], [], 'no tensor .mask'), (['callbacks',0,'seed'], 'x', 'seed'), (['snapshots','cycles'], [0,0,1], 'snapshots.cycles'),
+    (['snapshots','cycles'], [0,1], 'no tensor .snapshot.2'), (['snapshots','cycles'], [0,1,2,3], 'snapshot.3'), (['snapshots','use'], 'weights', 'snapshots.use'),
+    (['snapshots','average'], ['median',-1], 'snapshots.average'), (['snapshots','mean'], True, 'mean.'), (['snapshots'], 3, 'snapshots'), (['calibration'], {}, 'calibration')]
+
+@pytest.mark.parametrize('where,value,named', FIELDS, ids=lambda v: '.'.join(map(str, v)) if isinstance(v, list) and v and isinstance(v[0], str) else None)
+def test_a_field_that_does_not_fit_is_refused_by_name(path, where, value, named, monkeypatch):
+    config = description(path)
+    put(config, where, value)
+    write(path, config)
+    with pytest.raises(ValueError, match=named): load_model(path)
+
+
+CATEGORIES = [(dict(kind='int'), 'kind'), (dict(values=[{}]), 'of kind'), (dict(values=['a']*1000), 'at most'), (dict(kind='os.system'), 'kind'), (dict(column=1), 'column')]
+
+@pytest.mark.parametrize('change,named', CATEGORIES)
+def test_categories_that_do_not_fit_are_refused(path, change, named):
+    config = description(path)
+    proc = next(p for p in config['table']['procs'] if p['class']=='Categorify')
+    proc['classes'][0].update(change)
+    write(path, config)
+    with pytest.raises(ValueError, match=named): load_model(path)
+
+
+def test_shapes_are_checked_before_anything_is_read(path, monkeypatch):
+    "Neither the tensors nor a model are made when the description asks for more than the file has"
+    import fastai_dropconnect.serialize.learner as module
+    def never(*args, **kw): raise AssertionError('too early')
+    monkeypatch.setattr(SavedModel, 'tensors', never)
+    monkeypatch.setattr(module, 'build_network', never)
+    for where in (['network','layers',0], ['network','emb_szs',1,1], ['network','out_sz'], ['network','members','n'], ['network','num_embeddings','dim']):
+        config = description(path)
+        put(config, where, HUGE)
+        write(path, config)
+        with pytest.raises(ValueError, match='tensor'): load_model(path)
+
+
+TEXTS = [(b'{"a": NaN}', 'NaN'), (b'{"format": 1, "format": 2}', 'twice'), (b'['*10**6, 'plain JSON'), (b'{"a": 1e999}', 'too large'), (b'', 'plain JSON'), (b'\x80\x04N.', 'plain JSON'),
+         (b'[1]', 'object'), (b'{"a": ' + b'1'*10**5 + b'}', 'plain JSON'), (b'{"format": "fastai_dropconnect.model", "version": 1', 'plain JSON')]
+
+@pytest.mark.parametrize('text,named', TEXTS, ids=range(len(TEXTS)))
+def test_a_description_that_is_not_plain_json_is_refused(path, text, named):
+    (path/'model.json').write_bytes(text)
+    with pytest.raises(ValueError, match=named): load_model(path)
+
+
+def header_of(data):
+    n = struct.unpack('<Q', data[:8])[0]
+    return json.loads(data[8:8+n]),data[8+n:]
+
+def with_header(path, header, body, size=None):
+    "Write a file of tensors with its checksum, as a stranger can"
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    data = struct.pack('<Q', len(text) if size is None else size)+text+body
+    config = description(path)
+    sha256 = hashlib.sha256(data).hexdigest()
+    (path/config['tensors']['file']).unlink()
+    config['tensors'] = dict(file=f'model-{sha256[:16]}.safetensors', size=len(data), sha256=sha256)
+    (path/config['tensors']['file']).write_bytes(data)
+    write(path, config)
+
+NAME = 'model.layers.0.0.weight'
+HEADERS = [
+    (lambda h,b: (h | {NAME: h[NAME] | dict(shape=[HUGE,HUGE])}, b), 'bytes of its shape'), (lambda h,b: (h | {NAME: h[NAME] | dict(shape=[2**62,4])}, b), 'shape'),
+    (lambda h,b: (h | {NAME: h[NAME] | dict(shape=[-12,-1])}, b), 'shape'), (lambda h,b: (h | {NAME: h[NAME] | dict(shape=[1]*9)}, b), 'shape'),
+    (lambda h,b: (h | {NAME: h[NAME] | dict(data_offsets=h['model.embeds.0.weight']['data_offsets'])}, b), 'bytes'),
+    (lambda h,b: (h | dict(extra=dict(dtype='U8', shape=[4], data_offsets=[0,4])), b), 'must start at'),
+    (lambda h,b: (h | dict(extra=dict(dtype='U8', shape=[2], data_offsets=[len(b),len(b)+2])), b+b'xx'), "no tensor 'extra'"),
+    (lambda h,b: ({n:e for n,e in h.items() if n!=NAME}, b), 'must start at|fill'), (lambda h,b: (h | {NAME: h[NAME] | dict(dtype='I32')}, b), 'dtype'),
+    (lambda h,b: (h | {NAME: h[NAME] | dict(more=1)}, b), NAME), (lambda h,b: (h | {NAME: 3}, b), NAME), (lambda h,b: (h, b[:-1]), 'fill'), (lambda h,b: (h, b+b'x'), 'fill'),
+    (lambda h,b: (json.dumps(h).replace('{', '{"a": NaN, ', 1).encode(), b), 'NaN'), (lambda h,b: (b'['*10**6, b), 'plain JSON'), (lambda h,b: ([], b), 'object'),
+    (lambda h,b: ((json.dumps(h)[:-1]+f', "{NAME}": {json.dumps(h[NAME])}'+'}').encode(), b), 'twice'),
+    (lambda h,b: (h | {NAME: h[NAME] | dict(shape=h[NAME]['shape'][::-1])}, b), f'{NAME}.*must have')]
+
+@pytest.mark.parametrize('change,named', HEADERS, ids=range(len(HEADERS)))
+def test_a_header_that_does_not_fit_is_refused(path, change, named):
+    header,body = header_of((path/description(path)['tensors']['file']).read_bytes())
+    with_header(path, *change(header, body))
+    with pytest.raises(ValueError, match=named): load_model(path)
+
+
+@pytest.mark.parametrize('size', [0, 1, 2**63, 2**24+1, 10**6])
+def test_a_header_with_a_wrong_size_is_refused(path, size):
+    header,body = header_of((path/description(path)['tensors']['file']).read_bytes())
+    with_header(path, header, body, size)
+    with pytest.raises(ValueError, match='header'): load_model(path)
+
+
+def test_tensors_of_the_same_bytes_and_other_dtype_or_place_are_refused(path):
+    header,body = header_of((path/description(path)['tensors']['file']).read_bytes())
+    b = 'snapshot.0.layers.1.0.masks'
+    n = 'model.layers.0.2.num_batches_tracked'
+    with_header(path, header | {n: header[n] | dict(dtype='F64')}, body)
+    with pytest.raises(ValueError, match=n): load_model(path)
+    with_header(path, {(b+'x' if k==b else k):v for k,v in header.items()}, body)
+    with pytest.raises(ValueError, match=b): load_model(path)
+
+
+def test_files_that_are_cut_swapped_missing_or_no_files_are_refused(path):
+    file = path/description(path)['tensors']['file']
+    data = file.read_bytes()
+    for bad in (data[:100], data[:-1], b'', data+b'x'):
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match='must have .* bytes'): load_model(path)
+    file.write_bytes(data[:-1]+bytes([data[-1]^1]))
+    with pytest.raises(ValueError, match='checksum'): load_model(path)
+    file.unlink()
+    with pytest.raises(ValueError, match='must be readable'): load_model(path)
+    file.mkdir()
+    with pytest.raises(ValueError, match='regular file'): load_model(path)
+    file.rmdir()
+    if os.name!='nt':
+        for target in ('/dev/zero', '/etc/hostname'):       # never ends, or is somebody else's
+            file.symlink_to(target)
+            with pytest.raises(ValueError, match='regular file|bytes|readable'): load_model(path)
+            file.unlink()
+        os.mkfifo(file)                                      # would block
+        with pytest.raises(ValueError, match='regular file'): load_model(path)
+        file.unlink()
+        (path/'model.json').unlink()
+        (path/'model.json').symlink_to('/dev/zero')
+        with pytest.raises(ValueError, match='regular file'): load_model(path)
+    with pytest.raises(ValueError, match='readable'): load_model(path/'nothing')
+
+
+class Runs:
+    def __init__(self, marker): self.marker = marker
+    def __reduce__(self): return open,(str(self.marker), 'w')
+
+def test_nothing_in_the_folder_is_executed(path, tmp_path):
+    import pickle
+    marker = tmp_path/'ran'
+    bad = pickle.dumps(Runs(marker))
+    file = path/description(path)['tensors']['file']
+    for target in (file, path/'model.json'):
+        good = target.read_bytes()
+        for data in (bad, bad+b'\0'*(len(good)-len(bad))):
+            target.write_bytes(data)
+            with pytest.raises(ValueError): load_model(path)
+        target.write_bytes(good)
+    for extra in ('model.pkl','model.pth','__init__.py'): (path/extra).write_bytes(bad)
+    load_model(path)
+    assert not marker.exists()
+
+
+# Writing
+
+OPERATIONS = 'write_new','sync_file','sync_names','rename_file','delete_file'
+
+class Stop(BaseException): pass
+
+def test_a_kill_while_writing_leaves_the_old_model_or_the_new_one(tmp_path, monkeypatch):
+    import fastai_dropconnect.serialize.files as module
+    old,new = small(),small(seed=1)
+    df = frame_for(old)
+    a,b = preds(old, df),preds(new, df)
+    count = [0]
+    def stopping(operation, at):
+        def call(*args):
+            count[0] += 1
+            if count[0]==at: raise Stop
+            if operation.__name__=='write_new' and count[0]+1==at: args = args[0],args[1][:len(args[1])//2]
+            return operation(*args)
+        return call
+    own = {n:getattr(files, n) for n in OPERATIONS}
+    seen = set()
+    for at in range(1, 30):
+        path = tmp_path/str(at)
+        save_model(old, path)
+        (path/'mine.txt').write_text('mine')
+        count[0] = 0
+        with monkeypatch.context() as m:
+            for n in OPERATIONS:
+                for where in (files,module):
+                    if hasattr(where, n): m.setattr(where, n, stopping(own[n], at))
+            try: save_model(new, path)
+            except Stop: pass
+            else: break
+        got = preds(load_model(path), df)
+        assert torch.equal(got, a) or torch.equal(got, b)
+        seen.add(torch.equal(got, b))
+        assert (path/'mine.txt').read_text()=='mine'
+        save_model(new, path)
+        assert torch.equal(preds(load_model(path), df), b)
+    assert at>6 and seen=={True,False}
+    assert len(list(path.glob('*.safetensors')))==1 and not list(path.glob('*.tmp'))
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_model(tmp_path, monkeypatch):
+    learn = small()
+    path = save_model(learn, tmp_path/'m')
+    def full(file, data): raise OSError(28, 'No space left on device', str(file))
+    monkeypatch.setattr(files, 'write_new', full)
+    with pytest.raises(OSError, match='No space left'): save_model(small(seed=1), path)
+    check_same(learn, load_model(path))
+
+
+def test_other_peoples_files_are_neither_replaced_nor_deleted(tmp_path):
+    (tmp_path/'model.json').write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match='another program'): save_model(small(), tmp_path)
+    assert os.listdir(tmp_path)==['model.json'] and (tmp_path/'model.json').read_text()=='{"mine": 1}'
+    # a description from elsewhere cannot make us delete what it names
+    (tmp_path/'model.json').write_text(json.dumps(dict(format='fastai_dropconnect.model', tensors=dict(file='../keep.txt'))))
+    (tmp_path.parent/'keep.txt').write_text('x')
+    save_model(small(), tmp_path)
+    assert (tmp_path.parent/'keep.txt').exists() and len(os.listdir(tmp_path))==2
+
+
+# The format
+
+def fixture_frame():
+    r = np.random.default_rng(7)
+    df = pd.DataFrame(dict(color=r.choice(['red','green','blue'], 40), code=r.integers(0, 3, 40), ok=r.random(40)>.5, a=r.normal(size=40).round(3),
+                           day=pd.to_datetime('2020-01-01')+pd.to_timedelta(r.integers(0, 3, 40), 'D')))
+    df['y'] = np.where(df.a+(df.color=='red')>0, 'high', 'low')
+    df.loc[::7,'a'] = np.nan
+    df.loc[3,'color'] = None
+    return df
+
+def write_fixture():
+    "Write the fixture: once for each version of the format, never again"
+    set_seed(0)
+    df = fixture_frame()
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify,FillMissingAnywhere,QuantileNormalize(10)], cat_names=['color','code','ok','day'], cont_names=['a'],
+                                     y_names='y', valid_idx=range(30, 40), bs=8)
+    learn = quiet(tabular_learner(dls, layers=[4], config=config(weight_p=.1, num_embeddings=PLE(2, 3), members=2), cbs=FrozenZeroInit(.5)))
+    learn.fit_zero_restarts(2, 1)
+    save_model(learn, FIXTURE)
+    (FIXTURE/'preds.json').write_text(json.dumps(preds(learn, df.drop(columns='y')).tolist()))
+
+def test_a_file_of_version_1_is_read_with_the_same_predictions():
+    learn = quiet(load_model(FIXTURE))
+    df = fixture_frame()
+    want = torch.tensor(json.loads((FIXTURE/'preds.json').read_text()))
+    got = preds(learn, df.drop(columns='y'))
+    assert want.std()>.01
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    assert list(learn.dls.vocab)==['high','low']
+    assert len(learn.snapshot_ensemble.record)==2 and list(learn.frozen_zero_init.record)
