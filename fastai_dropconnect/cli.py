@@ -27,8 +27,8 @@ _FORMAT = 'fastai_dropconnect.bulldozers'
 def _existing(path):
     "Return `path`, or the nearest folder above it that exists"
     path = Path(path).absolute()
-    while not path.exists() and not path.is_symlink(): path = path.parent
-    return path
+    while not path.exists() and not path.is_symlink() and path != path.parent: path = path.parent
+    return path     # on Windows a drive that does not exist, which is its own parent
 
 # %% ../nbs/600_cli.ipynb #ecfc557b
 def _raise_foreign(out, name):

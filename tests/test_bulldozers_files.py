@@ -131,6 +131,7 @@ def test_an_encrypted_archive(tmp_path):
 
 # --- what is no file
 
+@pytest.mark.skipif(os.name=='nt', reason='Windows has no such files')
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path/'a.csv')
     with pytest.raises(DataError, match='a.csv: is not a regular file'): read_bulldozers(tmp_path/'a.csv')
