@@ -1,5 +1,5 @@
 # make demo [DATA=TrainAndValid.csv] | make test | make bench [BENCH=--quick] | make bench-accuracy [DATA=...] [ARGS=--quick]
-# make lint | make export | make readme | make docs | make clean
+# make lint | make export | make readme | make docs | make release-check | make clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ DATA ?=
 OUT ?= bulldozers_out
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test lint bench bench-accuracy export readme docs clean
+.PHONY: demo test lint bench bench-accuracy export readme docs release-check clean
 
 $(VENV)/.installed: $(CONSTRAINTS) settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3,10) else 0)'
@@ -58,6 +58,10 @@ readme: $(VENV)/.installed
 # A static site in _docs, which needs no network: open _docs/index.html
 docs: $(VENV)/.installed
 	OMP_NUM_THREADS=1 python docs/build.py
+
+# What would be uploaded: sdist, wheel, README, and a user's first minutes in fresh environments (minutes, and 3 GB of disk while it runs)
+release-check: $(VENV)/.installed
+	python release/check.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info bulldozers_out _docs _proc

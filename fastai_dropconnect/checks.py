@@ -100,11 +100,14 @@ def check_choice(
 
 # %% ../nbs/000_checks.ipynb #551dda07
 def check_path(
-    path # Value to check
+    path, # Value to check
+    name:str='path' # Name of the argument, for the message
 ) -> str|Path|None: # `path`
     "Return `path` if it is `None`, a `str` or a `Path`"
-    if path is None or isinstance(path, (str,os.PathLike)): return path
-    raise TypeError(f'`path` must be None, a str or a Path, got path={path!r}')
+    if path is not None and not isinstance(path, (str,os.PathLike)):
+        raise TypeError(f'`{name}` must be None, a str or a Path, got {name}={path!r}')
+    if '\0' in str(path): raise ValueError(f'`{name}` must be a path without NUL, got {name}={str(path)!r}')
+    return path
 
 # %% ../nbs/000_checks.ipynb #865d1fce
 def _timestamp(x): # A `pd.Timestamp`, or `pd.NaT` if `x` is not a date

@@ -1,5 +1,5 @@
 "The command `dropconnect-bulldozers`: its results, its errors, and what it imports"
-import os, signal, subprocess, sys
+import bz2, gzip, lzma, os, random, re, signal, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 import torch
@@ -12,7 +12,9 @@ from fastai_dropconnect.nn_utils import hidden_linears
 from fastai_dropconnect.cli import *
 from fastai_dropconnect.compare import MODELS, RECIPES, TREES
 
-COMMAND = Path(sys.executable).parent/'dropconnect-bulldozers'
+WINDOWS = os.name == 'nt'
+COMMAND = Path(sys.executable).parent/('dropconnect-bulldozers.exe' if WINDOWS else 'dropconnect-bulldozers')
+needs_unix = pytest.mark.skipif(WINDOWS, reason='Windows has no such files or signals')
 REAL = Path(__file__).parents[2]/'shared'/'data'/'bulldozers'
 needs_real = pytest.mark.skipif(not (REAL/'TrainAndValid.csv').exists(), reason=f'Kaggle\'s file is not at {REAL}')
 ENV = dict(os.environ, OMP_NUM_THREADS='1') # with so few rows, threads only wait for each other
@@ -24,6 +26,9 @@ def run(*args, cwd=None):
     "Run the installed command, and return its exit status, stdout and stderr"
     r = subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=300, env=ENV)
     return r.returncode, r.stdout, r.stderr
+
+
+def text(content): return lambda path: path.write_text(content)
 
 
 @pytest.fixture(scope='module')
@@ -67,7 +72,7 @@ def test_progress_goes_to_stderr_without_control_characters(all_models):
 
 def test_all_results_are_there(all_models):
     out, said, *_ = all_models
-    assert {p.name for p in out.iterdir()} == set(OUTPUTS) and [p.name for p in out.parent.iterdir()] == ['out']
+    assert {p.name for p in out.iterdir()} == {*OUTPUTS, MANIFEST} and [p.name for p in out.parent.iterdir()] == ['out']
     for p in out.glob('*.png'): assert p.read_bytes().startswith(b'\x89PNG') and p.stat().st_size > 10_000
     assert all(name in said for name in OUTPUTS)
 
@@ -128,6 +133,7 @@ def test_bad_data_ends_with_status_2_and_one_line(tmp_path):
     assert errors == f'Reading {tmp_path}/bad.csv\ndropconnect-bulldozers: error: {tmp_path}/bad.csv: 1 needed column missing: Thumb\n'
     assert [p.name for p in tmp_path.iterdir()] == ['bad.csv']
 
+@needs_unix
 def test_interrupted_by_the_user(tmp_path):
     p = subprocess.Popen([COMMAND, '--rows', '3000', '--models', 'fastai', '--epochs', '500', '--out', tmp_path/'out'],
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV,
@@ -182,6 +188,25 @@ BAD = { # options (FILE: a file made of what stands in second place), and what t
     'no training rows': ('--valid_from 1990-01-01', None, 'the training period before 1990-01-01 has no rows'),
     'out in proc': ('--out /proc/x', None, "`out` must be a folder that can be written to, got out='/proc/x'"),
     'out is a file': ('--out FILE', 'hello', 'FILE is not a folder'),
+    'NUL in out': ('--out a\0b', None, r"`out` must be a path without NUL, got out='a\x00b'"),
+    'NUL in data': ('--data a\0b', None, r"`data` must be a path without NUL, got data='a\x00b'"),
+    'NUL in test': ('--test a\0b', None, r"`test` must be a path without NUL, got test='a\x00b'"),
+    'newline in data': ('--data a\nb\x1b[31m', None, r'a\nb\x1b[31m: no such file'),
+    'surrogate in data': ('--data a\udcffb', None, r'a\udcffb: no such file'),
+    'NUL at the end': ('--data FILE', SALES.to_csv(index=False)+'\0', 'FILE: not a CSV file: it holds NUL'),
+    'utf-16': ('--data FILE', SALES.to_csv(index=False).encode('utf-16'), 'FILE: not a CSV file: it holds NUL bytes'),
+    'doubled header': ('--data FILE', SALES.rename(columns={'Stick': 'state'}), 'FILE: more than one column is named state'),
+    'doubled header of no use': ('--data FILE', SALES.assign(a=1, b=2).rename(columns={'b': 'a'}), 'FILE: more than one column is named a'),
+    'doubled and renamed': ('--data FILE', SALES.to_csv(index=False).replace('MachineID', 'SalePrice', 1), 'FILE: more than one column is named SalePrice'),
+    'overflow in a column': ('--data FILE', SALES.assign(YearMade='1e39'), "FILE: column YearMade: a number too large for float32 in 30 of 30 rows; the first is '1e39'"),
+    'overflow below': ('--data FILE', SALES.assign(MachineHoursCurrentMeter='-1e39'), 'column MachineHoursCurrentMeter: a number too large for float32'),
+    'overflow in the price': ('--data FILE', SALES.assign(SalePrice='1e39'), 'FILE: column SalePrice: a number too large for float32'),
+    'overflow in test': ('--test FILE', SALES.assign(YearMade='1e39'), 'FILE: column YearMade: a number too large for float32'),
+    'gzip': ('--data FILE', gzip.compress(SALES.to_csv(index=False).encode()), 'FILE: not a CSV file'),
+    'xz': ('--data FILE', lzma.compress(SALES.to_csv(index=False).encode()), 'FILE: not a CSV file'),
+    'bzip2': ('--data FILE', bz2.compress(SALES.to_csv(index=False).encode()), 'FILE: not a CSV file'),
+    'device': ('--data /dev/null', None, '/dev/null: is not a regular file'),
+    'endless device': ('--data /dev/zero', None, '/dev/zero: is not a regular file'),
     'out under a file': ('--out FILE/out', 'hello', 'FILE is not a folder'),
     'unknown option': ('--wieght_p .3', None, 'unrecognized arguments: --wieght-p'),
     'no such file': ('--data nowhere.csv', None, 'nowhere.csv: no such file'),
@@ -204,13 +229,15 @@ BAD = { # options (FILE: a file made of what stands in second place), and what t
 @pytest.mark.parametrize('name', BAD)
 def test_every_error(name, tmp_path, capsys, monkeypatch):
     options, content, says = BAD[name]
+    if WINDOWS and re.search(' /(dev|proc|tmp)', options): pytest.skip('no such files on Windows')
     file = tmp_path/('given.zip' if '.zip' in options else 'given')
     if isinstance(content, str): file.write_text(content)
+    elif isinstance(content, bytes): file.write_bytes(content)
     elif content is not None: content.to_csv(file, index=False)
     before = sorted(tmp_path.rglob('*'))
     monkeypatch.setattr(compare, 'fit_models', lambda *a, **k: pytest.fail('training began'))
     monkeypatch.chdir(tmp_path)
-    options = options.replace('FILE.zip', 'FILE').replace('FILE', str(file)).split()
+    options = options.replace('FILE.zip', 'FILE').replace('FILE', str(file)).split(' ')
     try: status = dropconnect_bulldozers(options)
     except SystemExit as e: status = e.code # argparse
     said, errors = capsys.readouterr()
@@ -228,24 +255,116 @@ def test_rows_without_a_price_are_reported(tmp_path, capsys):
 
 def test_a_disk_that_refuses_leaves_the_earlier_results(tmp_path, capsys, monkeypatch):
     out = tmp_path/'out'
-    out.mkdir()
-    (out/'leaderboard.csv').write_text('earlier'); (out/'mine.txt').write_text('keep')
+    write_results(out, {'leaderboard.csv': text('earlier')})
+    (out/'mine.txt').write_text('keep')
+    before = {p.name: p.read_text() for p in out.iterdir()}
     def full(*args, **kwargs): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(compare, 'submission', full)
     SALES.to_csv(tmp_path/'t.csv', index=False)
     args = ['--rows', '40', '--models', 'extra-trees', '--out', str(out), *QUICK]
     assert dropconnect_bulldozers([*args, '--test', str(tmp_path/'t.csv')]) == 2
     assert 'No space left on device' in capsys.readouterr().err.splitlines()[-1]
-    assert {p.name: p.read_text() for p in out.iterdir()} == {'leaderboard.csv': 'earlier', 'mine.txt': 'keep'}
+    assert {p.name: p.read_text() for p in out.iterdir()} == before
     assert dropconnect_bulldozers(args) == 0
     assert (out/'mine.txt').exists() and 'rmse' in (out/'leaderboard.csv').read_text()
 
 def test_results_of_an_earlier_run_are_deleted(tmp_path, capsys):
     out = tmp_path/'out'
-    out.mkdir()
-    (out/'submission.csv').write_text('earlier')
+    write_results(out, {'submission.csv': text('earlier')})
     assert dropconnect_bulldozers(['--rows', '40', '--models', 'random-forest', '--out', str(out), *QUICK]) == 0
-    assert {p.name for p in out.iterdir()} == {'leaderboard.csv','leaderboard.png','predicted_actual.png','predictions.csv'}
+    assert {p.name for p in out.iterdir()} == {'leaderboard.csv','leaderboard.png','predicted_actual.png','predictions.csv', MANIFEST}
+
+
+# --- files of others in the folder of the results
+
+@pytest.mark.parametrize('name', OUTPUTS)
+def test_a_file_of_others_is_neither_overwritten_nor_deleted(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, 'fit_models', lambda *a, **k: pytest.fail('training began'))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/name).write_text('mine')
+    assert dropconnect_bulldozers(['--rows', '40', '--out', '.', *QUICK]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f'{name} in it was not written by this command' in last and 'another folder' in last
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {name: 'mine'}
+
+def test_a_result_that_was_changed_is_the_users(tmp_path):
+    write_results(tmp_path, {'leaderboard.csv': text('one'), 'predictions.csv': text('one')})
+    check_out(tmp_path)
+    (tmp_path/'leaderboard.csv').write_text('notes')
+    with pytest.raises(ValueError, match='leaderboard.csv in it was not written by this command, or has been changed since'): check_out(tmp_path)
+    (tmp_path/'leaderboard.csv').unlink()
+    write_results(tmp_path, {'predictions.csv': text('two')})
+    assert (tmp_path/'predictions.csv').read_text() == 'two'
+
+@needs_unix
+def test_links_and_folders_are_the_users(tmp_path):
+    write_results(tmp_path/'out', {'leaderboard.csv': text('one')})
+    (tmp_path/'out'/'leaderboard.csv').rename(tmp_path/'elsewhere')
+    (tmp_path/'out'/'leaderboard.csv').symlink_to(tmp_path/'elsewhere')
+    with pytest.raises(ValueError, match='leaderboard.csv in it'): check_out(tmp_path/'out')
+    (tmp_path/'out'/'leaderboard.csv').unlink()
+    (tmp_path/'out'/'leaderboard.csv').mkdir()
+    with pytest.raises(ValueError, match='leaderboard.csv in it'): check_out(tmp_path/'out')
+
+@pytest.mark.parametrize('content', ['', 'mine', '[]', '{"files": 1}', '{"format": "x", "files": []}', '{"format": "fastai_dropconnect.bulldozers", "files": [["../mine.txt", "x"]]}',
+                                     '{"format": "fastai_dropconnect.bulldozers", "files": [3]}', '['*100_000])
+def test_a_manifest_of_others(content, tmp_path):
+    (tmp_path/MANIFEST).write_text(content)
+    with pytest.raises(ValueError, match=f'{MANIFEST} in it was not written by this command'): check_out(tmp_path)
+    with pytest.raises(ValueError, match=MANIFEST): write_results(tmp_path, {'leaderboard.csv': text('x')})
+    assert (tmp_path/MANIFEST).read_text() == content
+
+def test_a_file_that_came_during_training_stays_and_so_do_the_results(tmp_path):
+    with pytest.raises(ValueError, match='leaderboard.csv in it') as e: write_results(tmp_path, {'leaderboard.csv': lambda p: (text('result')(p), text('mine')(tmp_path/'leaderboard.csv'))})
+    kept, = tmp_path.glob('.bulldozers-*')
+    assert (tmp_path/'leaderboard.csv').read_text() == 'mine' and (kept/'leaderboard.csv').read_text() == 'result' and str(kept) in str(e.value)
+
+@pytest.mark.parametrize('at', range(5))
+def test_a_kill_while_results_are_moved_leaves_a_folder_for_the_next_run(at, tmp_path, monkeypatch):
+    write_results(tmp_path, {'leaderboard.csv': text('one'), 'submission.csv': text('one')})
+    moves, replace = [], os.replace
+    def killed(a, b):
+        moves.append(b)
+        if len(moves) > at: raise KeyboardInterrupt
+        replace(a, b)
+    monkeypatch.setattr(os, 'replace', killed)
+    writers = {n: text('two') for n in ('leaderboard.csv','predictions.csv')}
+    if at < 4:
+        with pytest.raises(KeyboardInterrupt): write_results(tmp_path, writers)
+    else: write_results(tmp_path, writers)
+    monkeypatch.undo()
+    check_out(tmp_path)
+    write_results(tmp_path, {'leaderboard.csv': text('three')})
+    assert {p.name for p in tmp_path.iterdir() if p.name[0]!='.'} == {'leaderboard.csv', MANIFEST} and len(moves) == min(at+1, 4)
+    assert (tmp_path/'leaderboard.csv').read_text() == 'three'
+
+
+# --- text that a spreadsheet would run
+
+def test_formulas_are_quoted_and_numbers_stay_numbers(tmp_path, capsys):
+    ids = ['=1+1', '+SUM(A1)', '-2+3', '@cmd', '\tx', '=HYPERLINK("http://x","y")', '-7', '+7.5', '-1e3', '7', '＝x', 'a=b']
+    new = synthetic_bulldozers(12, seed=9).drop(columns='SalePrice').assign(SalesID=ids)
+    new.to_csv(tmp_path/'t.csv', index=False)
+    args = ['--rows', '40', '--models', 'extra-trees', '--test', str(tmp_path/'t.csv'), '--out', str(tmp_path/'out')]
+    assert dropconnect_bulldozers([*args, *QUICK]) == 0
+    sub = pd.read_csv(tmp_path/'out'/'submission.csv', dtype={'SalesID': str})
+    assert sub.SalesID.tolist() == ["'"+i for i in ids[:6]] + ids[6:10] + ["'＝x", 'a=b']
+    assert sub.SalePrice.dtype == float
+
+def test_a_carriage_return_starts_no_new_row(tmp_path):
+    quote_formulas(pd.DataFrame({'a': ['x\r=1+1', 'y\r\n=2']})).to_csv(tmp_path/'a.csv', index=False)
+    assert len(pd.read_csv(tmp_path/'a.csv')) == 2
+
+@needs_unix
+def test_a_name_with_dollars_is_no_formula_of_a_figure(tmp_path, capsys):
+    SALES.to_csv(tmp_path/'$\\y$.csv', index=False)
+    assert dropconnect_bulldozers(['--data', str(tmp_path/'$\\y$.csv'), '--models', 'extra-trees', '--out', str(tmp_path/'out'), *QUICK]) == 0
+
+def test_only_text_is_quoted():
+    frame = pd.DataFrame({'a': [-1.5, 2], 'b': ['-x', None], '=c': ['\r', '\n']})
+    got = quote_formulas(frame)
+    assert got.a.tolist() == [-1.5, 2] and got.b[0] == "'-x" and got.b.isna()[1] and got.columns.tolist() == ['a', 'b', "'=c"]
+    assert got["'=c"].tolist() == ["'\n", "'\n"] and frame.b[0] == '-x'
 
 
 # --- the functions behind it
@@ -277,3 +396,77 @@ def test_python_gets_the_leaderboard(tmp_path, capsys):
     board = compare_on_bulldozers(rows=60, models='extra-trees', seeds=2, out=tmp_path/'out')
     assert board.model.tolist() == ['extra-trees'] and board.spread.notna().all()
     with pytest.raises(ValueError, match="models='x'"): compare_on_bulldozers(models='x')
+
+
+# --- a hundred files that are almost right
+
+N_FUZZ = 100
+LINES = SALES.to_csv(index=False).splitlines(keepends=True)
+
+def _mutate(rng, data):
+    "Bytes of a CSV, changed in one of many ways"
+    lines, cells = data.splitlines(keepends=True), data.decode('latin-1').splitlines()
+    def cell(value):
+        row = rng.randrange(len(cells))
+        fields = cells[row].split(',')
+        fields[rng.randrange(len(fields))] = value
+        return '\n'.join([*cells[:row], ','.join(fields), *cells[row+1:]]).encode()
+    at = rng.randrange(len(data))
+    ways = [
+        lambda: data[:at],
+        lambda: data[at:],
+        lambda: data[:at]+bytes(rng.randrange(256) for _ in range(8))+data[at:],
+        lambda: data.decode('latin-1').encode(rng.choice(['utf-16', 'utf-32', 'utf-8-sig', 'utf-7', 'cp037']), 'replace'),
+        lambda: data.replace(b'\n', rng.choice([b'\r\n', b'\r', b'\n\n', b'\0\n', b'\x0b'])),
+        lambda: data.replace(b',', rng.choice([b';', b'\t', b',,', b', ', b'","']), rng.choice([1, -1])),
+        lambda: data[:at]+b'"'+data[at:],
+        lambda: data.replace(b'\n', b',"x\n', 1),
+        lambda: b''.join(rng.sample(lines, len(lines))),
+        lambda: b''.join(lines+[rng.choice(lines)[:at % 50]]),
+        lambda: lines[0]*2+b''.join(lines[1:]),
+        lambda: b''.join(lines[1:]),
+        lambda: cell('x'*200_000),
+        lambda: cell(rng.choice(['1e39', '-1e39', '1e400', 'nan', 'inf', '0x10', '1_000', '9'*400, '\u0661\u0662', '=1+1', '\ud7ff', '-0', '1e-400', 'NULL', 'True'])),
+        lambda: cell(rng.choice(['9999-12-31', '1677-09-21', '2262-04-12', '2011-02-30', '2011-01-01T00:00:00+14:00', '1e9', 'now', '11/16/2006 25:00'])),
+        lambda: data+data,
+        lambda: gzip.compress(data),
+        lambda: b'PK\3\4'+data]
+    return rng.choice(ways)()
+
+@pytest.mark.parametrize('column', ['SalePrice', 'YearMade', 'MachineHoursCurrentMeter'])
+def test_the_largest_numbers_train(column, tmp_path, capsys):
+    SALES.assign(**{column: SALES[column].astype(object).mask(SALES.index == 4, '3e38')}).to_csv(tmp_path/'a.csv', index=False)
+    assert dropconnect_bulldozers(['--data', str(tmp_path/'a.csv'), '--models', 'fastai,extra-trees', '--out', str(tmp_path/'out'), *QUICK]) == 0
+    assert pd.read_csv(tmp_path/'out'/'predictions.csv').drop(columns=['SalesID','saledate']).map(np.isfinite).all(axis=None)
+
+def _no_file(rng, path):
+    "Something else in the place of a file"
+    def link(): path.symlink_to(rng.choice(['nowhere', path.name, '/dev/null', '/dev/zero', '/proc/self/mem', '.']))
+    def secret():
+        path.write_bytes(b'a,b')
+        path.chmod(0)
+    rng.choice([path.mkdir, link, lambda: os.mkfifo(path), secret, path.touch])()
+
+@pytest.fixture
+def only_read(monkeypatch):
+    "Training that is over before it begins"
+    class Trained(Exception): pass
+    def fit_models(*args, **kwargs): raise Trained
+    monkeypatch.setattr(compare, 'fit_models', fit_models)
+    return Trained
+
+@pytest.mark.parametrize('seed', range(N_FUZZ))
+def test_a_file_that_is_almost_right_is_read_or_refused_in_one_line(seed, tmp_path, capsys, only_read):
+    rng = random.Random(seed)
+    file, out = tmp_path/rng.choice(['a.csv', 'a.zip', 'a']), tmp_path/'out'
+    data = ''.join(LINES).encode()
+    if seed % 10 == 9 and not WINDOWS: _no_file(rng, file)
+    else:
+        for _ in range(rng.randint(1, 2)): data = _mutate(rng, data) if data[:1] == b'S' else data
+        file.write_bytes(data)
+    try: status = dropconnect_bulldozers([rng.choice(['--data', '--test']), str(file), '--models', 'extra-trees', '--rows', '30', '--out', str(out)])
+    except only_read: status = 0
+    errors = [l for l in capsys.readouterr().err.splitlines() if ': warning: ' not in l]
+    assert errors[0].startswith('Reading ') and status == (0 if len(errors) == 1 else 2), errors
+    assert len(errors) == 1 or len(errors) == 2 and errors[1].startswith('dropconnect-bulldozers: error: '), errors
+    assert not out.exists() and [p.name for p in tmp_path.iterdir()] == [file.name]

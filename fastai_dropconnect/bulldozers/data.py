@@ -7,63 +7,22 @@ __all__ = ['LOG_PRICE', 'read_bulldozers', 'price_features', 'feature_names', 'b
            'bulldozers_dls']
 
 # %% ../../nbs/510_bulldozers.data.ipynb #4547d7d2
-import io, warnings, zipfile
+import warnings
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastai.data.block import RegressionBlock
 from fastai.data.core import DataLoaders
 from fastai.tabular.core import Categorify, Normalize, TabularPandas, add_datepart
+from .files import parse_csv, read_csv_bytes
 from .synthetic import KAGGLE_COLUMNS, columns_of, with_column_types
 from ..tabular.data import DataError, tabular_dls, time_split
 from ..tabular.procs import FillMissingAnywhere
 
-# %% ../../nbs/510_bulldozers.data.ipynb #0bd4032c
-def _zip_member(names, prefer):
-    "Return the CSV to read among the `names` of an archive, or None"
-    def is_csv(name): return name.lower().endswith('.csv')
-    def is_shadow(name): return name.startswith('__MACOSX') or Path(name).name.startswith('.')
-    csvs = [n for n in names if is_csv(n) and not is_shadow(n)]
-    for p in prefer:
-        for n in csvs:
-            if Path(n).name.lower()==p.lower(): return n
-    return csvs[0] if len(csvs)==1 else None
-
-# %% ../../nbs/510_bulldozers.data.ipynb #19921710
-def _file_bytes(path):
-    "Return the content of the file at `path`"
-    if path.is_dir(): raise DataError(f'{path}: is a directory; name the CSV file or the .zip')
-    try: return path.read_bytes()
-    except FileNotFoundError: raise DataError(f'{path}: no such file') from None
-    except OSError as e: raise DataError(f'{path}: cannot be read ({e.strerror})') from None
-
-_zip_errors = (zipfile.BadZipFile, zipfile.LargeZipFile, zipfile.zlib.error,
-               RuntimeError, NotImplementedError, EOFError, OSError)
-
-def _csv_bytes(path, prefer):
-    "Return the content and the name of the CSV at `path`, plain or in a zip"
-    path = Path(path)
-    data = _file_bytes(path)
-    if path.suffix.lower()!='.zip' and not data.startswith(b'PK\3\4'): return data, str(path)
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as z:
-            name = _zip_member(z.namelist(), prefer)
-            if name is not None: return z.read(name), f'{path}:{name}'
-            found = ', '.join(z.namelist()[:5]) or 'nothing'
-    except _zip_errors as e: raise DataError(f'{path}: not a zip archive that can be read ({e})') from None
-    raise DataError(f'{path}: none of {" and ".join(prefer)} in it, nor one single other CSV; it holds {found}')
-
 # %% ../../nbs/510_bulldozers.data.ipynb #d7bb5272
-def _read_text(path, prefer):
+def _read_text(path, prefer, allow_large=False):
     "Return the CSV's columns that Kaggle knows, as text, and the name of the file for messages"
-    data, name = _csv_bytes(path, prefer)
-    if not data.strip(): raise DataError(f'{name}: is empty')
-    if b'\0' in data[:4096] or b',' not in data.split(b'\n', 1)[0]:
-        raise DataError(f'{name}: not a CSV file: no commas in its first line')
-    try: raw = pd.read_csv(io.BytesIO(data), dtype=str)
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as e:
-        raise DataError(f'{name}: not a CSV file that can be read: {str(e).strip()}') from None
-    if not isinstance(raw.index, pd.RangeIndex):     # pandas makes an index of the surplus fields
-        raise DataError(f'{name}: not a CSV file that can be read: its rows have more fields than its first line')
+    content, name = read_csv_bytes(path, prefer, allow_large)
+    raw = parse_csv(content, name, allow_large)
     return raw[[c for c in raw if c in KAGGLE_COLUMNS.index]], name
 
 # %% ../../nbs/510_bulldozers.data.ipynb #21465460
@@ -93,6 +52,7 @@ def _numbers(raw, col, name):
     x = pd.to_numeric(raw[col], errors='coerce').astype(float)
     unreadable = x.isna() & raw[col].notna()
     _raise_if_any(unreadable | np.isinf(x), raw, col, name, 'not a number')
+    _raise_if_any(x.abs() > np.finfo(np.float32).max, raw, col, name, 'a number too large for float32')
     return x
 
 # %% ../../nbs/510_bulldozers.data.ipynb #57d2673b
@@ -121,10 +81,12 @@ def _prices(raw, name):
 # %% ../../nbs/510_bulldozers.data.ipynb #d1b01450
 def read_bulldozers(
     path:str|Path, # Kaggle's `TrainAndValid.csv` or `Train.csv`, or a `.zip` that holds one
-    test:bool=False # Read a file to predict: it must have `SalesID`, and prices are dropped
+    test:bool=False, # Read a file to predict: it must have `SalesID`, and prices are dropped
+    allow_large:bool=False # Read it whatever its size, also if it unpacks to gigabytes
 ) -> pd.DataFrame: # One row per sale; Kaggle's columns that the file has, typed by `with_column_types`
     "Read and check Kaggle's file, ignoring unknown columns"
-    raw, name = _read_text(path, ['Test.csv','Valid.csv'] if test else ['TrainAndValid.csv','Train.csv'])
+    prefer = ['Test.csv','Valid.csv'] if test else ['TrainAndValid.csv','Train.csv']
+    raw, name = _read_text(path, prefer, allow_large)
     _check_columns(raw, name, test)
     if test:
         raw = raw.drop(columns='SalePrice', errors='ignore')
