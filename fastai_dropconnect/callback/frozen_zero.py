@@ -11,7 +11,7 @@ from collections.abc import Callable
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.basics import Learner, TrainEvalCallback, ValueMetric, patch
 from torch import Tensor
-from .core import RecordingCallback
+from .core import RecordingCallback, fit_is_running
 from ..checks import check_choice, check_layers, check_seed, check_values
 from ..masks import draw_seed, exact_mask
 from ..nn_utils import from_rank0, inner_model, layer_values, select_weights
@@ -123,7 +123,7 @@ def before_fit(self:FrozenZeroInit):
     self._held = None
     self._in_lr_find = hasattr(self.learn, 'lr_finder')
     self._names_before = set(self.record)
-    if copies and not self._in_lr_find: self._init_masks()
+    if (copies or fit_is_running(self.learn)) and not self._in_lr_find: self._init_masks()
 
 # %% ../../nbs/365_callback.frozen_zero.ipynb #27b58e65
 @patch
