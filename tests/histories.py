@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
-from fastai.tabular.all import (Callback, CancelBatchException, CancelFitException, Categorify, FillMissing, L, Learner, Normalize, ProgressCallback,
+from fastai.tabular.all import (Callback, CancelBatchException, CancelFitException, Categorify, FillMissing, L, Normalize, ProgressCallback,
                                 TabularDataLoaders, load_learner, mae, noop, params, set_seed)
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.columns import AverageMetric

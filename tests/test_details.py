@@ -1,8 +1,5 @@
 "Small details that matter, each checked by itself"
-import math
-from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
-from conftest import make_dls
 from ensemble_learners import *
 from fastai.tabular.all import Callback, mae
 from torch import nn
