@@ -1,5 +1,6 @@
 # make demo [DATA=TrainAndValid.csv] | make test | make bench [BENCH=--quick] | make bench-accuracy [DATA=...] [ARGS=--quick]
 # make lint | make export | make readme | make docs | make release-check | make clean
+# make mutate [ARGS='--n 20 --modules recipes']
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ DATA ?=
 OUT ?= bulldozers_out
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test lint bench bench-accuracy export readme docs release-check clean
+.PHONY: demo test mutate lint bench bench-accuracy export readme docs release-check clean
 
 $(VENV)/.installed: $(CONSTRAINTS) settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3,10) else 0)'
@@ -32,6 +33,10 @@ bench-accuracy: $(VENV)/.bench-accuracy
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 nbdev-test
 	OMP_NUM_THREADS=1 pytest
+
+# Changes the code in 200 small ways and counts how many its tests notice: hours on one core, so not part of any other target
+mutate: $(VENV)/.installed
+	OMP_NUM_THREADS=1 nice -n 15 python tests/mutate.py $(ARGS)
 
 # Imports, names and the habits of the house: floors, sizes, docstrings, public names
 lint: $(VENV)/.installed

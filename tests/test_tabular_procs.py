@@ -2,7 +2,7 @@
 import copy, pickle
 import numpy as np, pandas as pd, pytest, torch
 from conftest import make_table
-from fastai.tabular.all import Categorify, FillMissing, FillStrategy, TabularDataLoaders, TabularPandas, load_learner, set_seed
+from fastai.tabular.all import Categorify, FillMissing, FillStrategy, Normalize, TabularDataLoaders, TabularPandas, load_learner, set_seed
 from scipy import stats
 
 from fastai_dropconnect.all import *
@@ -84,12 +84,15 @@ def test_decode_gives_the_values_back(proc):
         assert ((back[c]-df[c]).abs()/scale).quantile(.99) < tol, c
 
 
-def test_missing_values_stay_missing_or_are_filled_before():
+def test_missing_values_are_refused_in_training_rows_unless_they_are_filled_before():
     df = skewed()
-    df.loc[::3, 'long'] = np.nan
-    to = pandas(df, QuantileNormalize)
-    assert to.conts.long.isna().eq(df.long.loc[to.items.index].isna()).all()
-    assert abs(to.train.conts.long.mean()) < .05       # the others are ranked among themselves
+    df.loc[::3, ['long','few']] = np.nan
+    with pytest.raises(ValueError, match='QuantileNormalize needs .* but there are some in long, few: put FillMissing or FillMissingAnywhere into `procs`'):
+        pandas(df, QuantileNormalize)
+    later = skewed()
+    later.loc[900:, 'long'] = np.nan        # rows to predict: the prediction is NaN, but training is not
+    assert pandas(later, QuantileNormalize).conts.long.isna().sum()==100
+    df['few'] = later.few
     for procs in ((FillMissing,QuantileNormalize,Categorify), (QuantileNormalize,Categorify,FillMissing)):
         filled = pandas(df, *procs)
         assert filled.conts.notna().all(axis=None) and filled.cat_names == ['long_na']
@@ -105,7 +108,7 @@ def test_few_rows_no_rows_no_columns_and_odd_types():
     no_numbers = TabularPandas(make_table()[['color','y']], [Categorify,QuantileNormalize], cat_names=['color'], y_names='y', splits=([0,1,2,3],[4]))
     assert not len(no_numbers.cont_names)
     df = skewed().convert_dtypes()
-    df.loc[3, 'few'] = pd.NA
+    df.loc[999, 'few'] = pd.NA
     odd = pandas(df, QuantileNormalize, reduce_memory=False)
     assert odd.conts.few.isna().sum()==1 and np.isfinite(odd.conts.drop(columns='few').to_numpy()).all()
 
@@ -175,6 +178,18 @@ def test_fill_strategies():
     new = to.new(pd.DataFrame(dict(b=[np.nan])))
     new.process()
     assert new.items.b.tolist() == [7]
+
+
+def test_missing_columns_are_named():
+    for later,says in ((dict(a=[1.], c=[2.]), r"\['b'\]"), ({}, r"\['a', 'b', 'c'\]")):
+        with pytest.raises(ValueError, match=f'`rows` must have the columns of the training frame, but {says} are missing$'): filled(FillMissingAnywhere, pd.DataFrame(later, index=[0]))
+
+
+@pytest.mark.parametrize('vectors', ['ple','periodic'])
+def test_vectors_of_missing_values_are_refused(vectors):
+    df = make_table().assign(b=lambda d: d.b.where(d.index!=5))
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify,Normalize], cont_names=['a','b'], cat_names=['color'], y_names='y', valid_idx=[0,1], bs=32)
+    with pytest.raises(ValueError, match='(PLE|Periodic) needs .* but there are some in a, b: put FillMissing'): tabular_learner(dls, config=tabular_dropconnect_config(num_embeddings=vectors))
 
 
 def test_a_filled_proc_can_be_copied():

@@ -16,7 +16,7 @@ from fastai.tabular.core import Categorify, Normalize, TabularPandas, add_datepa
 from .files import parse_csv, read_csv_bytes
 from .synthetic import KAGGLE_COLUMNS, columns_of, with_column_types
 from ..tabular.data import DataError, tabular_dls, time_split
-from ..tabular.procs import FillMissingAnywhere
+from ..tabular.procs import COLUMN_MAKERS, FillMissingAnywhere
 
 # %% ../../nbs/510_bulldozers.data.ipynb #d7bb5272
 def _read_text(path, prefer, allow_large=False):
@@ -116,6 +116,9 @@ def price_features(
     feats = pd.concat([feats, parts], axis=1)
     if 'SalePrice' in df: feats[LOG_PRICE] = np.log(df.SalePrice)
     return feats
+
+_made = 'saleAge','logHours','saleYear','saleMonth','saleDay','saleDayofweek','saleElapsed'
+COLUMN_MAKERS.update(dict.fromkeys(_made, price_features.__name__))     # for the message to those who pass raw sales
 
 # %% ../../nbs/510_bulldozers.data.ipynb #6983bb58
 def feature_names(

@@ -98,16 +98,18 @@ def recalibrate_bn(
 class RecalibrateBN(LeanCallback):
     "Run `recalibrate_bn` at the end of each fit, or before every validation"
     order = SaveModelCallback.order+1       # the best weights are loaded by then
+    _is_real = False        # does the fit in progress train for good, unlike `lr_find`?
+    _trained = False        # has it taken a step?
     def __init__(self,
         every_epoch:bool=False # Recalibrate before every validation, not only before the last?
     ): self.every_epoch = every_epoch
 
     def before_fit(self):
         if self.learn.lock.locked(): return     # a validation
-        self.run = not hasattr(self.learn, 'lr_finder')
+        self._is_real = not hasattr(self.learn, 'lr_finder')
         self._trained = False
 
-    def after_step(self): self._trained = True
+    def after_step(self): self._trained = self._is_real
 
     def after_train(self):
         if self._trained and (self.every_epoch or self.epoch==self.n_epoch-1): recalibrate_bn(self.learn)

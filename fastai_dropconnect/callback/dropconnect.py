@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from fastai.basics import Learner
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from .core import LeanCallback
+from .core import LeanCallback, MethodGuard
 from ..checks import check_choice, check_layers, check_p, check_values
 from ..functional import MODES
 from ..layers.dropconnect import DropConnectEmbedding, DropConnectLinear
@@ -118,23 +118,13 @@ def default_layers(
     raise ValueError(f'`layers` must be given for a model without a hidden nn.Linear: {choice}')
 
 # %% ../../nbs/360_callback.dropconnect.ipynb #97fe2698
-class BatchGuard:
-    "Replaces `learn._do_one_batch` to run it within the `around_batch` contexts of callbacks"
-    def __init__(self, learn:Learner): self.learn,self.cbs = learn,[]
-
+class BatchGuard(MethodGuard):
+    "Runs each batch within the `around_batch` contexts of callbacks"
+    method = '_do_one_batch'
     def __call__(self):
         with ExitStack() as stack:
             for cb in self.cbs: stack.enter_context(cb.around_batch())
-            type(self.learn)._do_one_batch(self.learn)
-
-    @classmethod
-    def add(cls, learn:Learner, cb:LeanCallback): vars(learn).setdefault('_do_one_batch', cls(learn)).cbs.append(cb)
-
-    @classmethod
-    def remove(cls, learn:Learner, cb:LeanCallback):
-        guard = vars(learn)['_do_one_batch']
-        guard.cbs.remove(cb)
-        if not guard.cbs: del vars(learn)['_do_one_batch']
+            self.call()
 
 # %% ../../nbs/360_callback.dropconnect.ipynb #ce8e1b5c
 def is_schedule(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.basics import Learner, TrainEvalCallback, ValueMetric, patch
 from torch import Tensor
-from .core import RecordingCallback
+from .core import RecordingCallback, fit_is_running
 from ..checks import check_choice, check_layers, check_seed, check_values
 from ..masks import draw_seed, exact_mask
 from ..nn_utils import from_rank0, inner_model, layer_values, select_weights
@@ -87,6 +87,7 @@ class FrozenZeroInit(RecordingCallback):
         super().on_add(learn)
 
     def on_remove(self, learn:Learner):
+        if self._held is not None: self._end_fit()      # of a fit that is broken off
         super().on_remove(learn)
         self._last_owner = weakref.ref(learn),weakref.ref(inner_model(learn.model))
 
@@ -114,14 +115,15 @@ def _init_masks(self:FrozenZeroInit):
 @patch
 def before_fit(self:FrozenZeroInit):
     if self.learn.lock.locked(): return     # a validation
-    if self.mask_grads and hasattr(self.learn, 'non_native_mixed_precision'):
+    copies = hasattr(self.learn, 'non_native_mixed_precision')
+    if self.mask_grads and copies:
         raise ValueError('`mask_grads` must be False with `to_non_native_fp16`, whose optimizer trains a copy '
                          'of the weights (or use `to_fp16`), got mask_grads=True')
     self.record.attach(inner_model(self.learn.model))
     self._held = None
     self._in_lr_find = hasattr(self.learn, 'lr_finder')
     self._names_before = set(self.record)
-    if not self._in_lr_find: self._init_masks()
+    if (copies or fit_is_running(self.learn)) and not self._in_lr_find: self._init_masks()
 
 # %% ../../nbs/365_callback.frozen_zero.ipynb #27b58e65
 @patch
@@ -149,11 +151,18 @@ def after_step(self:FrozenZeroInit):
 
 # %% ../../nbs/365_callback.frozen_zero.ipynb #a554f9a5
 @patch
-def after_fit(self:FrozenZeroInit):
-    if self.learn.lock.locked(): return
+def _end_fit(self:FrozenZeroInit):
     if self._in_lr_find: self.record.masks = {n:m for n,m in self.record.masks.items() if n in self._names_before}
     if self._held: self._held.clean(self.learn.opt)
     self._held = None
+    self._in_lr_find = False
+
+@patch
+def after_fit(self:FrozenZeroInit):
+    if not self.learn.lock.locked(): self._end_fit()
+
+@patch
+def on_broken_fit(self:FrozenZeroInit): self._end_fit()
 
 # %% ../../nbs/365_callback.frozen_zero.ipynb #0604e91b
 @patch

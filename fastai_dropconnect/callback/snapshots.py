@@ -205,7 +205,7 @@ def end_fit(self:SnapshotEnsemble):
     "Let validations show the prediction again, and remove the columns of the average"
     self._resume_trackers()
     self._shows = Shows.PREDICTION
-    self._validation = None
+    self._validation = self._saved_fit = None
     self.record.keep_on_plain_load = False
     remove_columns(self.learn)
     self._save_broken_off()
@@ -218,19 +218,21 @@ def _save_broken_off(self:SnapshotEnsemble): # The snapshot of a cycle whose val
 def before_fit(self:SnapshotEnsemble):
     within_fit = self.shows is not Shows.PREDICTION and self.learn.lock.locked()
     self._saved_fit = self._fit_state() if within_fit else None
-    if not within_fit: self._resume_trackers()      # of a fit that was interrupted
     self._shows = Shows.PREDICTION
     remove_columns(self.learn)
 
 @patch
 def before_train(self:SnapshotEnsemble):
     self._shows = Shows.NETWORK
-    self.record.use = 'last'
+    if not hasattr(self.learn, 'lr_finder'): self.record.use = 'last'
 
 @patch
 def after_fit(self:SnapshotEnsemble):
     if self._saved_fit: self._restore_fit(**self._saved_fit)
     else: self.end_fit()
+
+@patch
+def on_broken_fit(self:SnapshotEnsemble): self.end_fit()
 
 @patch
 def _fit_state(self:SnapshotEnsemble):

@@ -17,7 +17,7 @@ from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastcore.foundation import L
 from torch import nn
 from . import members as _  # noqa: F401 (gives a Learner `get_member_preds`)
-from .columns import add_columns, remove_columns
+from .columns import add_columns
 from .core import LeanCallback
 from .snapshots import SnapshotEnsemble, check_use, model_folder, snapshot_ensemble
 from ..checks import (check_int, check_layers, check_lr, check_p, check_path, check_seed,
@@ -50,10 +50,12 @@ def restart_weights(
 class ZeroRestarts(LeanCallback):
     "Set random weights to zero when a cycle starts, and take a snapshot when it ends"
     order = SnapshotEnsemble.order+1
+    _only_train_loop = True # not in `learn.summary()`
     _stateattrs = '_ensemble','_fit_seed','_trained_epoch'
     _ensemble = None        # in a fit: where the snapshots go
     _fit_seed = None        # in a fit: seed of all zeros
     _trained_epoch = None   # in a fit: the epoch that is trained but not validated yet
+    _added = False          # has the fit added the `SnapshotEnsemble`?
     _resumes = False        # does the fit go on with the run in `path`?
     def __init__(self,
         cycle_len:int=2, # Epochs in a cycle
@@ -78,8 +80,8 @@ class ZeroRestarts(LeanCallback):
         self.use = check_use(use)
         self.overwrite = overwrite
 
-    def on_remove(self, learn:Learner):
-        if self._ensemble and self._ensemble.learn: self._ensemble.end_fit()
+    def on_remove(self, learn:Learner): self.end_fit()
+    def on_broken_fit(self): self.end_fit()
 
     def weights(self) -> dict: # From the full name of each parameter to the pair (parameter, share of zeros)
         "Return the weights of the Learner's model that get zeros"
@@ -97,9 +99,10 @@ def _check_weights(self:ZeroRestarts):
 @patch
 def before_fit(self:ZeroRestarts):
     if self.learn.lock.locked(): return
-    self._ensemble = self._fit_seed = self._trained_epoch = None
+    self.end_fit()
     if hasattr(self.learn, 'lr_finder'): return
     self._check_weights()
+    self._added = not self.learn._grab_cbs(SnapshotEnsemble)
     self._ensemble = snapshot_ensemble(self.learn)
     self._ensemble.record.claim(model_folder(self.learn, self.folder), self._resumes, self.overwrite)
     add_columns(self.learn, self._ensemble)
@@ -151,8 +154,17 @@ def _take_snapshot(self:ZeroRestarts, cycle):
 @patch
 def after_fit(self:ZeroRestarts):
     if self._ensemble is None or self.learn.lock.locked(): return
-    remove_columns(self.learn)
-    if self.use=='weights': self._ensemble.predict_with(self.use)
+    if self.use=='weights' and self._fit_seed is not None: self._ensemble.predict_with(self.use)
+    self.end_fit()
+
+@patch
+def end_fit(self:ZeroRestarts):
+    "Remove what the fit has added to the Learner, apart from snapshots"
+    ensemble,trained = self._ensemble,self._fit_seed is not None
+    self._ensemble = self._fit_seed = self._trained_epoch = None
+    if ensemble is None or ensemble.learn is None: return
+    ensemble.end_fit()
+    if self._added and not trained: ensemble.learn.remove_cb(ensemble)
 
 # %% ../../nbs/375_callback.zero_restarts.ipynb #30a9d9e7
 def cosine_cycles(

@@ -22,6 +22,7 @@ from fastcore.meta import delegates
 from ..ensemble.averaging import EnsembleLoss, average_for, average_members
 from .embeddings import num_embeddings_of
 from .model import TabularDropConnectModel, is_dropconnect_config, members_of
+from .procs import check_columns, check_no_gaps
 
 # %% ../../nbs/340_tabular.learner.ipynb #c3fa9a38
 class TabularLearner(fastai_learner.TabularLearner):
@@ -36,8 +37,7 @@ class TabularLearner(fastai_learner.TabularLearner):
                             f'but row is a {type(row).__name__}')
         added = {f'{n}_na' for n in self.dls.cont_names}    # columns that FillMissing adds itself
         needed = [n for n in [*self.dls.cat_names, *self.dls.cont_names] if n not in added]
-        missing = [n for n in needed if n not in row.index]
-        if missing: raise ValueError(f'`row` must have the columns of the training frame, but {missing} are missing')
+        check_columns(row.index, needed, 'row')
         with self.no_bar(): return super().predict(row.drop(self.dls.y_names, errors='ignore'))
 
 # %% ../../nbs/340_tabular.learner.ipynb #e79c1300
@@ -50,7 +50,10 @@ def _complete_config(
     "Return `config` with the edges of its bins and the average of its members"
     res = dict(config)
     vectors = num_embeddings_of(config.get('num_embeddings'))
-    if vectors: res['num_embeddings'] = vectors.fitted(dls.train_ds.conts.to_numpy('float32', na_value=float('nan')))
+    if vectors:
+        conts = dls.train_ds.conts.to_numpy('float32', na_value=float('nan'))
+        check_no_gaps(conts, dls.cont_names, type(vectors).__name__)
+        res['num_embeddings'] = vectors.fitted(conts)
     members = members_of(config.get('members'))
     if members and members.average is None:
         average,_ = average_for(loss_func, (n_out,))
