@@ -45,7 +45,7 @@ def test_odd_tables(seed):
     assert len(rows)==len(df) and list(rows)==reader.names
     conts = rows[reader.cont_names].to_numpy(float)
     assert not np.isinf(conts).any() and np.isfinite(conts[~np.isnan(conts)].astype('float32')).all()
-    assert all(v is None or type(v) is str for c in reader.cat_names for v in rows[c])
+    assert all(v!=v or type(v) is str for c in reader.cat_names for v in rows[c])
     assert all(rows[c].nunique(dropna=False)>1 for c in rows)
     again = FrameReader.from_dict(json.loads(json.dumps(reader.to_dict())))
     later = df.sample(frac=1, random_state=0)[reversed(list(df))]

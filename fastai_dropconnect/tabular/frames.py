@@ -39,7 +39,7 @@ def as_frame(
         raise ValueError(f'`X` must have 2 dimensions, got {x.ndim}. Reshape your data: one row is `X.reshape(1, -1)`')
     return pd.DataFrame(x, columns=[f'x{i}' for i in range(x.shape[1])])
 
-# %% ../../nbs/305_tabular.frames.ipynb #7f5ee103
+# %% ../../nbs/305_tabular.frames.ipynb #32be896b
 _marks = frozenset('? - -- . na n/a #n/a #na <na> nan nat none null nil missing'.split()) | {''}
 
 def _text(
@@ -53,11 +53,12 @@ def _text(
 
 def _by_value(
     s:pd.Series, # Values that can be hashed
-    f:Callable # Function of one value that is not missing
-) -> pd.Series: # Of dtype `object`
+    f:Callable # Function of one value that is not missing; may return `None`
+) -> pd.Series: # Of dtype `object`, NaN where `s` or the result is missing
     "Apply `f` once to each different value"
     codes,values = pd.factorize(s)
-    done = np.array([*map(f, values), None], dtype=object)     # the last one is for code -1, a missing value
+    done = [np.nan if v is None else v for v in map(f, values)]
+    done = np.array([*done, np.nan], dtype=object)     # the last one is for code -1, a missing value
     return pd.Series(done[codes], index=s.index, dtype=object)
 
 # %% ../../nbs/305_tabular.frames.ipynb #9f027bfa
@@ -94,15 +95,19 @@ def _date_parts(
     names = dict(month=at.month, day_of_week=at.day_of_week)
     return {k: v.astype('float64') for k,v in numbers.items()} | {k: _by_value(v, _text) for k,v in names.items()}
 
-# %% ../../nbs/305_tabular.frames.ipynb #2e23693d
+# %% ../../nbs/305_tabular.frames.ipynb #adacb285
+def _guess_format(text, dayfirst): # Format or `None`
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')     # that the format is another one than `dayfirst` asks for
+        return pd.tseries.api.guess_datetime_format(text, dayfirst=dayfirst)
+
 def _date_format(
     texts:list # Text of some values
 ) -> str|None: # Format for `pd.to_datetime`; `None`: these are not dates
     "Find the format of dates written as text"
     looks = [len(t)>=6 and t[0].isdigit() and any(c in t for c in '-/.:') for t in texts]
     if not texts or np.mean(looks)<.95: return None
-    guess = pd.tseries.api.guess_datetime_format
-    formats = dict.fromkeys(['ISO8601', *(guess(t, dayfirst=d) for d in (False,True) for t in texts[:20])])
+    formats = dict.fromkeys(['ISO8601', *(_guess_format(t, d) for d in (False,True) for t in texts[:20])])
     for f in filter(None, formats):
         if pd.to_datetime(pd.Series(texts), format=f, errors='coerce', utc=True).notna().mean()>=.95: return f
     return None
@@ -203,7 +208,7 @@ def _parts(
     if column.kind=='category': return {column.new_name: _by_value(s.astype(object), _text)}
     return {f'{column.new_name}_{k}': v for k,v in _date_parts(_as_dates(s, column.format)).items()}
 
-# %% ../../nbs/305_tabular.frames.ipynb #c0b4c225
+# %% ../../nbs/305_tabular.frames.ipynb #104d30f6
 class FrameReader:
     "Read any table as numbers and categories, by what its training rows were"
     def __init__(self,
@@ -229,7 +234,7 @@ class FrameReader:
 
     def transform(self,
         X # Rows with the columns of the training rows; others are ignored
-    ) -> pd.DataFrame: # Columns `cat_names`, text or `None`, and `cont_names`, float64, NaN where a value is missing
+    ) -> pd.DataFrame: # Columns `cat_names`, text, and `cont_names`, float64; NaN where a value is missing
         "Read rows"
         df = as_frame(X)
         missing = [c.name for c in self.columns if c.name not in df]
@@ -254,7 +259,7 @@ class FrameReader:
         for c in self.columns:
             for name,s in _parts(df[c.name], c).items():
                 kept = self.levels.get(name)
-                yield name, s if kept is None else s.where(s.isin(kept), None)
+                yield name, s if kept is None else s.where(s.isin(kept))
 
     def _choose(self, parts):
         "Note the names of the parts that vary and repeat no other"
