@@ -1,6 +1,6 @@
 """How time and memory of an epoch grow with the rows of a table in memory: `make bench`, or
 
-    OMP_NUM_THREADS=1 python benchmarks/growth.py [--sizes 10000,30000,100000,300000,1000000] [--fastai_to 100000] [--quick] [--out DIR]
+    OMP_NUM_THREADS=1 python benchmarks/growth.py [--sizes 10000,30000,100000,300000,1000000] [--fastai-to 100000] [--quick] [--out DIR]
 
 trains plain networks ([200,100], batches of 512) on tables of 20 columns, with `fast_dataloaders` and with fastai's own loaders, each in a
 process of its own. It writes `growth_rows.json`, and a figure with CPU seconds of the second epoch and the memory that table, loaders and
