@@ -6,7 +6,8 @@
 __all__ = ['exact_mask', 'dropconnect', 'linear_dropconnect', 'DropConnectEmbedding', 'DropConnectLinear', 'EmbeddingDropout',
            'WeightDropout', 'EnsembleLinear', 'MaskedEnsembleLinear', 'masked_ensemble_', 'HeldWeights',
            'AveragedModel', 'EnsembleLoss', 'average_members', 'FillMissingAnywhere', 'QuantileNormalize', 'PLE',
-           'Periodic', 'DataError', 'tabular_dls', 'time_split', 'FastTabDL', 'fast_dataloaders', 'MaskedMembers',
+           'Periodic', 'DataError', 'tabular_dls', 'time_split', 'FastTabDL', 'fast_dataloaders', 'TableSource',
+           'fit_procs', 'StoredTable', 'store_table', 'StoredTabDL', 'stored_dataloaders', 'MaskedMembers',
            'TabularDropConnectModel', 'tabular_dropconnect_config', 'TabularLearner', 'tabular_learner',
            'RecalibrateBN', 'recalibrate_bn', 'DropConnect', 'FrozenZeroInit', 'SnapshotEnsemble', 'ZeroRestarts',
            'FusedAdam', 'Choice', 'RECIPES', 'Recipe', 'choose_recipe', 'train_recipe', 'synthetic_bulldozers',
@@ -35,12 +36,17 @@ from .tabular.procs import FillMissingAnywhere, QuantileNormalize
 from .tabular.embeddings import PLE, Periodic
 from .tabular.data import DataError, tabular_dls, time_split
 from .tabular.loader import FastTabDL, fast_dataloaders
+from .tabular.source import TableSource
+from .tabular.fitting import fit_procs
+from .tabular.store import StoredTable, store_table
+from .tabular.stored import StoredTabDL, stored_dataloaders
 from .tabular.model import MaskedMembers, TabularDropConnectModel, tabular_dropconnect_config
 from .tabular.learner import TabularLearner, tabular_learner
 
 _all_ = [
     'FillMissingAnywhere', 'QuantileNormalize', 'PLE', 'Periodic', 'DataError', 'tabular_dls', 'time_split',
-    'FastTabDL', 'fast_dataloaders', 'MaskedMembers', 'TabularDropConnectModel', 'tabular_dropconnect_config',
+    'FastTabDL', 'fast_dataloaders', 'TableSource', 'fit_procs', 'StoredTable', 'store_table', 'StoredTabDL',
+    'stored_dataloaders', 'MaskedMembers', 'TabularDropConnectModel', 'tabular_dropconnect_config',
     'TabularLearner', 'tabular_learner']
 
 # %% ../nbs/610_all.ipynb #e1a4c858

@@ -11,6 +11,7 @@ PUBLIC = """
 exact_mask dropconnect linear_dropconnect DropConnectEmbedding DropConnectLinear EmbeddingDropout WeightDropout
 EnsembleLinear MaskedEnsembleLinear masked_ensemble_ HeldWeights AveragedModel EnsembleLoss average_members
 FillMissingAnywhere QuantileNormalize PLE Periodic DataError tabular_dls time_split FastTabDL fast_dataloaders
+TableSource fit_procs StoredTable store_table StoredTabDL stored_dataloaders
 MaskedMembers TabularDropConnectModel tabular_dropconnect_config TabularLearner tabular_learner
 RecalibrateBN recalibrate_bn DropConnect FrozenZeroInit SnapshotEnsemble ZeroRestarts FusedAdam
 Choice RECIPES Recipe choose_recipe train_recipe
