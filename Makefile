@@ -50,6 +50,8 @@ build/bench_packages/dropconnect: | $(VENV)/.installed
 bench: $(VENV)/.installed build/bench_packages/dropconnect
 	OMP_NUM_THREADS=1 python benchmarks/layers.py $(BENCH)
 	OMP_NUM_THREADS=1 python benchmarks/training.py $(BENCH)
+	OMP_NUM_THREADS=1 python benchmarks/growth.py $(BENCH)
+	OMP_NUM_THREADS=1 python benchmarks/large.py $(BENCH)
 
 export: $(VENV)/.installed
 	nbdev-export

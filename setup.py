@@ -34,5 +34,6 @@ setup(
         f"Intended Audience :: {cfg['audience']}",
         'Programming Language :: Python :: 3',
         'Programming Language :: Python :: 3 :: Only',
-        'Topic :: Scientific/Engineering :: Artificial Intelligence'],
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Typing :: Typed'],
     zip_safe=False)

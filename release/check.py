@@ -17,11 +17,12 @@ LIB = 'fastai_dropconnect'
 IN_SDIST = ['README.md', 'LICENSE', 'CHANGELOG.md', 'CONTRIBUTING.md', 'SECURITY.md', 'CITATION.cff', 'settings.ini', 'pyproject.toml', 'setup.py',
             f'{LIB}/__init__.py', f'{LIB}/py.typed']
 PYTHONS = ['3.10', '3.11', '3.12', '3.13', '3.14']
+CLEAN = {k:v for k,v in os.environ.items() if k not in ('PYTHONPATH','PYTHONHOME')} | {'MPLBACKEND': 'Agg'}
 
 
 def run(*args, **kwargs) -> str:
     "Run a command, and return its output"
-    res = subprocess.run([str(a) for a in args], capture_output=True, text=True, **kwargs)
+    res = subprocess.run([str(a) for a in args], capture_output=True, text=True, env=CLEAN, **kwargs)
     if res.returncode: sys.exit(f'{" ".join(map(str, args))}\n{res.stdout}\n{res.stderr}')
     return res.stdout
 
@@ -122,13 +123,12 @@ def try_wheel(wheel, which, tmp):
     run(*pip, 'torch', 'torchvision')       # first and alone: pip takes the build that lies at hand
     run(*pip, wheel)
     (tmp/'example.py').write_text(first_example()+'\n')
-    clean = {k:v for k,v in os.environ.items() if k!='PYTHONPATH'} | {'MPLBACKEND': 'Agg'}
-    run(python, tmp/'example.py', cwd=tmp, env=clean)
-    run(python.parent/'dropconnect-bulldozers', '--help', cwd=tmp, env=clean)
-    where = run(python, '-c', f'import {LIB} as p; print(p.__file__)', cwd=tmp, env=clean)
+    run(python, tmp/'example.py', cwd=tmp)
+    run(python.parent/'dropconnect-bulldozers', '--help', cwd=tmp)
+    where = run(python, '-c', f'import {LIB} as p; print(p.__file__)', cwd=tmp)
     if str(env) not in where: sys.exit(f'{where} was imported, not the wheel')
     versions = {p['name'].lower(): p['version'] for p in json.loads(run(python, '-m', 'pip', 'list', '--format=json'))}
-    shown = ' '.join(f'{n} {versions[n]}' for n in ('torch','fastai','fastcore','pandas','numpy','scikit-learn','numba','matplotlib') if n in versions)
+    shown = ', '.join(f'{n} {versions[n]}' for n in ('torch','fastai','fastcore','pandas','numpy','scikit-learn','numba','matplotlib') if n in versions)
     say(f'{which}: README\'s first example runs with {shown}')
     shutil.rmtree(env)
 

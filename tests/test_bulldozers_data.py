@@ -136,6 +136,21 @@ def test_no_such_file_and_a_directory(tmp_path):
     assert issubclass(DataError, ValueError)
 
 
+def test_parquet_and_arrow_as_csv(small, tmp_path):
+    pytest.importorskip('pyarrow')
+    kaggle = kaggle_style(small).assign(saledate=small.saledate, SalesID=small.SalesID.astype(int), MachineID=small.MachineID.astype('Int64'), note='x',
+                                        auctioneerID=small.auctioneerID.astype(float), state=small.state.astype('category'))
+    kaggle.to_parquet(tmp_path/'Train.parquet')
+    kaggle.to_feather(tmp_path/'Train.arrow')
+    for name in ('Train.parquet','Train.arrow'): pd.testing.assert_frame_equal(read_bulldozers(tmp_path/name), small)
+    pd.testing.assert_frame_equal(read_bulldozers(tmp_path/'Train.parquet', test=True), small.drop(columns='SalePrice'))
+    kaggle.assign(SalePrice=kaggle.SalePrice.mask(kaggle.index==6, -1)).to_parquet(tmp_path/'a.parquet')
+    with pytest.raises(DataError, match=rf"a.parquet: column SalePrice: a price that is not above 0 .* '-1.*' in {row7}"): read_bulldozers(tmp_path/'a.parquet')
+    (tmp_path/'b.parquet').write_bytes(b'a,b')
+    with pytest.raises(DataError, match='b.parquet: cannot be read'): read_bulldozers(tmp_path/'b.parquet')
+    with pytest.raises(DataError, match='c.parquet: no such file'): read_bulldozers(tmp_path/'c.parquet')
+
+
 # --- features, split, encoding
 
 def test_features(sales):

@@ -1,5 +1,5 @@
 "The command `dropconnect-bulldozers`: its results, its errors, and what it imports"
-import bz2, gzip, lzma, os, random, re, signal, subprocess, sys
+import bz2, gzip, io, lzma, os, random, re, signal, subprocess, sys, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 import torch
@@ -439,6 +439,14 @@ def test_the_largest_numbers_train(column, tmp_path, capsys):
     assert dropconnect_bulldozers(['--data', str(tmp_path/'a.csv'), '--models', 'fastai,extra-trees', '--out', str(tmp_path/'out'), *QUICK]) == 0
     assert pd.read_csv(tmp_path/'out'/'predictions.csv').drop(columns=['SalesID','saledate']).map(np.isfinite).all(axis=None)
 
+def _zipped(rng, data):
+    "An archive of `data`, damaged every other time"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, 'w', zipfile.ZIP_DEFLATED) as z: z.writestr(rng.choice(['Train.csv', 'x/any.csv', 'Test.csv']), data)
+    packed = bytearray(buffer.getvalue())
+    for _ in range(rng.choice([0, 5])): packed[rng.randrange(len(packed))] = rng.randrange(256)
+    return bytes(packed)
+
 def _no_file(rng, path):
     "Something else in the place of a file"
     def link(): path.symlink_to(rng.choice(['nowhere', path.name, '/dev/null', '/dev/zero', '/proc/self/mem', '.']))
@@ -463,7 +471,7 @@ def test_a_file_that_is_almost_right_is_read_or_refused_in_one_line(seed, tmp_pa
     if seed % 10 == 9 and not WINDOWS: _no_file(rng, file)
     else:
         for _ in range(rng.randint(1, 2)): data = _mutate(rng, data) if data[:1] == b'S' else data
-        file.write_bytes(data)
+        file.write_bytes(_zipped(rng, data) if file.suffix == '.zip' else data)
     try: status = dropconnect_bulldozers([rng.choice(['--data', '--test']), str(file), '--models', 'extra-trees', '--rows', '30', '--out', str(out)])
     except only_read: status = 0
     errors = [l for l in capsys.readouterr().err.splitlines() if ': warning: ' not in l]

@@ -17,6 +17,7 @@ from .files import parse_csv, read_csv_bytes
 from .synthetic import KAGGLE_COLUMNS, columns_of, with_column_types
 from ..tabular.data import DataError, tabular_dls, time_split
 from ..tabular.procs import COLUMN_MAKERS, FillMissingAnywhere
+from ..tabular.source import TABLE_SUFFIXES, open_dataset, read_frame
 
 # %% ../../nbs/510_bulldozers.data.ipynb #d7bb5272
 def _read_text(path, prefer, allow_large=False):
@@ -24,6 +25,20 @@ def _read_text(path, prefer, allow_large=False):
     content, name = read_csv_bytes(path, prefer, allow_large)
     raw = parse_csv(content, name, allow_large)
     return raw[[c for c in raw if c in KAGGLE_COLUMNS.index]], name
+
+# %% ../../nbs/510_bulldozers.data.ipynb #5a9f1c02
+def _as_text(col, dtype):
+    "Return a column as text; missing and empty values are missing"
+    text = col.astype(object).map(str, na_action='ignore')
+    return text.where(col.notna() & (text!=''), np.nan).astype(dtype)
+
+def _read_table(path, prefer, **kwargs):
+    "Return Kaggle's columns of a CSV, zip, Parquet or Arrow file as text, and the file's name"
+    if Path(path).suffix.lower() not in TABLE_SUFFIXES or Path(path).is_dir(): return _read_text(path, prefer, **kwargs)
+    dataset = open_dataset(path, [])
+    columns = [c for c in dataset.schema.names if c in KAGGLE_COLUMNS.index]
+    raw = read_frame(dataset, columns)
+    return pd.DataFrame({c: _as_text(raw[c], pd.Series(['text']).dtype) for c in columns}), str(path)
 
 # %% ../../nbs/510_bulldozers.data.ipynb #21465460
 def _check_columns(raw, name, test):
@@ -80,13 +95,13 @@ def _prices(raw, name):
 
 # %% ../../nbs/510_bulldozers.data.ipynb #d1b01450
 def read_bulldozers(
-    path:str|Path, # Kaggle's `TrainAndValid.csv` or `Train.csv`, or a `.zip` that holds one
+    path:str|Path, # Kaggle's `TrainAndValid.csv` or `Train.csv`, a `.zip` that holds one, or the same as Parquet
     test:bool=False, # Read a file to predict: it must have `SalesID`, and prices are dropped
-    allow_large:bool=False # Read it whatever its size, also if it unpacks to gigabytes
+    allow_large:bool=False # Read a CSV whatever its size, also if it unpacks to gigabytes
 ) -> pd.DataFrame: # One row per sale; Kaggle's columns that the file has, typed by `with_column_types`
     "Read and check Kaggle's file, ignoring unknown columns"
     prefer = ['Test.csv','Valid.csv'] if test else ['TrainAndValid.csv','Train.csv']
-    raw, name = _read_text(path, prefer, allow_large)
+    raw, name = _read_table(path, prefer, allow_large=allow_large)
     _check_columns(raw, name, test)
     if test:
         raw = raw.drop(columns='SalePrice', errors='ignore')

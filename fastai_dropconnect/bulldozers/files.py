@@ -125,7 +125,9 @@ def _check_size(content, n_columns, name):
 def _check_names(columns, name):
     "Raise `DataError` if two columns have one name"
     doubled = columns[columns.duplicated() & (columns != '')].unique()
-    if len(doubled): raise DataError(f'{name}: more than one column is named {", ".join(doubled)}')
+    if not len(doubled): return
+    shown = ', '.join(n[:50] for n in doubled[:5])
+    raise DataError(f'{name}: more than one column is named {shown}; names must stand in the first line, each once')
 
 def parse_csv(
     content:bytes, # Of a file
