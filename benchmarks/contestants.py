@@ -152,9 +152,13 @@ def step(name:str, n:int, n_in:int, n_out:int, p:float, device:str='cpu', second
 
 def package_at(folder):
     "Import the package in a folder under another name, beside the installed one"
+    import numba
     spec = importlib.util.spec_from_file_location('other_dropconnect', Path(folder)/'__init__.py', submodule_search_locations=[str(folder)])
     sys.modules['other_dropconnect'] = res = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(res)
+    before,numba.config.CACHE_DIR = numba.config.CACHE_DIR,str(packages.parent/'other_kernels')    # cached code knows modules by name
+    try: importlib.import_module('other_dropconnect.kernels.numba')
+    finally: numba.config.CACHE_DIR = before
     return res
 
 def kernel_step(package, n, n_in, n_out, p):

@@ -298,6 +298,7 @@ def _run_in_threads(
 ):
     "Call `kernel` on consecutive parts of `range(n)`, one for each thread"
     n_threads = max(1, min(n_threads, n))
+    if n_threads==1: return kernel(*args, 0, n)
     cuts = [n*j//n_threads for j in range(n_threads+1)]
     others = [_thread_pool(n_threads-1).submit(kernel, *args, *cut) for cut in pairwise(cuts[1:])]
     kernel(*args, 0, cuts[1])
@@ -306,7 +307,8 @@ def _run_in_threads(
 # %% ../../nbs/110_kernels.numba.ipynb #c40174c1
 def _as_numpy(t:Tensor|None) -> np.ndarray|None:
     "View a tensor as an array"
-    return None if t is None else t.detach().numpy()
+    if t is None: return None
+    return t.detach().numpy() if t.requires_grad else t.numpy()
 
 def forward(
     x:Tensor, # Inputs, shape `(n, n_in)`

@@ -56,7 +56,8 @@ def widen(
     *ts:Tensor # Tensors, or `None`
 ) -> list: # Contiguous tensors, or `None`
     "Convert tensors to the type to sum in: at least `float32`"
-    return [t if t is None else t.to(torch.promote_types(t.dtype, torch.float32)).contiguous() for t in ts]
+    def ready(t): return t is None or (t.dtype in (torch.float32,torch.float64) and t.is_contiguous())
+    return [t if ready(t) else t.to(torch.promote_types(t.dtype, torch.float32)).contiguous() for t in ts]
 
 # %% ../../nbs/100_kernels.torch.ipynb #1d5d58d3
 def forward(
