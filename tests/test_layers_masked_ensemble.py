@@ -10,7 +10,7 @@ from torch import nn
 from fastai_dropconnect.all import *
 from fastai_dropconnect.nn_utils import hidden_linears
 from fastai_dropconnect.tabular.model import each_member
-from fastai_dropconnect.layers.masked_ensemble import pack_masks, unpack_masks
+from fastai_dropconnect.layers.masked_ensemble import masked_weights, pack_masks, unpack_masks
 
 TAB = dict(emb_szs=[(10,4), (5,3)], n_cont=3, out_sz=2, layers=[20,10])
 K = 4
@@ -40,6 +40,31 @@ def test_masks_are_packed_and_unpacked(n):
     masks = torch.rand(n, 5, 3) > .4
     bits = pack_masks(masks)
     assert bits.dtype==torch.uint8 and len(bits)==-(-n//8) and torch.equal(unpack_masks(bits, n).bool(), masks)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('n,shape', [(1, (3,5)), (8, (17,33)), (11, (4,7)), (3, (0,5)), (9, (1,1))], ids=str)
+def test_compiled_loops_mask_and_sum_as_torch_does(n, shape, dtype, monkeypatch):
+    bits,g = pack_masks(torch.rand(n, *shape) > .4),torch.randn(n, *shape, dtype=dtype)
+    weight = torch.randn(shape[::-1], dtype=dtype).t().requires_grad_()      # not contiguous
+    results = []
+    for backend in ('numba','torch'):
+        monkeypatch.setenv('FASTAI_DROPCONNECT_BACKEND', backend)
+        out = masked_weights(weight, bits, n)
+        first, = torch.autograd.grad((out*out*g).sum(), weight, create_graph=True)
+        results.append((out, first, *torch.autograd.grad(first.sum(), weight)))
+    for ours,theirs in zip(*results, strict=True): torch.testing.assert_close(ours, theirs)
+    assert ('_MaskedWeights' in str(results[0][0].grad_fn)) == (dtype!=torch.bfloat16)
+
+
+def test_a_masked_infinite_weight_does_no_harm():
+    weight = torch.full((2,3), float('inf'), requires_grad=True)
+    masks = torch.zeros(4, 2, 3, dtype=torch.bool)
+    masks[1] = True
+    out = masked_weights(weight, pack_masks(masks), 4)
+    assert not out[0].any() and out[1].isinf().all()
+    out[0].sum().backward()
+    assert not weight.grad.any()
 
 
 @layers

@@ -182,6 +182,15 @@ def test_gradients_for_each_row(mode):
         torch.manual_seed(1)
         for n,g in torch.func.grad(loss)(params, x[k]).items(): torch.testing.assert_close(each[n][k], g)
 
+@pytest.mark.parametrize('layer', [*[DropConnectLinear(5, 4, p=.3, mode=m) for m in MODES], MaskedEnsembleLinear(5, 4, n_members=3, shared_input=True)],
+                         ids=[*MODES,'members'])
+def test_a_batch_of_gradients(layer):
+    y,ws = layer(torch.randn(6, 5)),tuple(layer.parameters())
+    gs = torch.randn(3, *y.shape)
+    together = torch.func.vmap(lambda g: torch.autograd.grad(y, ws, g, retain_graph=True))(gs)
+    for k in range(3):
+        for ours,theirs in zip(torch.autograd.grad(y, ws, gs[k], retain_graph=True), together, strict=True): torch.testing.assert_close(ours, theirs[k])
+
 # Tracing, and tensors without data
 
 @modes
