@@ -307,6 +307,8 @@ def test_fastais_own_loader_and_hooks_work_on_a_stored_table(file):
     drawn = rows(dls.train.new(wgts=w, drop_last=False))
     assert len(drawn)==200 and table().y[0] not in drawn
     assert len(rows(dls.train.new(n=20, drop_last=False)))==20
+    given = dls.train.new(get_idxs=lambda: [9,3,9,150,0], drop_last=False)
+    assert rows(given).tolist()==table().y[[9,3,9,150,0]].tolist()
 
 @pytest.mark.parametrize('copied', [deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_map_the_same_files(file, copied):
