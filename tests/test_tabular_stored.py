@@ -189,8 +189,10 @@ def test_procs_that_are_read_back_encode_the_same(file, proc):
 def test_a_damaged_or_unfinished_folder_is_made_anew(file, tmp_path):
     folder = tmp_path/'table.parquet.stored'
     stored(file, 200, 300)
+    size = (folder/'train_conts.npy').stat().st_size
     with open(folder/'train_conts.npy', 'ab') as f: f.write(b'x')
     same(stored(file, 200, 300)[0], in_memory(table(), 200).train)
+    assert (folder/'train_conts.npy').stat().st_size==size
     text = (folder/'manifest.json').read_text()
     (folder/'manifest.json').write_text(json.dumps(json.loads(text) | dict(files={'../../evil': 1})))
     with pytest.raises(ValueError, match='`folder` must be new'): stored(file, 200, 300)
