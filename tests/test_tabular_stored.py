@@ -189,8 +189,10 @@ def test_procs_that_are_read_back_encode_the_same(file, proc):
 def test_a_damaged_or_unfinished_folder_is_made_anew(file, tmp_path):
     folder = tmp_path/'table.parquet.stored'
     stored(file, 200, 300)
+    size = (folder/'train_conts.npy').stat().st_size
     with open(folder/'train_conts.npy', 'ab') as f: f.write(b'x')
     same(stored(file, 200, 300)[0], in_memory(table(), 200).train)
+    assert (folder/'train_conts.npy').stat().st_size==size
     text = (folder/'manifest.json').read_text()
     (folder/'manifest.json').write_text(json.dumps(json.loads(text) | dict(files={'../../evil': 1})))
     with pytest.raises(ValueError, match='`folder` must be new'): stored(file, 200, 300)
@@ -307,6 +309,8 @@ def test_fastais_own_loader_and_hooks_work_on_a_stored_table(file):
     drawn = rows(dls.train.new(wgts=w, drop_last=False))
     assert len(drawn)==200 and table().y[0] not in drawn
     assert len(rows(dls.train.new(n=20, drop_last=False)))==20
+    given = dls.train.new(get_idxs=lambda: [9,3,9,150,0], drop_last=False)
+    assert rows(given).tolist()==table().y[[9,3,9,150,0]].tolist()
 
 @pytest.mark.parametrize('copied', [deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_map_the_same_files(file, copied):
