@@ -64,7 +64,7 @@ class StopAt(Callback):
         self.stopped = True
         raise CancelFitException
 
-# %% ../nbs/410_fit_best.ipynb #732cb0e5
+# %% ../nbs/410_fit_best.ipynb #7268b806
 @dataclass
 class Candidate:
     "A trained network, or several of one kind, and what it predicts for the validation rows"
@@ -95,8 +95,7 @@ def train_candidate(
 ) -> Candidate|None: # `None` if the time was over before it was trained
     "Train a recipe and measure it on the validation rows"
     start = time.monotonic()
-    cbs = dict(cbs=StopAt(deadline), y_range=_y_range(dls), fast=True)
-    learn = train_recipe(dls, recipe, epochs, seed=seed, **cbs, **kwargs)
+    learn = train_recipe(dls, recipe, epochs, seed=seed, cbs=StopAt(deadline), y_range=_y_range(dls), **kwargs)
     if learn._grab_cbs(StopAt)[0].stopped and not keep: return None
     with learn.no_bar(), learn.no_logging(): preds,targs = learn.get_preds()
     loss = float(score(preds, targs))
@@ -139,7 +138,7 @@ def epochs_for(
     "Return the epochs of a step of the search"
     return math.ceil(max(3., 94/max(1, n_batches)) * 2**doubling)
 
-# %% ../nbs/410_fit_best.ipynb #48fd14fe
+# %% ../nbs/410_fit_best.ipynb #28c35903
 def seconds_per_batch(
     dls:TabularDataLoaders,
     recipe:Recipe,
@@ -147,7 +146,7 @@ def seconds_per_batch(
 ) -> float:
     "Measure how long a batch takes"
     start = time.monotonic()
-    learn = train_recipe(dls, recipe, 1, cbs=StopAt(start+seconds), fast=True)
+    learn = train_recipe(dls, recipe, 1, cbs=StopAt(start+seconds))
     return (time.monotonic()-start)/max(1, learn._grab_cbs(StopAt)[0].n_batches)
 
 # %% ../nbs/410_fit_best.ipynb #cbeec3b1
