@@ -60,17 +60,19 @@ def metadata(python): return PathDistribution(next(next(python.parent.parent.glo
 def test_no_fact_stands_twice():
     project,cfg = facts()
     assert set(project) == {'name','description','requires-python','authors','keywords','urls','dynamic'}
-    assert set(cfg) == {'license','status','audience','requirements','dev_requirements','console_scripts'}
+    assert set(cfg) == {'license','status','audience','requirements','console_scripts'} | {f'{e}_requirements' for e in extras(cfg)}
     assert 'version' in project['dynamic'] and not (ROOT/'setup.cfg').exists()
     for f in ('pyproject.toml','settings.ini','setup.py'): assert version() not in re.sub(r'[><=]=?[\d.]+', '', (ROOT/f).read_text()), f
     elsewhere = (ROOT/'setup.py').read_text() + (ROOT/'pyproject.toml').read_text()
-    for fact in lines(cfg['requirements']) + lines(cfg['dev_requirements']) + lines(cfg['console_scripts']) + [cfg['license']]: assert fact not in elsewhere
+    for fact in lines(cfg['requirements']) + sum(extras(cfg).values(), []) + lines(cfg['console_scripts']) + [cfg['license']]: assert fact not in elsewhere
 
 
-def for_dev(line):
-    "A line of `dev_requirements` as the metadata of the wheel has it"
+def extras(cfg): return {k.removesuffix('_requirements'): lines(v) for k,v in cfg.items() if k.endswith('_requirements')}
+
+def for_extra(line, extra):
+    "A line of the requirements of an extra as the metadata of the wheel has it"
     name,_,marker = line.partition(';')
-    return Requirement(f'{name}; ' + (f'({marker.strip()}) and ' if marker else '') + 'extra == "dev"')
+    return Requirement(f'{name}; ' + (f'({marker.strip()}) and ' if marker else '') + f'extra == "{extra}"')
 
 
 def test_the_wheel_has_all_metadata(installed):
@@ -83,7 +85,7 @@ def test_the_wheel_has_all_metadata(installed):
     assert f"Repository, {project['urls']['Repository']}" in meta.get_all('Project-URL')
     assert any('Science/Research' in c for c in meta.get_all('Classifier')) and any('Development Status' in c for c in meta.get_all('Classifier'))
     assert meta['Description-Content-Type'] == 'text/markdown' and '# fastai_dropconnect' in (meta.get_payload() or meta['Description'])
-    want = {str(Requirement(r)) for r in lines(cfg['requirements'])} | {str(for_dev(r)) for r in lines(cfg['dev_requirements'])}
+    want = {str(Requirement(r)) for r in lines(cfg['requirements'])} | {str(for_extra(r, e)) for e,rs in extras(cfg).items() for r in rs}
     assert {str(Requirement(r)) for r in dist.requires} == want
     eps = {(e.group, e.name, e.value) for e in dist.entry_points}
     assert eps == {('nbdev', LIB, f'{LIB}._modidx:d')} | {('console_scripts', *[o.strip() for o in l.split('=')]) for l in lines(cfg['console_scripts'])}
