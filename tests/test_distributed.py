@@ -82,13 +82,14 @@ def contract(rank, folder, name):
 
 def files(rank, folder):
     learn = learner(seed=rank, path=folder)
-    cbs = [SaveModelCallback(), EarlyStoppingCallback(patience=1, min_delta=10), CSVLogger(), TerminateOnNaNCallback()]
+    cbs = [SaveModelCallback(), EarlyStoppingCallback(patience=1, min_delta=10), CSVLogger(f'history{rank}.csv'), TerminateOnNaNCallback()]
     with learn.distributed(), learn.no_bar():
         learn.fit(4, 1e-2, cbs=cbs)
         learn.save('mine')
     n_epochs,state = len(learn.recorder.values),copy_state(learn.model)
+    written = sorted(f.name for f in folder.glob('*.csv'))
     learn.load('mine')      # waits for rank 0
-    return dict(n_epochs=n_epochs, state=state, loaded=copy_state(learn.model), kind=type(learn.model).__name__,
+    return dict(n_epochs=n_epochs, state=state, written=written, loaded=copy_state(learn.model), kind=type(learn.model).__name__,
                 cbs=[type(cb).__name__ for cb in learn.cbs], logger=learn.logger is print)
 
 def tuning(rank, folder):
@@ -214,7 +215,7 @@ def test_masks_hold(results):
 def test_only_rank_0_writes(results):
     ours,theirs = [r['files'] for r in results]
     assert same(ours['state'], theirs['state']) and same(ours['loaded'], theirs['loaded'])
-    assert ours['n_epochs']==theirs['n_epochs']==2
+    assert ours['n_epochs']==theirs['n_epochs']==2 and ours['written']==theirs['written']==['history0.csv']
     assert ours['kind']==theirs['kind']=='TabularModel' and ours['cbs']==theirs['cbs'] and ours['logger'] and theirs['logger']
 
 
