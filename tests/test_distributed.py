@@ -20,9 +20,11 @@ HERE = Path(__file__).parent
 class Watch(Callback):
     "Remember the targets of each training batch, and what a noisy layer makes of ones"
     order = 100
-    def before_fit(self): self.batches,self.noise = [],[]
+    def before_fit(self): self.batches,self.noise,self.seen = [],[],[]
     def before_batch(self):
         if self.training: self.batches.append(self.yb[0].flatten().tolist())
+    def after_batch(self):
+        if self.training: self.seen.append(self.loss.item())     # `TerminateOnNaNCallback` decides by it
     def after_pred(self):
         if not self.training: return
         m = self.model.module
@@ -47,7 +49,7 @@ def rows(rank, folder, drop_last):
     learn = plain_learner(rank, drop_last=drop_last, cbs=Watch())
     distributed(learn, lambda l: l.fit(2, 1e-2))
     state = copy_state(learn.model)
-    return dict(batches=learn.watch.batches, state=state, losses=[l.item() for l in learn.recorder.losses], start=learn.dls.train.n)
+    return dict(batches=learn.watch.batches, state=state, seen=learn.watch.seen, losses=[l.item() for l in learn.recorder.losses], start=learn.dls.train.n)
 
 def noise(rank, folder):
     set_seed(0)     # the same random numbers on both ranks
@@ -157,7 +159,7 @@ def test_each_row_is_seen_once(results, task, n_left_out):
 def test_gradients_are_averages(results):
     "Two ranks with `bs=8` are one process with `bs=16` and the same rows"
     ours,theirs = [r['rows_dropped'] for r in results]
-    assert same(ours['state'], theirs['state']) and ours['losses']==theirs['losses']
+    assert same(ours['state'], theirs['state']) and ours['losses']==theirs['losses'] and ours['seen']==theirs['seen']
     number = {y: i for i,y in enumerate(plain_learner().dls.train_ds.items.y.tolist())}
     order = [number[y] for a,b in zip(ours['batches'], theirs['batches']) for y in a+b]
     learn,epochs = plain_learner(bs=16, drop_last=True),np.split(np.array(order), 2)
