@@ -20,9 +20,11 @@ HERE = Path(__file__).parent
 class Watch(Callback):
     "Remember the targets of each training batch, and what a noisy layer makes of ones"
     order = 100
-    def before_fit(self): self.batches,self.noise = [],[]
+    def before_fit(self): self.batches,self.noise,self.seen = [],[],[]
     def before_batch(self):
         if self.training: self.batches.append(self.yb[0].flatten().tolist())
+    def after_batch(self):
+        if self.training: self.seen.append(self.loss.item())     # `TerminateOnNaNCallback` decides by it
     def after_pred(self):
         if not self.training: return
         m = self.model.module
@@ -47,7 +49,7 @@ def rows(rank, folder, drop_last):
     learn = plain_learner(rank, drop_last=drop_last, cbs=Watch())
     distributed(learn, lambda l: l.fit(2, 1e-2))
     state = copy_state(learn.model)
-    return dict(batches=learn.watch.batches, state=state, losses=[l.item() for l in learn.recorder.losses], start=learn.dls.train.n)
+    return dict(batches=learn.watch.batches, state=state, seen=learn.watch.seen, losses=[l.item() for l in learn.recorder.losses], start=learn.dls.train.n)
 
 def noise(rank, folder):
     set_seed(0)     # the same random numbers on both ranks
@@ -82,13 +84,14 @@ def contract(rank, folder, name):
 
 def files(rank, folder):
     learn = learner(seed=rank, path=folder)
-    cbs = [SaveModelCallback(), EarlyStoppingCallback(patience=1, min_delta=10), CSVLogger(), TerminateOnNaNCallback()]
+    cbs = [SaveModelCallback(), EarlyStoppingCallback(patience=1, min_delta=10), CSVLogger(f'history{rank}.csv'), TerminateOnNaNCallback()]
     with learn.distributed(), learn.no_bar():
         learn.fit(4, 1e-2, cbs=cbs)
         learn.save('mine')
     n_epochs,state = len(learn.recorder.values),copy_state(learn.model)
+    written = sorted(f.name for f in folder.glob('*.csv'))
     learn.load('mine')      # waits for rank 0
-    return dict(n_epochs=n_epochs, state=state, loaded=copy_state(learn.model), kind=type(learn.model).__name__,
+    return dict(n_epochs=n_epochs, state=state, written=written, loaded=copy_state(learn.model), kind=type(learn.model).__name__,
                 cbs=[type(cb).__name__ for cb in learn.cbs], logger=learn.logger is print)
 
 def tuning(rank, folder):
@@ -156,7 +159,7 @@ def test_each_row_is_seen_once(results, task, n_left_out):
 def test_gradients_are_averages(results):
     "Two ranks with `bs=8` are one process with `bs=16` and the same rows"
     ours,theirs = [r['rows_dropped'] for r in results]
-    assert same(ours['state'], theirs['state']) and ours['losses']==theirs['losses']
+    assert same(ours['state'], theirs['state']) and ours['losses']==theirs['losses'] and ours['seen']==theirs['seen']
     number = {y: i for i,y in enumerate(plain_learner().dls.train_ds.items.y.tolist())}
     order = [number[y] for a,b in zip(ours['batches'], theirs['batches']) for y in a+b]
     learn,epochs = plain_learner(bs=16, drop_last=True),np.split(np.array(order), 2)
@@ -214,7 +217,7 @@ def test_masks_hold(results):
 def test_only_rank_0_writes(results):
     ours,theirs = [r['files'] for r in results]
     assert same(ours['state'], theirs['state']) and same(ours['loaded'], theirs['loaded'])
-    assert ours['n_epochs']==theirs['n_epochs']==2
+    assert ours['n_epochs']==theirs['n_epochs']==2 and ours['written']==theirs['written']==['history0.csv']
     assert ours['kind']==theirs['kind']=='TabularModel' and ours['cbs']==theirs['cbs'] and ours['logger'] and theirs['logger']
 
 
