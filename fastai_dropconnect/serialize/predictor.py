@@ -139,7 +139,7 @@ def _linear(state, layer):
         w = np.ascontiguousarray(w.reshape(-1, layer.n_in).T)
         return lambda x: x@w+b
     w = np.ascontiguousarray(w.reshape(k, layer.n_out, layer.n_in).transpose(0, 2, 1))
-    return lambda x: (x.reshape(len(x), k, -1).transpose(1, 0, 2)@w).transpose(1, 0, 2).reshape(len(x), -1)+b
+    return lambda x: (x.reshape(-1, k, layer.n_in).transpose(1, 0, 2)@w).transpose(1, 0, 2).reshape(-1, k*layer.n_out)+b
 
 # %% ../../nbs/429_serialize.predictor.ipynb #4298b3f0
 def _ple(state, config):
@@ -153,7 +153,7 @@ def _ple(state, config):
             last = np.where(single, bins[...,-1:], bins[...,-1:].clip(0))
             bins = np.concatenate([bins[...,:1].clip(None, 1), bins[...,1:-1].clip(0, 1), last], -1)
         res = (bins.transpose(1, 0, 2)@t['linear.weight']).transpose(1, 0, 2)
-        return (x*t['linear0.weight']+t['linear0.bias']+res).reshape(len(x), -1)
+        return (x*t['linear0.weight']+t['linear0.bias']+res).reshape(-1, len(low)*config['dim'])
     return vectors
 
 def _periodic(state, config):
@@ -161,7 +161,8 @@ def _periodic(state, config):
     def vectors(x):
         x = np.float32(2*math.pi)*w*x[...,None]
         x = np.concatenate([np.cos(x), np.sin(x)], -1)
-        return np.maximum((x.transpose(1, 0, 2)@linear).transpose(1, 0, 2)+bias, 0).reshape(len(x), -1)
+        res = np.maximum((x.transpose(1, 0, 2)@linear).transpose(1, 0, 2)+bias, 0)
+        return res.reshape(-1, len(bias)*config['dim'])
     return vectors
 
 def _log_softmax(x, axis=-1):
@@ -188,7 +189,7 @@ def _network(config, state):
         x = np.concatenate([*[t[c] for t,c in zip(tables, codes.T)], x], 1)
         for f in steps: x = f(x)
         if limits: x = _sigmoid(x)*(limits[1]-limits[0])+limits[0]
-        return _average(x.reshape(len(x), members['n'], -1), members['average']) if members else x
+        return _average(x.reshape(-1, members['n'], config['out_sz']), members['average']) if members else x
     return run
 
 # %% ../../nbs/429_serialize.predictor.ipynb #429d5251
