@@ -175,10 +175,20 @@ def _average(x, kind): # `(n_rows, n_members, n_out)` to `(n_rows, n_out)`
     p = _sigmoid(x.astype(float)).mean(1)
     return (np.log(p)-np.log1p(-p)).astype('float32')
 
-# %% ../../nbs/429_serialize.predictor.ipynb #4299d7aa
+# %% ../../nbs/429_serialize.predictor.ipynb #429a0c7f
+def _embeddings(config, state):
+    sizes = config['emb_szs']
+    table = np.concatenate([np.zeros(0, 'float32'), *[state[f'embeds.{i}.weight'].ravel() for i in range(len(sizes))]])
+    starts = np.cumsum([0, *[n*dim for n,dim in sizes]])
+    column = np.array([i for i,(_,dim) in enumerate(sizes) for _ in range(dim)], np.int64)
+    first = np.array([starts[i]+j for i,(_,dim) in enumerate(sizes) for j in range(dim)], np.int64)
+    width = np.array([dim for _,dim in sizes for _ in range(dim)], np.int64)
+    return lambda codes: table[first+codes[:,column]*width]
+
+# %% ../../nbs/429_serialize.predictor.ipynb #42972ee8
 def _network(config, state):
     "Return the function from codes and numbers to outputs"
-    tables = [state[f'embeds.{i}.weight'] for i in range(len(config['emb_szs']))]
+    embed = _embeddings(config, state)
     vectors,members,limits = config['num_embeddings'],config['members'],config['y_range']
     numbers = [(_ple if vectors['class']=='PLE' else _periodic)(state, vectors)] if vectors else []
     if config['bn_cont'] and config['n_cont']: numbers.append(_norm(state, 'bn_cont'))
@@ -186,13 +196,13 @@ def _network(config, state):
     steps = [make[l.kind](state, l) for l in network_layers(config)]
     def run(codes, x):
         for f in numbers: x = f(x)
-        x = np.concatenate([*[t[c] for t,c in zip(tables, codes.T)], x], 1)
+        x = np.concatenate([embed(codes), x], 1)
         for f in steps: x = f(x)
         if limits: x = _sigmoid(x)*(limits[1]-limits[0])+limits[0]
         return _average(x.reshape(-1, members['n'], config['out_sz']), members['average']) if members else x
     return run
 
-# %% ../../nbs/429_serialize.predictor.ipynb #429d5251
+# %% ../../nbs/429_serialize.predictor.ipynb #42977eb3
 _softmax = 'CrossEntropyLossFlat','FocalLossFlat','LabelSmoothingCrossEntropyFlat'
 
 def _activation(loss):
