@@ -2,8 +2,8 @@
 import importlib.util, json, subprocess, sys, textwrap
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from fastai.tabular.all import CrossEntropyLossFlat
-from test_serialize import FIXTURE, LEARNERS, config, fixture_frame, frame_for, path, preds, put, saved, description, small, with_snapshots, write
+from test_serialize import FIXTURE, LEARNERS, config, description, fixture_frame, frame_for, preds, put, small, with_snapshots, write
+from test_serialize import path, saved # noqa: F401, fixtures
 from fastai_dropconnect.all import *
 
 ROOT = Path(__file__).parent.parent
