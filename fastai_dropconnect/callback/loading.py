@@ -46,8 +46,8 @@ def _warn_of_masks(learn, seen):
                   'are the same, but training will change the held weights. To hold them, add FrozenZeroInit() '
                   'before `load`')
 
-# %% ../../nbs/371_callback.loading.ipynb #37154b1e
-_load = Learner.load
+# %% ../../nbs/371_callback.loading.ipynb #371d8451
+_load = getattr(Learner.load, 'of_fastai', Learner.load)     # a module that is loaded twice wraps it once
 
 @patch
 @delegates(load_model)
@@ -64,3 +64,5 @@ def load(self:Learner,
     _restore_ensemble(self, seen)
     _warn_of_masks(self, seen)
     return self
+
+Learner.load.of_fastai = _load

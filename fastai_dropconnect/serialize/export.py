@@ -70,6 +70,8 @@ class _Quantiles(nn.Module):
         self.n,n_cols = quantiles.shape
         self.register_buffer('flat', torch.tensor(quantiles.T.copy()).flatten())
         self.register_buffer('start', torch.arange(n_cols)*self.n)
+        # as tensors, since ONNX would round the numbers of `clamp` to float32, and 1-1e-7 with them
+        self.register_buffer('limits', torch.tensor([1e-7, 1-1e-7], dtype=torch.float64))
 
     def _at(self, i): return self.flat[self.start+i]
 
@@ -92,7 +94,8 @@ class _Quantiles(nn.Module):
 
     def forward(self, x):
         u = self._ranks(x)
-        return _inv_cdf(u.clamp(1e-7, 1-1e-7)) if self.normal else (u-.5)*12**.5
+        if not self.normal: return (u-.5)*12**.5
+        return _inv_cdf(torch.maximum(torch.minimum(u, self.limits[1]), self.limits[0]))
 
 # %% ../../nbs/430_serialize.export.ipynb #4301f2e6
 class _Members(nn.Module):

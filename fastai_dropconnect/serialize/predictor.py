@@ -139,7 +139,7 @@ def _linear(state, layer):
         w = np.ascontiguousarray(w.reshape(-1, layer.n_in).T)
         return lambda x: x@w+b
     w = np.ascontiguousarray(w.reshape(k, layer.n_out, layer.n_in).transpose(0, 2, 1))
-    return lambda x: (x.reshape(len(x), k, -1).transpose(1, 0, 2)@w).transpose(1, 0, 2).reshape(len(x), -1)+b
+    return lambda x: (x.reshape(-1, k, layer.n_in).transpose(1, 0, 2)@w).transpose(1, 0, 2).reshape(-1, k*layer.n_out)+b
 
 # %% ../../nbs/429_serialize.predictor.ipynb #4298b3f0
 def _ple(state, config):
@@ -153,7 +153,7 @@ def _ple(state, config):
             last = np.where(single, bins[...,-1:], bins[...,-1:].clip(0))
             bins = np.concatenate([bins[...,:1].clip(None, 1), bins[...,1:-1].clip(0, 1), last], -1)
         res = (bins.transpose(1, 0, 2)@t['linear.weight']).transpose(1, 0, 2)
-        return (x*t['linear0.weight']+t['linear0.bias']+res).reshape(len(x), -1)
+        return (x*t['linear0.weight']+t['linear0.bias']+res).reshape(-1, len(low)*config['dim'])
     return vectors
 
 def _periodic(state, config):
@@ -161,7 +161,8 @@ def _periodic(state, config):
     def vectors(x):
         x = np.float32(2*math.pi)*w*x[...,None]
         x = np.concatenate([np.cos(x), np.sin(x)], -1)
-        return np.maximum((x.transpose(1, 0, 2)@linear).transpose(1, 0, 2)+bias, 0).reshape(len(x), -1)
+        res = np.maximum((x.transpose(1, 0, 2)@linear).transpose(1, 0, 2)+bias, 0)
+        return res.reshape(-1, len(bias)*config['dim'])
     return vectors
 
 def _log_softmax(x, axis=-1):
@@ -174,10 +175,20 @@ def _average(x, kind): # `(n_rows, n_members, n_out)` to `(n_rows, n_out)`
     p = _sigmoid(x.astype(float)).mean(1)
     return (np.log(p)-np.log1p(-p)).astype('float32')
 
-# %% ../../nbs/429_serialize.predictor.ipynb #4299d7aa
+# %% ../../nbs/429_serialize.predictor.ipynb #429a0c7f
+def _embeddings(config, state):
+    sizes = config['emb_szs']
+    table = np.concatenate([np.zeros(0, 'float32'), *[state[f'embeds.{i}.weight'].ravel() for i in range(len(sizes))]])
+    starts = np.cumsum([0, *[n*dim for n,dim in sizes]])
+    column = np.array([i for i,(_,dim) in enumerate(sizes) for _ in range(dim)], np.int64)
+    first = np.array([starts[i]+j for i,(_,dim) in enumerate(sizes) for j in range(dim)], np.int64)
+    width = np.array([dim for _,dim in sizes for _ in range(dim)], np.int64)
+    return lambda codes: table[first+codes[:,column]*width]
+
+# %% ../../nbs/429_serialize.predictor.ipynb #42972ee8
 def _network(config, state):
     "Return the function from codes and numbers to outputs"
-    tables = [state[f'embeds.{i}.weight'] for i in range(len(config['emb_szs']))]
+    embed = _embeddings(config, state)
     vectors,members,limits = config['num_embeddings'],config['members'],config['y_range']
     numbers = [(_ple if vectors['class']=='PLE' else _periodic)(state, vectors)] if vectors else []
     if config['bn_cont'] and config['n_cont']: numbers.append(_norm(state, 'bn_cont'))
@@ -185,13 +196,13 @@ def _network(config, state):
     steps = [make[l.kind](state, l) for l in network_layers(config)]
     def run(codes, x):
         for f in numbers: x = f(x)
-        x = np.concatenate([*[t[c] for t,c in zip(tables, codes.T)], x], 1)
+        x = np.concatenate([embed(codes), x], 1)
         for f in steps: x = f(x)
         if limits: x = _sigmoid(x)*(limits[1]-limits[0])+limits[0]
-        return _average(x.reshape(len(x), members['n'], -1), members['average']) if members else x
+        return _average(x.reshape(-1, members['n'], config['out_sz']), members['average']) if members else x
     return run
 
-# %% ../../nbs/429_serialize.predictor.ipynb #429d5251
+# %% ../../nbs/429_serialize.predictor.ipynb #42977eb3
 _softmax = 'CrossEntropyLossFlat','FocalLossFlat','LabelSmoothingCrossEntropyFlat'
 
 def _activation(loss):
