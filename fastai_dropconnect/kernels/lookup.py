@@ -12,7 +12,8 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
-from .numba import _jit, usable    # noqa: F401, `usable` is for callers
+from .numba import usable    # noqa: F401, `usable` is for callers
+from .vectors import jit
 
 # %% ../../nbs/116_kernels.lookup.ipynb #a63e0351
 @intrinsic
@@ -21,7 +22,7 @@ def _pointer(typingctx, address):
     def codegen(context, builder, sig, args): return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
     return types.voidptr(address),codegen
 
-@_jit()
+@jit()
 def _lookup(codes, addresses, sizes, dims, out):
     "Copy the rows that `codes` name to `out`; return a column with unknown codes, or -1"
     for r in range(codes.shape[0]):
@@ -34,7 +35,7 @@ def _lookup(codes, addresses, sizes, dims, out):
             start += dim
     return -1
 
-@_jit()
+@jit()
 def _add_gradients(codes, g, starts, dims, flat):
     "Add the rows of `g` to the gradients of the tables in `flat`"
     for r in range(codes.shape[0]):

@@ -6,34 +6,27 @@
 __all__ = ['masked', 'masked_sum']
 
 # %% ../../nbs/117_kernels.members.ipynb #eb1e9175
-import os, numba, numpy as np
+import numpy as np
 from torch import Tensor
+from .vectors import jit
 
 # %% ../../nbs/117_kernels.members.ipynb #9615f05c
-def _jit(**kw):
-    "Decorate with `numba.njit`, without Python's lock and with an on-disk cache if possible"
-    def wrap(f):
-        opts = dict(nogil=True, error_model='numpy', **kw)
-        try: return numba.njit(f, cache=os.path.isfile(f.__code__.co_filename), **opts)
-        except RuntimeError: return numba.njit(f, **opts)     # no folder for the cache is writable
-    return wrap
-
-@_jit()
+@jit()
 def _mask_member(w, byte, bit, out):
     "Copy `w` to `out` where `bit` of `byte` is set, else 0"
     for i in range(len(w)): out[i] = w[i] if byte[i] & bit else w.dtype.type(0)
 
-@_jit()
+@jit()
 def _add_member(g, byte, bit, total):
     "Add `g` to `total` where `bit` of `byte` is set"
     for i in range(len(g)): total[i] += g[i] if byte[i] & bit else g.dtype.type(0)
 
-@_jit()
+@jit()
 def _mask_all(w, bits, out):
     "Mask `w` for each member"
     for k in range(len(out)): _mask_member(w, bits[k//8], np.uint8(1<<k%8), out[k])
 
-@_jit()
+@jit()
 def _add_all(g, bits, total):
     "Add the masked gradients of each member"
     for k in range(len(g)): _add_member(g[k], bits[k//8], np.uint8(1<<k%8), total)

@@ -6,19 +6,12 @@
 __all__ = ['normals', 'add_noise_']
 
 # %% ../../nbs/115_kernels.normal.ipynb #7ac39870
-import math, os, numba, numpy as np, torch
+import math, numpy as np, torch
 from torch import Tensor
 from ..masks import HASH_CONSTANTS
+from .vectors import jit
 
 # %% ../../nbs/115_kernels.normal.ipynb #2619dd6c
-def _jit(**kw):
-    "Decorate with `numba.njit`, without Python's lock and with an on-disk cache if possible"
-    def wrap(f):
-        opts = dict(nogil=True, error_model='numpy', **kw)
-        try: return numba.njit(f, cache=os.path.isfile(f.__code__.co_filename), **opts)
-        except RuntimeError: return numba.njit(f, **opts)     # no folder for the cache is writable
-    return wrap
-
 _u32,_i32,_f32 = np.uint32,np.int32,np.float32
 _MIX1,_MIX2 = map(_u32, HASH_CONSTANTS['mix_multipliers'])
 _WORD1,_WORD2 = map(_u32, HASH_CONSTANTS['word_multipliers'])
@@ -26,22 +19,22 @@ _step = _u32(HASH_CONSTANTS['key_step'])
 _salts = tuple(map(_u32, HASH_CONSTANTS['key_salts']))
 
 # %% ../../nbs/115_kernels.normal.ipynb #cb7483aa
-@_jit(inline='always')
+@jit(inline='always')
 def _shift_in(x, k):
     "Compute `x ^ (x>>k)` in 32 bits"
     return _u32(x ^ _u32(x>>_u32(k)))
 
-@_jit()
+@jit()
 def _mix(x):
     "Hash a 32-bit integer with `lowbias32`"
     return _shift_in(_u32(_shift_in(_u32(_shift_in(x, 16)*_MIX1), 15)*_MIX2), 16)
 
-@_jit()
+@jit()
 def _key(low, high, salt):
     "Compute a key from the halves of the seed"
     return _mix(_u32(_mix(_u32(low^salt)) + high))
 
-@_jit(inline='always')
+@jit(inline='always')
 def _two_words(i, key1, key2, key3):
     "Compute two words of 32 bits for pair `i`"
     x = _shift_in(_u32(i*_step), 16)
@@ -55,7 +48,7 @@ _ln = tuple(map(_f32, (0.999999971, -0.499995015, 0.333192716, -0.24844373, 0.19
                        -0.0295888533, 0.00525355241)))
 _sin = tuple(map(_f32, (6.2831853, -41.341685, 81.6027682, -76.5879144, 39.8103451)))
 
-@_jit(inline='always', fastmath=True)
+@jit(inline='always', fastmath=True)
 def _radius(word):
     "Compute `sqrt(-2 ln(u))` for the uniform number `u` of a word"
     u = _f32(_i32(word>>_u32(1)))*_f32(2**-31) + _f32(2**-32)
@@ -67,13 +60,13 @@ def _radius(word):
     ln_u = exponent*_ln2 + m*(c[0]+m*(c[1]+m*(c[2]+m*(c[3]+m*p))))
     return math.sqrt(max(_f32(-2)*ln_u, _f32(0)))
 
-@_jit(inline='always', fastmath=True)
+@jit(inline='always', fastmath=True)
 def _sin_turn(t):
     "Compute `sin(2*pi*t)` for `-1/4 <= t <= 1/4`"
     q,c = t*t,_sin
     return t*(c[0]+q*(c[1]+q*(c[2]+q*(c[3]+q*c[4]))))
 
-@_jit(inline='always', fastmath=True)
+@jit(inline='always', fastmath=True)
 def _sin_cos(word):
     "Compute the sine and cosine of the angle of a word"
     x = _f32(_i32(word))*_f32(2**-32)     # from -1/2 to 1/2
@@ -83,7 +76,7 @@ def _sin_cos(word):
 # %% ../../nbs/115_kernels.normal.ipynb #37581ae1
 _block_sz = 512    # places that share 256 pairs
 
-@_jit(fastmath=True)
+@jit(fastmath=True)
 def _fill_pairs(first, keys, sines, cosines):
     "Fill two arrays with the numbers of the pairs from `first` on"
     for j in range(len(sines)):
@@ -92,17 +85,17 @@ def _fill_pairs(first, keys, sines, cosines):
         s,c = _sin_cos(word2)
         sines[j],cosines[j] = r*s,r*c
 
-@_jit()
+@jit()
 def _fill_block(place, keys, z):
     "Fill `z` with the numbers of the block that begins at `place`"
     _fill_pairs(place//2, keys, z[:_block_sz//2], z[_block_sz//2:])
 
-@_jit()
+@jit()
 def _seed_keys(low, high):
     "Compute the keys of a seed"
     return _key(low, high, _salts[0]),_key(low, high, _salts[1]),_key(low, high, _salts[2])
 
-@_jit()
+@jit()
 def _fill(low, high, out):
     "Fill `out` with the normal numbers of a seed"
     keys,z = _seed_keys(low, high),np.empty(_block_sz, np.float32)
@@ -125,7 +118,7 @@ def normals(
     return out
 
 # %% ../../nbs/115_kernels.normal.ipynb #b6877b1a
-@_jit(fastmath={'contract','nsz','arcp'})
+@jit(fastmath={'contract','nsz','arcp'})
 def _add_block(c, z, var, y, noise):
     "Add the numbers `z` with a variance to `y`, and fill `noise`"
     for j in range(len(y)):
@@ -134,7 +127,7 @@ def _add_block(c, z, var, y, noise):
         noise[j] = unit
         y[j] += c*unit*v
 
-@_jit()
+@jit()
 def _add_noise(low, high, c, var, y, noise):
     "Add noise to all of `y`, block by block"
     keys,z = _seed_keys(low, high),np.empty(_block_sz, np.float32)
