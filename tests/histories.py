@@ -23,7 +23,7 @@ class Break(Callback):
     def __call__(self, event_name):
         if event_name!=self.event: return
         self.n -= 1
-        if self.n==0: raise self.error
+        if self.n==0: raise self.error('stop')      # fastai fails on an exception without a message
 
 EVENTS = 'before_fit before_epoch before_train before_batch after_pred after_loss after_backward after_step after_batch before_validate after_epoch'.split()
 ERRORS = KeyboardInterrupt,Oops,CancelFitException,CancelBatchException
