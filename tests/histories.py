@@ -2,6 +2,7 @@
 import argparse, contextlib, os, random, sys, tempfile, time, traceback, warnings
 os.environ.setdefault('MPLBACKEND', 'Agg')
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.callback.fp16 import MixedPrecision
@@ -33,8 +34,13 @@ def table(n=24):
     df = pd.DataFrame(dict(color=r.choice(['red','green'], n), a=r.normal(size=n), b=r.normal(size=n)))
     return df.assign(y=(df.a*df.b).astype('float32'))
 
-def make_dls(): return TabularDataLoaders.from_df(table(), procs=[Categorify,FillMissing,Normalize], cat_names=['color'], cont_names=['a','b'], y_names='y',
-                                                  valid_idx=range(8), bs=8, device='cpu')
+@cache
+def shared_dls(): return TabularDataLoaders.from_df(table(), procs=[Categorify,FillMissing,Normalize], cat_names=['color'], cont_names=['a','b'], y_names='y',
+                                                    valid_idx=range(8), bs=8, device='cpu')
+
+def make_dls(): # With loaders that draw the order of rows anew
+    dls = shared_dls()
+    return type(dls)(*[dl.new() for dl in dls.loaders], path=dls.path, device=dls.device)
 
 def splitter(model): return L(params(model)[:2], params(model)[2:])
 
