@@ -166,7 +166,8 @@ class History:
         assert torch.equal(preds(self.learn), want) and torch.equal(preds(old), want), 'other predictions after export'
 
     def deepcopy(self, r):
-        for dl in self.learn.dls.loaders: vars(dl).pop('it', None)     # fastai's iterator of an interrupted epoch, which cannot be copied
+        dls = self.learn.dls
+        for dl in [*dls.loaders, *getattr(dls, '_shipped', dls).loaders]: vars(dl).pop('it', None)     # of an interrupted epoch: fastai cannot copy it
         old,before,want = self.learn,tensors(self.learn),preds(self.learn)
         self.learn = deepcopy(old)
         self.prepare()
