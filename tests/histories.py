@@ -2,6 +2,7 @@
 import argparse, contextlib, os, random, sys, tempfile, time, traceback, warnings
 os.environ.setdefault('MPLBACKEND', 'Agg')
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.callback.fp16 import MixedPrecision
@@ -23,7 +24,7 @@ class Break(Callback):
     def __call__(self, event_name):
         if event_name!=self.event: return
         self.n -= 1
-        if self.n==0: raise self.error
+        if self.n==0: raise self.error('stop')      # fastai fails on an exception without a message
 
 EVENTS = 'before_fit before_epoch before_train before_batch after_pred after_loss after_backward after_step after_batch before_validate after_epoch'.split()
 ERRORS = KeyboardInterrupt,Oops,CancelFitException,CancelBatchException
@@ -33,8 +34,13 @@ def table(n=24):
     df = pd.DataFrame(dict(color=r.choice(['red','green'], n), a=r.normal(size=n), b=r.normal(size=n)))
     return df.assign(y=(df.a*df.b).astype('float32'))
 
-def make_dls(): return TabularDataLoaders.from_df(table(), procs=[Categorify,FillMissing,Normalize], cat_names=['color'], cont_names=['a','b'], y_names='y',
-                                                  valid_idx=range(8), bs=8, device='cpu')
+@cache
+def shared_dls(): return TabularDataLoaders.from_df(table(), procs=[Categorify,FillMissing,Normalize], cat_names=['color'], cont_names=['a','b'], y_names='y',
+                                                    valid_idx=range(8), bs=8, device='cpu')
+
+def make_dls(): # With loaders that draw the order of rows anew
+    dls = shared_dls()
+    return type(dls)(*[dl.new() for dl in dls.loaders], path=dls.path, device=dls.device)
 
 def splitter(model): return L(params(model)[:2], params(model)[2:])
 
@@ -160,7 +166,8 @@ class History:
         assert torch.equal(preds(self.learn), want) and torch.equal(preds(old), want), 'other predictions after export'
 
     def deepcopy(self, r):
-        for dl in self.learn.dls.loaders: vars(dl).pop('it', None)     # fastai's iterator of an interrupted epoch, which cannot be copied
+        dls = self.learn.dls
+        for dl in [*dls.loaders, *getattr(dls, '_shipped', dls).loaders]: vars(dl).pop('it', None)     # of an interrupted epoch: fastai cannot copy it
         old,before,want = self.learn,tensors(self.learn),preds(self.learn)
         self.learn = deepcopy(old)
         self.prepare()

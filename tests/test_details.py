@@ -7,6 +7,7 @@ from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.zero_restarts import cosine_cycles
 from fastai_dropconnect.compare import Fit, submission
 from fastai_dropconnect.ensemble import folder as store
+from fastai_dropconnect.recipes import _summary
 from fastai_dropconnect.sparsity.core import bit_mask, clean_optimizer
 from fastai_dropconnect.tabular.embeddings import _is_frequent, quantile_bins
 
@@ -90,3 +91,10 @@ def test_training_metrics_of_members_are_detached():
     learn.add_cb(watch := Watch())
     learn.fit(1, 1e-3)
     assert set(watch.seen)=={(False,2)}
+
+
+def test_the_table_of_a_choice_shows_the_spread_over_seeds():
+    fits = [dict(recipe=n, loss=loss, seconds=1.) for n,loss in (('a',1.), ('a',3.), ('b',2.), ('b',2.5))]
+    table = _summary(fits, ['a','b'], 'loss', 1)
+    assert table.loss.tolist()==[2.,2.25] and table.sd.tolist()==pytest.approx([2**.5, .125**.5]) and table.chosen.tolist()==[True,False]
+    assert _summary(fits[::2], ['a','b'], 'loss', 1).sd.isna().all()
