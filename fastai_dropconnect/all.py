@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['exact_mask', 'dropconnect', 'linear_dropconnect', 'DropConnectEmbedding', 'DropConnectLinear', 'EmbeddingDropout',
            'WeightDropout', 'EnsembleLinear', 'MaskedEnsembleLinear', 'masked_ensemble_', 'HeldWeights',
-           'AveragedModel', 'EnsembleLoss', 'average_members', 'FillMissingAnywhere', 'QuantileNormalize', 'PLE',
-           'Periodic', 'DataError', 'tabular_dls', 'time_split', 'FastTabDL', 'fast_dataloaders', 'TableSource',
-           'fit_procs', 'StoredTable', 'store_table', 'StoredTabDL', 'stored_dataloaders', 'MaskedMembers',
-           'TabularDropConnectModel', 'tabular_dropconnect_config', 'TabularLearner', 'tabular_learner',
-           'RecalibrateBN', 'recalibrate_bn', 'DropConnect', 'FrozenZeroInit', 'SnapshotEnsemble', 'ZeroRestarts',
-           'FusedAdam', 'init_ranks', 'Choice', 'RECIPES', 'Recipe', 'choose_recipe', 'train_recipe', 'load_model',
+           'AveragedModel', 'EnsembleLoss', 'average_members', 'BlendedModel', 'greedy_weights', 'FillMissingAnywhere',
+           'QuantileNormalize', 'PLE', 'Periodic', 'FrameReader', 'DataError', 'tabular_dls', 'time_split', 'FastTabDL',
+           'fast_dataloaders', 'TableSource', 'fit_procs', 'StoredTable', 'store_table', 'StoredTabDL',
+           'stored_dataloaders', 'MaskedMembers', 'TabularDropConnectModel', 'tabular_dropconnect_config',
+           'TabularLearner', 'tabular_learner', 'RecalibrateBN', 'recalibrate_bn', 'DropConnect', 'FrozenZeroInit',
+           'SnapshotEnsemble', 'ZeroRestarts', 'FusedAdam', 'init_ranks', 'Choice', 'RECIPES', 'Recipe',
+           'choose_recipe', 'train_recipe', 'fit_best', 'DropConnectClassifier', 'DropConnectRegressor', 'load_model',
            'save_model', 'Predictor', 'RowEncoder', 'load_predictor', 'export_onnx', 'export_program',
            'synthetic_bulldozers', 'bulldozers_dls', 'bulldozers_pandas', 'encode_sales', 'price_features',
            'read_bulldozers', 'compare_on_bulldozers']
@@ -29,12 +30,14 @@ _all_ = [
 # %% ../nbs/610_all.ipynb #d4f4b928
 from .sparsity.core import HeldWeights
 from .ensemble.averaging import AveragedModel, EnsembleLoss, average_members
+from .ensemble.blend import BlendedModel, greedy_weights
 
-_all_ = ['HeldWeights', 'AveragedModel', 'EnsembleLoss', 'average_members']
+_all_ = ['HeldWeights', 'AveragedModel', 'EnsembleLoss', 'average_members', 'BlendedModel', 'greedy_weights']
 
 # %% ../nbs/610_all.ipynb #1e1a4609
 from .tabular.procs import FillMissingAnywhere, QuantileNormalize
 from .tabular.embeddings import PLE, Periodic
+from .tabular.frames import FrameReader
 from .tabular.data import DataError, tabular_dls, time_split
 from .tabular.loader import FastTabDL, fast_dataloaders
 from .tabular.source import TableSource
@@ -45,9 +48,9 @@ from .tabular.model import MaskedMembers, TabularDropConnectModel, tabular_dropc
 from .tabular.learner import TabularLearner, tabular_learner
 
 _all_ = [
-    'FillMissingAnywhere', 'QuantileNormalize', 'PLE', 'Periodic', 'DataError', 'tabular_dls', 'time_split',
-    'FastTabDL', 'fast_dataloaders', 'TableSource', 'fit_procs', 'StoredTable', 'store_table', 'StoredTabDL',
-    'stored_dataloaders', 'MaskedMembers', 'TabularDropConnectModel', 'tabular_dropconnect_config',
+    'FillMissingAnywhere', 'QuantileNormalize', 'PLE', 'Periodic', 'FrameReader', 'DataError', 'tabular_dls',
+    'time_split', 'FastTabDL', 'fast_dataloaders', 'TableSource', 'fit_procs', 'StoredTable', 'store_table',
+    'StoredTabDL', 'stored_dataloaders', 'MaskedMembers', 'TabularDropConnectModel', 'tabular_dropconnect_config',
     'TabularLearner', 'tabular_learner']
 
 # %% ../nbs/610_all.ipynb #e1a4c858
@@ -65,8 +68,11 @@ _all_ = ['RecalibrateBN', 'recalibrate_bn', 'DropConnect', 'FrozenZeroInit', 'Sn
 
 # %% ../nbs/610_all.ipynb #bd9b9c57
 from .recipes import Choice, RECIPES, Recipe, choose_recipe, train_recipe
+from .fit_best import fit_best
+from .estimators import DropConnectClassifier, DropConnectRegressor
 
-_all_ = ['Choice', 'RECIPES', 'Recipe', 'choose_recipe', 'train_recipe']
+_all_ = ['Choice', 'RECIPES', 'Recipe', 'choose_recipe', 'train_recipe', 'fit_best', 'DropConnectClassifier',
+    'DropConnectRegressor']
 
 # %% ../nbs/610_all.ipynb #610ser01
 from .serialize.learner import load_model, save_model

@@ -10,11 +10,12 @@ LONGEST_LINE,LONGEST_MODULE,LONGEST_DOC = 120,400,17
 PUBLIC = """
 exact_mask dropconnect linear_dropconnect DropConnectEmbedding DropConnectLinear EmbeddingDropout WeightDropout
 EnsembleLinear MaskedEnsembleLinear masked_ensemble_ HeldWeights AveragedModel EnsembleLoss average_members
-FillMissingAnywhere QuantileNormalize PLE Periodic DataError tabular_dls time_split FastTabDL fast_dataloaders
+BlendedModel greedy_weights
+FillMissingAnywhere QuantileNormalize PLE Periodic FrameReader DataError tabular_dls time_split FastTabDL fast_dataloaders
 TableSource fit_procs StoredTable store_table StoredTabDL stored_dataloaders
 MaskedMembers TabularDropConnectModel tabular_dropconnect_config TabularLearner tabular_learner
 RecalibrateBN recalibrate_bn DropConnect FrozenZeroInit SnapshotEnsemble ZeroRestarts FusedAdam init_ranks
-Choice RECIPES Recipe choose_recipe train_recipe
+Choice RECIPES Recipe choose_recipe train_recipe fit_best DropConnectClassifier DropConnectRegressor
 load_model save_model Predictor RowEncoder load_predictor export_onnx export_program
 synthetic_bulldozers bulldozers_dls bulldozers_pandas encode_sales price_features read_bulldozers compare_on_bulldozers
 """.split()
