@@ -20,7 +20,7 @@ def workflow(name): return yaml.safe_load(WORKFLOWS[name].read_text())
 
 def test_a_good_wheel_has_no_problems(): assert check.wheel_problems(WHEEL, PACKAGE) == []
 
-@pytest.mark.parametrize('name', [n for n in WHEEL if 'RECORD' not in n])
+@pytest.mark.parametrize('name', sorted(n for n in WHEEL if 'RECORD' not in n))
 def test_a_file_missing_in_the_wheel_is_found(name): assert check.wheel_problems([n for n in WHEEL if n!=name], PACKAGE) == [f'{name} is missing']
 
 @pytest.mark.parametrize('name', ['nbs/600_cli.ipynb', 'tests/test_cli.py', 'benchmarks/layers.py', 'release/check.py', 'fastai_dropconnect/x.ipynb'])
