@@ -32,7 +32,7 @@ bench-accuracy: $(VENV)/.bench-accuracy
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 nbdev-test
-	OMP_NUM_THREADS=1 pytest
+	OMP_NUM_THREADS=1 pytest -n auto --dist loadfile
 
 # Changes the code in 200 small ways and counts how many its tests notice: hours on one core, so not part of any other target
 mutate: $(VENV)/.installed
