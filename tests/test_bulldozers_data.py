@@ -294,3 +294,7 @@ print(type(dls).__name__, learn.predict(price_features(df).iloc[3])[2].shape)
 @pytest.mark.parametrize('make', [bulldozers_pandas, bulldozers_dls])
 def test_sales_without_prices_are_refused(make):
     with pytest.raises(DataError, match='`df` must have the column SalePrice'): make(synthetic_bulldozers(50).drop(columns='SalePrice'))
+
+
+def test_a_path_is_no_frame():
+    with pytest.raises(TypeError, match=r"`df` must be a frame from `read_bulldozers`, got df='Train.csv'"): bulldozers_pandas('Train.csv')

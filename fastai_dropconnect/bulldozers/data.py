@@ -154,6 +154,7 @@ def bulldozers_pandas(
     valid_from:str|pd.Timestamp|None=None # First day of the validation period; `None`: by `valid_share`
 ) -> TabularPandas: # `.train` and `.valid` have `.xs` (matrix of features) and `.ys` (log prices)
     "Encode sales, split by time, with categories and statistics of the training rows"
+    if not isinstance(df, pd.DataFrame): raise TypeError(f'`df` must be a frame from `read_bulldozers`, got df={df!r}')
     if 'SalePrice' not in df: raise DataError('`df` must have the column SalePrice to learn from, but it is missing')
     feats = price_features(df)
     train, valid = time_split(df.saledate, valid_share, valid_from)
