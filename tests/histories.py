@@ -9,11 +9,17 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.tabular.all import (Callback, CancelBatchException, CancelFitException, Categorify, FillMissing, L, Normalize, ProgressCallback,
                                 TabularDataLoaders, load_learner, mae, noop, params, set_seed)
+from fastai.tabular.model import TabularModel
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.columns import AverageMetric
 from fastai_dropconnect.callback.core import LeanCallback, RecordingCallback
+from fastai_dropconnect.tabular.one_pass import OnePassTabularModel
 
 torch.set_num_threads(1)
+
+def classes_of(model): # `accelerate` looks up all embeddings of fastai's model in one pass
+    return [TabularModel if type(m) is OnePassTabularModel else type(m) for m in model.modules()]
+
 
 class Oops(Exception): "An error of somebody else's"
 
@@ -84,7 +90,7 @@ class History:
         self.learn = tabular_learner(self.dls, layers=[6,4], cbs=cbs, path=path, metrics=mae, splitter=splitter,
                                      config=r.choice([None, dict(weight_p=.2), dict(members=2)]))
         self.prepare()
-        self.keys,self.classes = list(self.learn.model.state_dict()),[type(m) for m in self.learn.model.modules()]
+        self.keys,self.classes = list(self.learn.model.state_dict()),classes_of(self.learn.model)
         self.start = ', '.join(map(repr, cbs)) or 'no callbacks'
 
     def prepare(self):
@@ -190,7 +196,7 @@ class History:
         learn,model = self.learn,self.learn.model
         assert list(model.state_dict())==self.keys, 'other names in the state'
         assert [id(p) for p in model.parameters()]==self.ids, 'other parameters'
-        assert [type(m) for m in model.modules()]==self.classes and not any('_dropconnect' in vars(m) for m in model.modules()), 'a layer is still noisy'
+        assert classes_of(model)==self.classes and not any('_dropconnect' in vars(m) for m in model.modules()), 'a layer is still noisy'
         assert not any(getattr(m, h) for m in model.modules() for h in HOOKS), 'hooks are left'
         n_records = len([cb for cb in learn.cbs if isinstance(cb, RecordingCallback)])
         assert len(model._state_dict_hooks)==len(model._load_state_dict_post_hooks)==n_records, 'hooks of records'

@@ -3,10 +3,10 @@ import numpy as np, pandas as pd, pytest, torch
 from ensemble_learners import *
 from fastai.tabular.all import Callback, mae
 from torch import nn
+from fastai_dropconnect import files
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.zero_restarts import cosine_cycles
 from fastai_dropconnect.compare import Fit, submission
-from fastai_dropconnect.ensemble import folder as store
 from fastai_dropconnect.recipes import _summary
 from fastai_dropconnect.sparsity.core import bit_mask, clean_optimizer
 from fastai_dropconnect.tabular.embeddings import _is_frequent, quantile_bins
@@ -16,9 +16,9 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 
 def test_every_file_of_a_run_is_written_under_another_name_and_renamed(tmp_path, monkeypatch):
     written,renamed = [],[]
-    write,rename = store._write,store._rename
-    monkeypatch.setattr(store, '_write', lambda file, data: (written.append(file.name), write(file, data)))
-    monkeypatch.setattr(store, '_rename', lambda old, new: (renamed.append((old.name, new.name)), rename(old, new)))
+    write,rename = files.write_new,files.rename_file
+    monkeypatch.setattr(files, 'write_new', lambda file, data: (written.append(file.name), write(file, data)))
+    monkeypatch.setattr(files, 'rename_file', lambda old, new: (renamed.append((old.name, new.name)), rename(old, new)))
     make_learn(path=tmp_path).fit_zero_restarts(2, 1, path='run')
     assert len(written)>5 and all(n.endswith('.tmp') for n in written)
     assert [old for old,_ in renamed]==written

@@ -7,6 +7,7 @@ __all__ = ['MODELS', 'OPTIMIZERS', 'describe_network', 'build_network', 'describ
            'build_opt']
 
 # %% ../../nbs/426_serialize.parts.ipynb #42618942
+from copy import copy
 from functools import partial
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from .fields import Fields, is_number
 from .network import ACTIVATIONS, check_network, compare_shapes, network_shapes
 from ..tabular.embeddings import PLE, Clamp, Periodic
 from ..tabular.model import MaskedMembers, TabularDropConnectModel
+from ..tabular.one_pass import OnePassTabularModel
 
 # %% ../../nbs/426_serialize.parts.ipynb #42650b72
 def _first(modules, cls): return next((m for m in modules if isinstance(m, cls)), None)
@@ -85,11 +87,17 @@ def _model_shapes(model):
 def _lines(model): # What it shows; the kind of number of `y_range` does not matter
     return [l.strip() for l in repr(model).splitlines() if 'SigmoidRange' not in l]
 
+def _with_class(model, cls): # A view of the same tensors
+    res = copy(model)
+    res.__class__ = cls
+    return res
+
 def describe_network(
     model:nn.Module # `TabularModel` or `TabularDropConnectModel`
 ) -> dict: # For `build_network`
     "Describe a model, or raise `TypeError` if it cannot be built from a description"
     rule = f'the model must be a {" or ".join(MODELS)} as its class makes it to be saved'
+    if type(model) is OnePassTabularModel: model = _with_class(model, TabularModel)     # of an accelerated Learner
     if MODELS.get(type(model).__name__) is not type(model): raise TypeError(f'{rule}, got {type(model).__name__}')
     try:
         config = _described(model)

@@ -95,7 +95,7 @@ class Vocab:
     def __init__(self): self.seen,self.levels = None,None
 
     def add(self,
-        column:'pa.ChunkedArray',
+        column, # `pa.ChunkedArray`
         rows:np.ndarray=None # Mask of the rows that train; `None` for all
     ):
         "Collect the values of some rows"
@@ -104,13 +104,13 @@ class Vocab:
             for chunk in column.chunks: self.levels = _union(self.levels, chunk.dictionary)
         self.seen = _union(self.seen, _values(column if rows is None else column.filter(pa.array(rows))))
 
-    def items(self, strict:bool=False) -> 'pa.Array':
+    def items(self, strict:bool=False): # `pa.Array`
         "Return the values in fastai's order; `strict` leaves out those of a dictionary that no row has"
         import pyarrow.compute as pc
         if self.levels is None: return self.seen.take(pc.sort_indices(self.seen))
         return self.levels.filter(pc.is_in(self.levels, self.seen)) if strict else self.levels
 
-def _values(column) -> 'pa.Array':
+def _values(column): # `pa.Array`
     "Return the distinct values of a column of any type, without missing ones"
     pa = import_pyarrow()
     import pyarrow.compute as pc
@@ -118,13 +118,13 @@ def _values(column) -> 'pa.Array':
     if pa.types.is_floating(plain.type): plain = pc.if_else(pc.is_nan(plain), None, plain)
     return pc.unique(plain).drop_null()
 
-def plain_array(column) -> 'pa.Array':
+def plain_array(column): # `pa.Array`
     "Return a column without a dictionary, as one array"
     pa = import_pyarrow()
     if pa.types.is_dictionary(column.type): column = column.cast(column.type.value_type)
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
-def _union(old, new) -> 'pa.Array':
+def _union(old, new): # `pa.Array`
     "Return the values of `old`, then those that only `new` has"
     pa = import_pyarrow()
     import pyarrow.compute as pc

@@ -49,9 +49,9 @@ def _check_schemas(dataset, columns):
         if twice: raise DataError(f'{name}: column {twice[0]!r} stands there {has.count(twice[0])} times')
 
 def open_dataset(
-    path:'str|Path|list|pa.dataset.Dataset', # File, folder, pattern, a list of them, or a dataset
+    path:object, # File, folder, pattern, a list of them, or a dataset of pyarrow
     columns:list # Names of columns that must be there
-) -> 'pa.dataset.Dataset': # With one type for each column
+) -> object: # A dataset of pyarrow with one type for each column
     "Open Parquet or Arrow files as one dataset"
     pa = import_pyarrow()
     if isinstance(path, pa.dataset.Dataset): res = path
@@ -69,7 +69,7 @@ def open_dataset(
     return res
 
 def read_frame(
-    dataset:'pa.dataset.Dataset',
+    dataset, # Of pyarrow
     columns:list # Names
 ) -> pd.DataFrame:
     "Read whole columns into memory"
@@ -94,7 +94,7 @@ def _with_dateparts(table, names):
 class TableSource:
     "Rows of Parquet or Arrow files, read piece by piece"
     def __init__(self,
-        path:'str|Path|list|pa.dataset.Dataset', # File, folder, pattern, a list of them, or a dataset
+        path:object, # File, folder, pattern, a list of them, or a dataset of pyarrow
         columns:list, # Names of the columns to read, those that dates give included
         date_names:list=(), # Columns of dates, for `add_datepart`
         piece:int=2**16 # Rows in a piece, at most
@@ -110,14 +110,14 @@ class TableSource:
     def __len__(self): return self.n_rows
 
     @property
-    def schema(self) -> 'pa.Schema':
+    def schema(self) -> object: # `pa.Schema`
         "Return the names and types of the columns, with those that dates give"
         empty = _with_dateparts(self.dataset.schema.empty_table().select(self.read), self.date_names)
         return empty.select(self.columns).schema
 
     def pieces(self,
         columns:list=None # Some of the columns; by default all
-    ) -> 'Iterator[pa.Table]':
+    ) -> Iterator: # Of `pa.Table`
         "Yield the rows in order, at most `piece` at a time"
         pa = import_pyarrow()
         columns = self.columns if columns is None else columns
@@ -155,7 +155,7 @@ def _date_columns(names) -> list:
 
 # %% ../../nbs/326_tabular.source.ipynb #27f74df8
 def to_numbers(
-    table:'pa.Table',
+    table, # `pa.Table`
     names:list # Columns
 ) -> np.ndarray: # `(n_rows, n_columns)`, float64, NaN where a value is missing
     "Convert columns of numbers"
@@ -171,7 +171,7 @@ def to_numbers(
     return res
 
 def is_number(
-    kind:'pa.DataType'
+    kind # `pa.DataType`
 ) -> bool: # Not for `bool`, as in pandas
     "Tell whether a type is one of numbers"
     pa = import_pyarrow()

@@ -268,7 +268,7 @@ def _folder_for(path, folder) -> Path:
     raise ValueError(f'`folder` must be given unless `path` is one file or folder, got {path=}')
 
 def store_table(
-    path:'str|Path|list|pa.dataset.Dataset', # Parquet or Arrow file, folder, pattern, a list of them, or a dataset
+    path:object, # Parquet or Arrow file, folder, pattern, a list of them, or a dataset of pyarrow
     folder:str|Path=None, # Folder for the encoded rows; by default next to the file, with `.stored` at the end
     procs:list=(), # Classes or instances: Categorify, FillMissing, FillMissingAnywhere, Normalize, QuantileNormalize
     cat_names:list=(), # Names of the categories

@@ -104,7 +104,7 @@ class StoredTabDL(FastTabDL):
 
 # %% ../../nbs/329_tabular.stored.ipynb #2664a1dd
 def stored_dataloaders(
-    path:'str|Path|list|pa.dataset.Dataset', # Parquet or Arrow file, folder, pattern, a list of them, or a dataset
+    path:object, # Parquet or Arrow file, folder, pattern, a list of them, or a dataset of pyarrow
     bs:int=64, # Rows in a training batch
     val_bs:int=4096, # Rows in a validation batch
     shuffle:bool=True, # Draw the training rows in a new order in each epoch?
