@@ -122,8 +122,8 @@ def _quote_formula(value):
     return f"'{value}" if value.startswith(_FORMULA_STARTS) and not _NUMBER.fullmatch(value) else value
 
 def quote_formulas(
-    frame:'pd.DataFrame' # Table with text from a file
-) -> 'pd.DataFrame': # The same for a CSV file
+    frame:object # `pd.DataFrame` with text from a file
+) -> object: # The same for a CSV file
     "Quote text and names that a spreadsheet would run as formulas"
     text = frame.select_dtypes(exclude=['number','bool','datetime','datetimetz']).columns
     quoted = {c: frame[c].map(_quote_formula, na_action='ignore') for c in text}

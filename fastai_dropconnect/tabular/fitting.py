@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import singledispatch
-from typing import TYPE_CHECKING
 import numpy as np, pandas as pd
 from fastai.data.block import CategoryBlock, RegressionBlock, TransformBlock
 from fastai.data.transforms import Categorize, CategoryMap, EncodedMultiCategorize, Normalize, RegressionSetup
@@ -19,7 +18,6 @@ from fastcore.foundation import L
 from .data import DataError
 from .procs import FillMissingAnywhere, QuantileNormalize
 from .source import TableSource, import_pyarrow, is_number, to_numbers
-if TYPE_CHECKING: import pyarrow as pa
 
 # %% ../../nbs/327_tabular.fitting.ipynb #94416297
 class Moments:

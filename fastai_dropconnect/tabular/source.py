@@ -10,12 +10,10 @@ __all__ = ['TABLE_SUFFIXES', 'import_pyarrow', 'open_dataset', 'read_frame', 'Ta
 import glob
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 import numpy as np, pandas as pd
 from fastai.tabular.core import add_datepart
 from ..checks import check_int, check_p, check_positive
 from .data import DataError, valid_start
-if TYPE_CHECKING: import pyarrow as pa
 
 # %% ../../nbs/326_tabular.source.ipynb #fc4024d2
 _formats = {'.parquet': 'parquet', '.pq': 'parquet', '.arrow': 'ipc', '.feather': 'ipc', '.ipc': 'ipc'}

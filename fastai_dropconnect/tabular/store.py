@@ -8,7 +8,6 @@ __all__ = ['StoredTable', 'store_table']
 # %% ../../nbs/328_tabular.store.ipynb #979d6109
 import glob, hashlib, json, mmap, os, shutil, tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 import numpy as np, pandas as pd, torch
 from fastai.data.block import TransformBlock
 from fastai.data.transforms import Categorize, CategoryMap
@@ -17,7 +16,6 @@ from fastcore.foundation import L
 from .data import DataError
 from .fitting import Moments, TableStats, fit_procs, plain_array
 from .source import TableSource, import_pyarrow, to_numbers, valid_mask
-if TYPE_CHECKING: import pyarrow as pa
 
 # %% ../../nbs/328_tabular.store.ipynb #537bd47d
 def _as_categories(column, values, items) -> pd.Categorical: # -1 where `values` has no such value

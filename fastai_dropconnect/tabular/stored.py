@@ -7,8 +7,6 @@ __all__ = ['shuffled_pieces', 'part_of', 'StoredTabDL', 'stored_dataloaders']
 
 # %% ../../nbs/329_tabular.stored.ipynb #b14b51db
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
 import torch
 from fastai.tabular.data import TabularDataLoaders
 from fastai.torch_core import default_device
@@ -16,7 +14,6 @@ from fastcore.basics import ifnone
 from ..checks import check_int
 from .loader import FastTabDL, is_changed
 from .store import StoredTable, store_table
-if TYPE_CHECKING: import pyarrow as pa
 
 # %% ../../nbs/329_tabular.stored.ipynb #5f2ed89b
 def shuffled_pieces(
