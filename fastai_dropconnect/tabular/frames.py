@@ -208,7 +208,7 @@ def _parts(
     if column.kind=='category': return {column.new_name: _by_value(s.astype(object), _text)}
     return {f'{column.new_name}_{k}': v for k,v in _date_parts(_as_dates(s, column.format)).items()}
 
-# %% ../../nbs/305_tabular.frames.ipynb #104d30f6
+# %% ../../nbs/305_tabular.frames.ipynb #08742089
 class FrameReader:
     "Read any table as numbers and categories, by what its training rows were"
     def __init__(self,
@@ -254,32 +254,36 @@ class FrameReader:
         if why: self.dropped[new_name] = why
         else: self.columns.append(Column(s.name, new_name, kind, format))
 
-    def _read(self, df):
-        "Yield the name and the values of each part of each column"
-        for c in self.columns:
-            for name,s in _parts(df[c.name], c).items():
-                kept = self.levels.get(name)
-                yield name, s if kept is None else s.where(s.isin(kept))
-
-    def _choose(self, parts):
-        "Note the names of the parts that vary and repeat no other"
-        varied = {n: s for n,s in parts.items() if s.nunique(dropna=False)>1}
-        kept,copies = _without_copies(varied.items())
-        whole = [n for n in parts if n in {c.new_name for c in self.columns}]    # no parts of dates
-        self.dropped |= {n: f'it repeats {copies[n]!r}' for n in whole if n in copies}
-        self.dropped |= {n: 'it is constant' for n in whole if n not in varied}
-        self.cat_names = [n for n in kept if parts[n].dtype==object]
-        self.cont_names = [n for n in kept if parts[n].dtype!=object]
-
-    def _keep_levels(self, parts):
-        "Note the most frequent levels of categories that have too many"
-        for n in self.cat_names:
-            counts = parts[n].value_counts()
-            if len(counts)>self.max_levels: self.levels[n] = list(counts.index[:self.max_levels])
-
     def _reasons(self): return '; '.join(f'{n!r}: {why}' for n,why in self.dropped.items())
 
-# %% ../../nbs/305_tabular.frames.ipynb #c7de8436
+# %% ../../nbs/305_tabular.frames.ipynb #de24ee4d
+@patch
+def _read(self:FrameReader, df):
+    "Yield the name and the values of each part of each column"
+    for c in self.columns:
+        for name,s in _parts(df[c.name], c).items():
+            kept = self.levels.get(name)
+            yield name, s if kept is None else s.where(s.isin(kept))
+
+@patch
+def _choose(self:FrameReader, parts):
+    "Note the names of the parts that vary and repeat no other"
+    varied = {n: s for n,s in parts.items() if s.nunique(dropna=False)>1}
+    kept,copies = _without_copies(varied.items())
+    whole = [n for n in parts if n in {c.new_name for c in self.columns}]    # no parts of dates
+    self.dropped |= {n: f'it repeats {copies[n]!r}' for n in whole if n in copies}
+    self.dropped |= {n: 'it is constant' for n in whole if n not in varied}
+    self.cat_names = [n for n in kept if parts[n].dtype==object]
+    self.cont_names = [n for n in kept if parts[n].dtype!=object]
+
+@patch
+def _keep_levels(self:FrameReader, parts):
+    "Note the most frequent levels of categories that have too many"
+    for n in self.cat_names:
+        counts = parts[n].value_counts()
+        if len(counts)>self.max_levels: self.levels[n] = list(counts.index[:self.max_levels])
+
+# %% ../../nbs/305_tabular.frames.ipynb #ac4ae617
 @patch
 def to_dict(self:FrameReader) -> dict: # For `json.dumps`
     "Return what was found as plain values"
