@@ -7,7 +7,7 @@ from fastai.tabular import learner as fastai_tabular
 from fastai.tabular.all import (Callback, Categorify, FillMissing, Normalize, RegressionBlock, TabularPandas, TabularProc, load_learner,
                                 set_seed)
 from fastai_dropconnect.all import *
-from fastai_dropconnect.tabular.predict import DecodedRow, FastPredict, RowEncoder, Unknown
+from fastai_dropconnect.tabular.predict import DecodedRow, FastPredict, RowProcs, Unknown
 from conftest import make_dls, make_table
 
 warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
@@ -35,7 +35,7 @@ PROCS = dict(fastai=[Categorify,FillMissing,Normalize], raw=[Categorify,FillMiss
 def test_rows_are_encoded_bit_for_bit(procs, train):
     df = make_table(120)
     dls = pandas_of(TABLES[train](df), PROCS[procs], reduce_memory=train!='plain').dataloaders(bs=32, device='cpu')
-    encode = RowEncoder(dls)
+    encode = RowProcs(dls)
     for change in TABLES.values():
         for _,row in change(df.drop(columns='y')).iloc[2:4].iterrows():      # row 3 has gaps
             for a,b in zip(encode(row), by_fastai(dls, row), strict=True):
@@ -49,7 +49,7 @@ ODD = [dict(color='new'), dict(code=99), dict(code=3.0), dict(code='3'), dict(fl
 @pytest.mark.parametrize('odd', ODD)
 def test_odd_values(odd):
     dls = pandas_of(make_table(120), PROCS['fastai']).dataloaders(bs=32, device='cpu')
-    encode,row = RowEncoder(dls),make_table().drop(columns='y').iloc[1].copy()
+    encode,row = RowProcs(dls),make_table().drop(columns='y').iloc[1].copy()
     for k,v in odd.items(): row[k] = v
     for _ in range(2):
         for a,b in zip(encode(row), by_fastai(dls, row), strict=True): assert torch.equal(a, b)
@@ -60,7 +60,7 @@ def test_what_fastai_refuses_is_left_to_fastai(odd):
     dls = pandas_of(make_table(120), PROCS['fastai']).dataloaders(bs=32, device='cpu')
     row = make_table().drop(columns='y').iloc[1].copy()
     for k,v in odd.items(): row.at[k] = v
-    with pytest.raises(Unknown): RowEncoder(dls)(row)
+    with pytest.raises(Unknown): RowProcs(dls)(row)
     learn = learner().accelerate()
     with pytest.raises(Exception) as ours: learn.predict(row)
     with pytest.raises(type(ours.value)): learn.decelerate().predict(row)
@@ -117,7 +117,7 @@ def test_learners_of_fastai():
 def test_other_loaders_and_procs_are_left_to_fastai():
     class Adds(TabularProc):
         def encodes(self, to): to['b'] = to['b']+1
-    assert not RowEncoder(pandas_of(make_table(120), [Categorify,FillMissing,Adds]).dataloaders(bs=32)).is_exact
+    assert not RowProcs(pandas_of(make_table(120), [Categorify,FillMissing,Adds]).dataloaders(bs=32)).is_exact
     learn = learner().accelerate()
     row = make_table(3).iloc[0]
     before = learn.predict(row)[2]
@@ -128,7 +128,7 @@ def test_other_loaders_and_procs_are_left_to_fastai():
 
 
 def test_answers_of_pandas_are_kept_up_to_a_limit(monkeypatch):
-    encode = RowEncoder(make_dls())
+    encode = RowProcs(make_dls())
     row = make_table(3).iloc[0].drop('y').copy()
     code = encode(row) and encode.codes['code']
     monkeypatch.setattr(code, 'most', 3)
