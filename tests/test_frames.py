@@ -1,35 +1,13 @@
 """`FrameReader` on tables that nobody chose: every kind of column, gaps and scale, at every size"""
-import datetime, json, warnings
+import json, warnings
 import numpy as np, pandas as pd, pytest
+from odd_tables import KINDS, make_table
 from fastai_dropconnect.tabular.frames import FrameReader
-
-KINDS = dict(
-    floats=lambda r, n: r.normal(0, 1, n), huge=lambda r, n: r.normal(0, 1e300, n), tiny=lambda r, n: r.normal(0, 1e-300, n),
-    infinite=lambda r, n: r.choice([1., np.inf, -np.inf, np.nan], n), ints=lambda r, n: r.integers(-5, 5, n),
-    big_ints=lambda r, n: r.integers(-2**62, 2**62, n), bools=lambda r, n: r.random(n)<.5, constant=lambda r, n: np.ones(n),
-    empty=lambda r, n: np.full(n, np.nan), nullable=lambda r, n: pd.array(r.choice([1, 2, None], n), dtype='Int64'),
-    nullable_bools=lambda r, n: pd.array(r.choice([True, False, None], n), dtype='boolean'),
-    sizes=lambda r, n: r.choice(['S', 'M', 'L'], n), marks=lambda r, n: r.choice(['a', '?', ''], n),
-    numbers_as_text=lambda r, n: r.normal(0, 1, n).astype(str), category=lambda r, n: pd.Categorical(r.integers(0, 9, n)),
-    ids=lambda r, n: [f'id-{i}' for i in r.permutation(n)], mixed=lambda r, n: r.choice(np.array([1, 'a', None, 2.5], object), n),
-    lists=lambda r, n: pd.Series([[1]]*n, dtype=object), text=lambda r, n: [f'some words that say {i} little' for i in range(n)],
-    dates=lambda r, n: pd.Timestamp('2020-01-01') + pd.to_timedelta(r.integers(0, 900, n), unit='D'),
-    zoned=lambda r, n: pd.date_range('2020-01-01', periods=n, freq='h', tz='Europe/Berlin'),
-    dates_as_text=lambda r, n: pd.date_range('2020-01-01', periods=n).strftime('%d/%m/%Y'),
-    days=lambda r, n: pd.Series([datetime.date(2020, 1, 1 + i%28) for i in range(n)], dtype=object),
-    durations=lambda r, n: pd.to_timedelta(r.integers(0, 900, n), unit='s'),
-    periods=lambda r, n: pd.period_range('2000-01', periods=n, freq='M'))
-
 
 def odd_table(seed):
     "Return a table of random columns"
     r = np.random.default_rng(seed)
-    n = int(r.choice([1, 2, 3, 30, 300]))
-    kinds = r.choice(list(KINDS), r.integers(1, 9))
-    df = pd.DataFrame({f'{i} {k}': KINDS[k](r, n) for i,k in enumerate(kinds)})
-    for c in df:
-        if r.random()<.3: df[c] = df[c].where(r.random(n)<.8)
-    return df
+    return make_table(r.choice(list(KINDS), r.integers(1, 9)), int(r.choice([1, 2, 3, 30, 300])), seed)
 
 
 @pytest.mark.parametrize('seed', range(100))
