@@ -428,7 +428,7 @@ def test_after_an_interruption_the_learner_is_as_before(where):
 
 
 def test_a_broken_fit_with_a_temporary_ensemble_leaves_the_metrics_as_before():
-    learn = make_learn(metrics=mae)
+    learn = make_learn(ZeroRestarts(1), metrics=mae)
     before = list(learn.metrics)
-    with contextlib.suppress(KeyboardInterrupt): learn.fit(2, 1e-2, cbs=[ZeroRestarts(1), SnapshotEnsemble(), StopAt(0)])
+    with contextlib.suppress(KeyboardInterrupt): learn.fit(2, 1e-2, cbs=[SnapshotEnsemble(), StopAt(0)])
     assert list(learn.metrics)==before and not hasattr(learn, 'snapshot_ensemble')
