@@ -9,6 +9,7 @@ __all__ = ['MOST_ROWS', 'DropConnectRegressor', 'DropConnectClassifier']
 import time as clock
 from collections.abc import Callable
 import numpy as np, pandas as pd, torch
+from pathlib import Path
 from fastai.data.block import CategoryBlock, RegressionBlock
 from fastai.tabular.core import Categorify, TabularPandas
 from fastai.tabular.data import TabularDataLoaders
@@ -20,6 +21,10 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from .checks import check_choice, check_positive
 from .fit_best import BUDGETS, fit_best_on
 from .scoring import ScorerMetric
+from .serialize.fields import Fields, decode_values, encode_values, is_number
+from .serialize.files import SavedModel
+from .serialize.learner import load_model, save_model
+from .serialize.reader import build_frame, build_reader, describe_frame, describe_reader
 from .splits import column_or_values, splits_of
 from .tabular.frames import FrameReader, as_frame
 from .tabular.loader import FastTabDL
@@ -146,7 +151,8 @@ def _checked(self:_TableEstimator, X, y):
 def _with_weight(self:_TableEstimator, X, y, rows):
     "Return rows, targets, and what else there is of each row, without rows of weight 0"
     if rows['weights'] is None: return X,y,rows
-    w = _check_sample_weight(rows['weights'], X, ensure_non_negative=True)
+    try: w = _check_sample_weight(rows['weights'], X, ensure_non_negative=True)
+    except ValueError as e: raise ValueError(f'`sample_weight`: {e}') from None
     if (w>0).sum()<3: raise ValueError(f'`sample_weight` must be above 0 for at least 3 rows, got {(w>0).sum()}')
     kept = np.flatnonzero(w>0)
     rows = {k: None if v is None else v.iloc[kept] for k,v in (rows | dict(weights=pd.Series(w))).items()}
@@ -254,6 +260,7 @@ def feature_importances_(self:_TableEstimator) -> np.ndarray: # Of each column o
     "Measure how much the network uses each column"
     check_is_fitted(self)
     if self._importances is None:
+        if self._valid_rows is None: raise AttributeError('importances must be measured before `save`, but were not')
         base,parts = self._loss_of(*self._valid_rows),self.reader_.parts
         raw = np.array([self._importance(parts[c], base) if parts.get(c) else 0. for c in self._columns])
         self._importances = raw/raw.sum() if raw.sum() else raw
@@ -295,6 +302,15 @@ class DropConnectRegressor(RegressorMixin, _TableEstimator):
         return ScorerMetric(self.metric, None, self._mean, self._scale).check(np.size(self._mean))
 
     def _y_block(self): return RegressionBlock(n_out=np.size(self._mean))
+
+    def _describe_targets(self):
+        return dict(mean=np.ravel(self._mean).tolist(), scale=np.ravel(self._scale).tolist(), columns=self._has_columns)
+
+    def _build_targets(self, f):
+        self._has_columns = f.bool('columns')
+        n = None if self._has_columns else 1
+        values = [np.array(f.list(k, 'numbers', is_number, n), dtype='float64') for k in ('mean','scale')]
+        self._mean,self._scale = values if self._has_columns else [v[0] for v in values]
     def _strata(self, y): return None
 
 # %% ../nbs/530_estimators.ipynb #6d3c802d
@@ -336,4 +352,71 @@ class DropConnectClassifier(ClassifierMixin, _TableEstimator):
         return ScorerMetric(self.metric, self.classes_).check(len(self.classes_))
 
     def _y_block(self): return CategoryBlock(vocab=list(range(len(self.classes_))))
+
+    def _describe_targets(self):
+        return dict(classes=encode_values(self.classes_, '`classes_`'), is_object=self.classes_.dtype==object)
+
+    def _build_targets(self, f):
+        values = decode_values(f.take('classes', 'be an object', lambda v: isinstance(v, dict)), '`classes_`')
+        self.classes_ = np.array(values, dtype=object if f.bool('is_object') else None)
     def _strata(self, y): return self._encoded_targets(y)[:,0]
+
+# %% ../nbs/530_estimators.ipynb #aef850d6
+_saved = 'metric','time_limit','budget','random_state','verbose'     # settings
+
+def _plain_settings(estimator):
+    "Return the settings that JSON can hold"
+    values = {n: getattr(estimator, n) for n in _saved}
+    return {n: v if v is None or isinstance(v, (str,bool,int,float)) else None for n,v in values.items()}
+
+@patch
+def save(self:_TableEstimator,
+    path:str|Path # Folder; a model that is in it already is replaced
+) -> Path: # The folder
+    "Save the estimator without pickle"
+    check_is_fitted(self)
+    importances = None if self._importances is None else self._importances.tolist()
+    about = {'class': type(self).__name__} | dict(
+        settings=_plain_settings(self), columns=encode_values(self._columns, 'names of columns'),
+        named=hasattr(self, 'feature_names_in_'), reader=describe_reader(self.reader_, self._columns),
+        targets=self._describe_targets(), leaderboard=describe_frame(self.leaderboard_), importances=importances)
+    return save_model(self.learner_, path, about)
+
+# %% ../nbs/530_estimators.ipynb #08c820a9
+def _is_plain(v): return v is None or isinstance(v, (str,bool,int,float))
+def _is_object(v): return isinstance(v, dict)
+def _is_shares(v): return v is None or isinstance(v, list) and all(map(is_number, v))
+
+@patch
+def _restore(self:_TableEstimator, f):
+    "Take what the estimator knows from the fields of a file"
+    self._columns = decode_values(f.take('columns', 'be an object', _is_object), '`estimator.columns`', pd.Timestamp)
+    self.n_features_in_ = len(self._columns)
+    if f.bool('named'): self.feature_names_in_ = np.array(self._columns, dtype=object)
+    self.reader_ = build_reader(f.take('reader', 'be an object', _is_object), self._columns)
+    targets = f.fields('targets')
+    self._build_targets(targets)
+    targets.end()
+    self.leaderboard_ = build_frame(f.take('leaderboard', 'be a list', lambda v: isinstance(v, list)))
+    shares = f.take('importances', 'be null or numbers', _is_shares)
+    self._importances,self._valid_rows = None if shares is None else np.array(shares, dtype='float64'),None
+    f.end()
+
+@patch(cls_method=True)
+def load(cls:_TableEstimator,
+    path:str|Path, # Folder that `save` wrote, also one from a stranger
+    device:str|torch.device='cpu' # Where to predict
+) -> _TableEstimator: # Fitted
+    "Load an estimator; nothing in the folder is executed"
+    config = SavedModel(path).config.get('estimator')
+    if config is None: raise ValueError(f'{path} must hold an estimator, but it holds a Learner: use `load_model`')
+    try:
+        f = Fields(config, 'estimator')
+        f.choice('class', [cls.__name__])
+        settings = f.fields('settings')
+        res = cls(**{n: settings.take(n, 'be null, text or a number', _is_plain) for n in _saved}, device=str(device))
+        settings.end()
+        res._restore(f)
+    except ValueError as e: raise ValueError(f'{path}: {e}') from e
+    res.learner_ = load_model(path, device)
+    return res
