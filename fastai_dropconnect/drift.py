@@ -14,7 +14,9 @@ from .checks import check_p
 def _new_share(train, valid):
     "Return the share of values beyond those of training, and the share that chance explains"
     if not len(train) or not len(valid): return 0.,1.
-    if pd.api.types.is_numeric_dtype(train): return float(((valid<train.min()) | (valid>train.max())).mean()),2/len(train)
+    if pd.api.types.is_numeric_dtype(train):
+        beyond = (valid<train.min()) | (valid>train.max())
+        return float(beyond.mean()),2/len(train)
     counts = train.value_counts()
     return float((~valid.isin(counts.index)).mean()),float((counts==1).sum()/len(train))
 

@@ -117,7 +117,7 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
     def _strata(self, y): return self._encoded_targets(y)[:,0]
 
 # %% ../nbs/530_estimators.ipynb #aef850d6
-_saved = 'metric','time_limit','budget','random_state','verbose'     # settings
+_saved = 'metric','time_limit','budget','with_gbm','refit','random_state','verbose'     # settings
 
 def _plain_settings(estimator):
     "Return the settings that JSON can hold"

@@ -10,6 +10,7 @@ __all__ = ['VARIATIONS', 'BUDGETS', 'PRIOR_ROWS', 'score_for', 'StopAt', 'Candid
 import math, time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback, CancelFitException
@@ -21,6 +22,7 @@ from .callback import members as _    # noqa: F401, adds `Learner.averaged_model
 from .checks import check_choice, check_int, check_positive
 from .ensemble.averaging import average_for
 from .ensemble.blend import BlendedModel, best_temperature, greedy_weights
+from .progress import SearchProgress
 from .recipes import RECIPES, Recipe, is_higher_better, train_recipe
 from .tabular.learner import TabularLearner
 
@@ -74,6 +76,7 @@ class Candidate:
     preds:Tensor # Of the validation rows, (n_valid, n_out): numbers or probabilities
     loss:float # What is minimized on the validation rows
     seconds:float # Training and prediction
+    again:Callable=None # Function of loaders and a deadline: trains the same on other rows; `None` if the time is over
 
 def _y_range(dls):
     "Return the range of the training targets and 5 % on each side, or `None` for classes"
@@ -99,7 +102,13 @@ def train_candidate(
     if learn._grab_cbs(StopAt)[0].stopped and not keep: return None
     with learn.no_bar(), learn.no_logging(): preds,targs = learn.get_preds()
     loss = float(score(preds, targs))
-    return Candidate(name, epochs, [learn.averaged_model()], preds, loss, time.monotonic()-start)
+    again = partial(_again, recipe=recipe, epochs=epochs, seed=seed, kwargs=kwargs)
+    return Candidate(name, epochs, [learn.averaged_model()], preds, loss, time.monotonic()-start, again)
+
+def _again(dls, deadline, recipe, epochs, seed, kwargs):
+    "Train the same on other rows, without looking at validation rows; return a model"
+    learn = train_recipe(dls, recipe, epochs, seed=seed, cbs=StopAt(deadline), y_range=_y_range(dls), **kwargs)
+    return None if learn._grab_cbs(StopAt)[0].stopped else learn.averaged_model()
 
 # %% ../nbs/410_fit_best.ipynb #f553f8b5
 def targets_of(
@@ -118,7 +127,8 @@ def _merge(
     preds = torch.cat([p.preds for p in parts])
     models = [m for p in parts for m in p.models]
     seconds = sum(p.seconds for p in parts)
-    return Candidate(parts[0].name, parts[0].epochs, models, preds, float(score(preds, targs)), seconds)
+    loss = float(score(preds, targs))
+    return Candidate(parts[0].name, parts[0].epochs, models, preds, loss, seconds, parts[0].again)
 
 # %% ../nbs/410_fit_best.ipynb #c65349ed
 _members = RECIPES['masked-ensemble']
@@ -160,12 +170,13 @@ class Search:
         seed:int=0, # Of the first candidate; the next ones count on
         verbose:bool=True # Say what is trained?
     ):
-        self.folds,self.score,self.seed,self.verbose = folds,score,seed,verbose
+        self.folds,self.score,self.seed = folds,score,seed
         self.max_doublings,self.variations = BUDGETS[check_choice(budget, 'budget', BUDGETS)]
         self.start = time.monotonic()
         self.limit = math.inf if time_limit is None else check_positive(time_limit, 'time_limit')
         self.targs = torch.cat([targets_of(dls) for dls in folds])
         self.candidates = []
+        self.progress = SearchProgress(self.start+self.limit, show=verbose)
         vectors = 'ple' if folds[0].cont_names else None
         self.recipe,self.kwargs = _members.replace(num_embeddings=vectors),{}
 
@@ -184,6 +195,7 @@ class Search:
             self._restarts(doubling)
         except (KeyboardInterrupt,_TimeIsOver):
             if not self.candidates: raise
+        finally: self.progress.close()
         return self
 
     def _epochs(self, doubling): return epochs_for(doubling, len(self.folds[0].train))
@@ -226,14 +238,10 @@ class Search:
     def _train(self, name, epochs, recipe=None, **kwargs):
         "Train a candidate on each fold and add it; raise `_TimeIsOver` if it is"
         if self.candidates and self._seconds_left() < self._expected(epochs): raise _TimeIsOver
+        self.progress.start(f'{name}, {epochs} epochs', self.best.loss if self.candidates else None)
         made = self._fit_folds(name, recipe or self.recipe, epochs, **kwargs)
         self.candidates.append(made)
-        if self.verbose: self._say(made)
         return made
-
-    def _say(self, c):
-        "Print what a candidate reached"
-        print(f'{c.name}, {c.epochs} epochs: {c.loss:.4f} (best {self.best.loss:.4f}), {c.seconds:.1f} s')
 
     def _seconds_left(self): return self.limit - (time.monotonic()-self.start)
     def _expected(self, epochs): return epochs*np.median([c.seconds/c.epochs for c in self.candidates])
@@ -282,16 +290,19 @@ def fit_best_on(
     time_limit:float=None, # As in `fit_best`
     seed:int=0, # As in `fit_best`
     higher_is_better:bool=None, # As in `fit_best`
-    verbose:bool=True # As in `fit_best`
+    verbose:bool=True, # As in `fit_best`
+    others:list=() # More candidates for the blend, which were trained on the same folds
 ) -> TabularLearner: # As from `fit_best`
     "Do what `fit_best` does, on several folds of one table"
     loss_func = folds[0].train_ds.loss_func
     average = average_for(loss_func)[0]
     score = score_for(loss_func, metric, higher_is_better)
     search = Search(folds, score, budget, time_limit, check_int(seed, 'seed', 0), verbose).run()
+    search.candidates += list(others)
     model,weights = _blend(search, average)
     learn = TabularLearner(folds[0], model, loss_func=loss_func, metrics=metric)
     learn.leaderboard = _leaderboard(search, weights)
+    learn.again = [(c.again,w) for c,w in zip(search.candidates, weights.tolist(), strict=True) if w]
     return learn
 
 def fit_best(

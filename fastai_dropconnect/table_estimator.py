@@ -6,21 +6,25 @@
 __all__ = ['MOST_ROWS', 'MOST_DRIFTING', 'TableEstimator']
 
 # %% ../nbs/528_table_estimator.ipynb #bd9d9342
-import time as clock
+import math, time as clock
 from collections.abc import Callable
 import numpy as np, pandas as pd, torch
 from fastai.tabular.core import Categorify, TabularPandas
 from fastai.tabular.data import TabularDataLoaders
 from fastcore.basics import patch
+from functools import partial
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_consistent_length, check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from .boosting import boosted_candidate
 from .checks import check_choice, check_positive
 from .drift import beyond_range, leave_out
-from .fit_best import BUDGETS, fit_best_on
+from .ensemble.blend import BlendedModel
+from .fit_best import BUDGETS, fit_best_on, score_for
 from .recipes import RECIPES, train_recipe
 from .splits import column_or_values, splits_of
 from .tabular.frames import FrameReader, as_frame
+from .tabular.learner import TabularLearner
 from .tabular.loader import FastTabDL
 from .tabular.procs import FillMissingAnywhere, QuantileNormalize
 
@@ -74,7 +78,8 @@ def _new_names(n, df):
 def _no_gaps(y, name):
     "Return targets, or raise an error if one is missing"
     gaps = pd.isna(pd.DataFrame(y) if isinstance(y, pd.DataFrame) else np.asarray(y))
-    if np.any(gaps): raise ValueError(f'Input {name} contains NaN: each row must have a target')     # scikit-learn's words
+    # scikit-learn's words
+    if np.any(gaps): raise ValueError(f'Input {name} contains NaN: each row must have a target')
     return y
 
 # %% ../nbs/528_table_estimator.ipynb #000b7d06
@@ -84,6 +89,8 @@ class TableEstimator(BaseEstimator):
         metric:str|Callable=None, # Name of a scorer of scikit-learn, a scorer or a metric; by default the loss
         time_limit:float=None, # Seconds; `None`: as long as `budget` takes
         budget:str='default', # 'quick', 'default' or 'best'
+        with_gbm:bool=False, # Blend LightGBM with the networks? Needs the extra `gbm`
+        refit:bool|str='auto', # Train once more on all rows at the end? 'auto': if the latest rows were held out
         random_state:int=None, # Seed
         device:str=None, # Such as 'cuda'; by default the GPU if there is one
         verbose:int=1 # Say what is trained?
@@ -91,6 +98,8 @@ class TableEstimator(BaseEstimator):
         self.metric = metric
         self.time_limit = time_limit
         self.budget = budget
+        self.with_gbm = with_gbm
+        self.refit = refit
         self.random_state = random_state
         self.device = device
         self.verbose = verbose
@@ -114,6 +123,7 @@ class TableEstimator(BaseEstimator):
         "Train the networks that held-out rows ask for"
         start = clock.monotonic()
         check_choice(self.budget, 'budget', BUDGETS)
+        check_choice(self.refit, 'refit', (True,False,'auto'))
         limit = None if self.time_limit is None else check_positive(self.time_limit, 'time_limit')
         X,y = self._checked(X, y)
         rows = dict(weights=sample_weight, groups=groups, time=time)
@@ -122,11 +132,17 @@ class TableEstimator(BaseEstimator):
         self._learn_targets(y)
         metric = self._metric()
         folds = self._folds(X, y, rows, seed, eval_set)
-        if limit: limit = max(limit/20, limit - (clock.monotonic()-start))
         higher = None if metric is None else True
-        self.learner_ = fit_best_on(folds, metric, self.budget, limit, seed, higher, verbose=bool(self.verbose))
+        others = self._boosted(folds, score_for(folds[0].train_ds.loss_func, metric, higher), seed, start)
+        refit = self.refit is True or (self.refit=='auto' and time is not None)
+        end = start + limit if limit else math.inf
+        if limit: limit = max(limit/20, (end-clock.monotonic())/(2.3 if refit else 1))    # all rows are more
+        self.learner_ = fit_best_on(folds, metric, self.budget, limit, seed, higher, bool(self.verbose), others)
         self.leaderboard_ = self.learner_.leaderboard
         self._keep_rows()
+        again = vars(self.learner_).pop('again', [])
+        if refit: self._refit(again, end)
+        del self._all_rows
         return self
 
 # %% ../nbs/528_table_estimator.ipynb #99e548a5
@@ -157,7 +173,8 @@ def _with_weight(self:TableEstimator, X, y, rows):
 def _same_columns(self:TableEstimator, X):
     "Return rows with the columns of the training rows, found by name if they have names"
     df = as_frame(X)
-    if all(c in df for c in self._columns): X = df = df[self._columns]
+    named = hasattr(X, 'columns') or hasattr(X, 'to_pandas') or isinstance(X, dict)     # no array
+    if named and all(c in df for c in self._columns): X = df = df[self._columns]
     validate_data(self, X, skip_check_array=True, reset=False)
     return df.set_axis(self._columns, axis=1).reset_index(drop=True)
 
@@ -176,6 +193,7 @@ def _folds(self:TableEstimator, X, y, rows, seed, eval_set):
     weights = None if weights is None else np.asarray(weights)
     if eval_set is not None or rows['groups'] is not None or rows['time'] is not None:
         self._drop_drifting(df, targets, splits[0], weights)
+    self._all_rows = partial(self._loaders, df, targets, [(np.arange(len(df)),splits[0][1])], len(df), weights)
     return self._loaders(df, targets, splits, n, weights)
 
 @patch
@@ -219,6 +237,24 @@ def _keep_rows(self:TableEstimator):
     self._importances = None
     learn.dls = learn.dls.new_empty()
 
+# %% ../nbs/528_table_estimator.ipynb #ec719a41
+@patch
+def _refit(self:TableEstimator, again, end):
+    "Train the networks of the blend on all rows"
+    [dls] = self._all_rows()
+    models,weights = [],[]
+    for train,weight in again:
+        if self.verbose: print(f'training on all rows: {len(models)+1} of {len(again)}')
+        model = train(dls, end)
+        if model is None: return
+        models.append(model)
+        weights.append(weight)
+    if not models: return
+    old = self.learner_
+    model = BlendedModel(models, weights, old.model.average, old.model.temperature)
+    self.learner_ = TabularLearner(dls.new_empty(), model.to(dls.device), loss_func=old.loss_func, metrics=old.metrics)
+    self.learner_.leaderboard = old.leaderboard
+
 # %% ../nbs/528_table_estimator.ipynb #d371a70d
 def _quick_loss(dls, seed):
     "Return the validation loss of a small network that is trained for a short time"
@@ -246,6 +282,16 @@ def _drop_drifting(self:TableEstimator, df, targets, rows, weights):
         return _quick_loss(self._loaders(*parts)[0], 0)
     useless = leave_out(names, loss_without)
     self.reader_ = reader.leave_out(useless, 'it runs beyond its training range')
+
+# %% ../nbs/528_table_estimator.ipynb #1e704f50
+@patch
+def _boosted(self:TableEstimator, folds, score, seed, start):
+    "Return boosted trees as a list of one candidate, if they are wanted"
+    if not self.with_gbm: return []
+    deadline = start + self.time_limit/4 if self.time_limit else np.inf
+    made = boosted_candidate(folds, score, seed, deadline)
+    if self.verbose: print(f'{made.name}: {made.loss:.4f}, {made.seconds:.1f} s')
+    return [made]
 
 # %% ../nbs/528_table_estimator.ipynb #9c388313
 @patch

@@ -10,19 +10,21 @@ from fastai_dropconnect.tabular.learner import TabularLearner
 
 EXPECTED = dict( # Name of a check: why it fails
     check_sample_weight_equivalence_on_dense_data='rows are drawn by their weight, so that repeating a row is another random draw',
-    check_sample_weight_equivalence_on_sparse_data='sparse matrices are refused',
-    check_dataframe_column_names_consistency='columns are found by name: another order of them is fine',
     check_methods_sample_order_invariance='float32: sums in another order differ by 1e-7',
     check_methods_subset_invariance='float32: sums in another order differ by 1e-7')
+
+def train_small(dls, deadline=None, seed=0):
+    "Train one small network"
+    return train_recipe(dls, 'fastai', 12, lr=2e-2, seed=seed, layers=[32]).averaged_model()
 
 def fit_small(folds, metric=None, budget='default', time_limit=None, seed=0, higher_is_better=None, verbose=True, others=()):
     "Train one small network, as `fit_best_on` does with many"
     dls = folds[0]
-    learn = train_recipe(dls, 'fastai', 12, lr=2e-2, seed=seed, layers=[32])
     loss_func = dls.train_ds.loss_func
-    model = BlendedModel([learn.averaged_model()], average=average_for(loss_func)[0])
+    model = BlendedModel([train_small(dls, seed=seed)], average=average_for(loss_func)[0])
     res = TabularLearner(dls, model, loss_func=loss_func)
     res.leaderboard = pd.DataFrame(dict(name=['small'], epochs=[12], loss=[0.], seconds=[0.], weight=[1.]))
+    res.again = [(train_small, 1.)]
     return res
 
 def estimators():

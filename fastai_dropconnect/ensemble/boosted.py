@@ -46,6 +46,11 @@ class BoostedModel(nn.Module):
     def texts(self) -> list: # Buffers
         return [getattr(self, f'text{i}') for i in range(self.n_texts)]
 
+    @property
+    def n_trees(self) -> int: # Rounds of boosting of the longest text
+        self._boosters = self._boosters or self._load()
+        return max(b.current_iteration() for b in self._boosters)
+
     def __getstate__(self): return self.__dict__ | dict(_boosters=None)
     def extra_repr(self) -> str: return f'n_texts={self.n_texts}, out_sz={self.out_sz}, average={self.average!r}'
 
@@ -85,29 +90,31 @@ def _params(n_classes, seed):
     return more | dict(objective=objective, learning_rate=.04, seed=seed, deterministic=True, force_row_wise=True,
                        num_threads=torch.get_num_threads(), verbosity=-1)
 
-def _text(params, train, valid, weights, n_cat, deadline):
+def _text(params, train, valid, weights, n_cat, deadline, n_trees):
     "Train on one target; return the trees"
     lgb = _lightgbm()
     data = lgb.Dataset(train[0], train[1], weight=weights, categorical_feature=list(range(n_cat)))
-    held_out = lgb.Dataset(valid[0], valid[1], reference=data)
-    cbs = [lgb.early_stopping(50, verbose=False), _stop_at(deadline)]
-    booster = lgb.train(params, data, 4000, [held_out], callbacks=cbs)
+    cbs = [_stop_at(deadline)] if n_trees else [lgb.early_stopping(50, verbose=False), _stop_at(deadline)]
+    held_out = [] if n_trees else [lgb.Dataset(valid[0], valid[1], reference=data)]
+    booster = lgb.train(params, data, n_trees or 4000, held_out, callbacks=cbs)
     return booster.model_to_string(num_iteration=booster.best_iteration or None)
 
 # %% ../../nbs/264_ensemble.boosted.ipynb #d170f104
 def fit_boosted(
     train:tuple, # Codes (n_rows, n_categories), numbers (n_rows, n_cont), targets (n_rows, n_targets)
-    valid:tuple, # The same of validation rows
+    valid:tuple, # The same of validation rows; not used if `n_trees` is given
     n_levels:list, # Codes of each category, 0 included
     n_classes:int=0, # 0 for numbers
     weights:np.ndarray=None, # Of the training rows
     seed:int=0,
-    deadline:float=math.inf # On the clock of `time.monotonic`
+    deadline:float=math.inf, # On the clock of `time.monotonic`
+    n_trees:int=None # `None`: as many as the validation rows want
 ) -> BoostedModel:
-    "Train LightGBM with early stopping"
+    "Train LightGBM, with early stopping unless the number of trees is known"
+    valid = train if valid is None else valid
     X,X_valid = _matrix(*train[:2]),_matrix(*valid[:2])
     y,y_valid = [np.asarray(t[2]).reshape(len(t[2]), -1) for t in (train,valid)]
     params,n_cat = _params(n_classes, seed),len(n_levels)
     pairs = [((X,y[:,i].copy()),(X_valid,y_valid[:,i].copy())) for i in range(y.shape[1])]
-    texts = [_text(params, *pair, weights, n_cat, deadline) for pair in pairs]
+    texts = [_text(params, *pair, weights, n_cat, deadline, n_trees) for pair in pairs]
     return BoostedModel(texts, n_levels, X.shape[1]-n_cat, n_classes or y.shape[1], 'softmax' if n_classes else 'mean')

@@ -69,5 +69,6 @@ def build_frame(
         f = Fields(coded, f'estimator.leaderboard[{i}]')
         name = f.take('column', 'be a name', is_name)
         res[name] = decode_values(f.left, f'`{f.where}`')
-    if len({len(v) for v in res.values()})>1: raise ValueError('`estimator.leaderboard` must have columns of one length')
+    lengths = {len(v) for v in res.values()}
+    if len(lengths)>1: raise ValueError('`estimator.leaderboard` must have columns of one length')
     return pd.DataFrame(res)
