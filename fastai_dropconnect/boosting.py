@@ -47,7 +47,7 @@ def boosted_candidate(
     preds = torch.cat(preds)
     loss = float(score(preds, torch.cat([targets_of(dls) for dls in folds])))
     again = partial(_again, n_trees=models[0].n_trees, seed=seed)
-    return Candidate('boosted trees', 0, models, preds, loss, time.monotonic()-start, again)
+    return Candidate('boosted trees', 0, models, preds, loss, time.monotonic()-start, again=again)
 
 def _again(dls, deadline, n_trees, seed):
     "Grow as many trees on other rows"

@@ -42,7 +42,7 @@ def _encode(
 ) -> TabularPandas:
     "Encode all rows"
     splits = list(range(n_fit)),list(range(n_fit, len(df)))
-    procs = [Categorify,FillMissingAnywhere,QuantileNormalize]
+    procs = [Categorify,FillMissingAnywhere,QuantileNormalize(output_distribution='normal')]
     return TabularPandas(df, procs, list(cat_names), list(cont_names), y_names, y_block, splits, reduce_memory=False)
 
 def _loaders(

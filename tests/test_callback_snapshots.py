@@ -425,3 +425,10 @@ def test_after_an_interruption_the_learner_is_as_before(where):
     assert len(learn.validate())==2 and learn.recorder.metric_names[-2]=='mae' and len(kept)==(1 if where=='before_batch' else 2)
     learn.model.load_state_dict(make_model().state_dict())
     assert not len(ensemble(learn).record)
+
+
+def test_a_broken_fit_with_a_temporary_ensemble_leaves_the_metrics_as_before():
+    learn = make_learn(ZeroRestarts(1), metrics=mae)
+    before = list(learn.metrics)
+    with contextlib.suppress(KeyboardInterrupt): learn.fit(2, 1e-2, cbs=[SnapshotEnsemble(), StopAt(0)])
+    assert list(learn.metrics)==before and not hasattr(learn, 'snapshot_ensemble')

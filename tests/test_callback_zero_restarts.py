@@ -189,6 +189,27 @@ def test_resume_of_a_whole_fit_gives_its_predictions(tmp_path, use, between):
     torch.testing.assert_close(preds(learn), want)
 
 
+class Interrupt(Callback):
+    "Raise an interrupt at an event, also when callbacks are paused"
+    def __init__(self, event): self.event = event
+    def __call__(self, event_name):
+        if event_name==self.event: raise KeyboardInterrupt('stop')
+
+
+def test_an_interrupt_while_complete_epochs_are_left_out_leaves_all_callbacks_on():
+    learn = make_learn()
+    learn.fit_zero_restarts(2, 1)
+    learn.add_cb(Interrupt('after_epoch'))
+    with pytest.raises(KeyboardInterrupt): learn.fit_zero_restarts(3, 1, resume=True)
+    assert all(cb.run for cb in learn.cbs)
+
+
+def test_a_fit_that_breaks_before_the_first_cycle_leaves_no_ensemble():
+    learn = make_learn(RecalibrateBN(), ZeroRestarts(1), Interrupt('before_epoch'))
+    with pytest.raises(KeyboardInterrupt): learn.fit_one_cycle(1, 1e-2)
+    assert not hasattr(learn, 'snapshot_ensemble')
+
+
 def test_resume_without_snapshots_is_a_fit():
     learn = make_learn()
     learn.fit_zero_restarts(2, 1, resume=True)

@@ -45,3 +45,11 @@ def test_sample_does_not_decide_alone():
     values = pd.Series([*map(str, range(50)), 'x'], dtype=object)
     reader = FrameReader(sample_size=10).fit(pd.DataFrame(dict(a=values)))
     assert reader.cont_names==['a'] and reader.transform(pd.DataFrame(dict(a=values))).a.isna().sum()==1
+
+
+def test_few_long_levels_are_a_category_and_spaces_around_them_count():
+    values = ['Tensed', 'Tensed'+' '*70, 'commission of a crime by a stranger'] + [f'a long name of kind number {i}' for i in range(20)]
+    df = pd.DataFrame(dict(a=values*40, b=range(len(values)*40)))
+    reader = FrameReader().fit(df)
+    assert reader.cat_names==['a'] and reader.transform(df).a.nunique()==len(values)
+    assert reader.transform(pd.DataFrame(dict(a=[' ', 'n/a '], b=[1,2]))).a.isna().all()

@@ -47,7 +47,8 @@ class FitGuard(MethodGuard):
         outer,self.running = self.running,True
         try: return self.call(*args, **kwargs)
         except BaseException:
-            for cb in list(self.cbs): cb.on_broken_fit()
+            for cb in list(self.cbs):
+                if cb in self.cbs: cb.on_broken_fit()    # one before it may have removed it
             raise
         finally: self.running = outer
 

@@ -235,6 +235,11 @@ def after_fit(self:SnapshotEnsemble):
 def on_broken_fit(self:SnapshotEnsemble): self.end_fit()
 
 @patch
+def on_remove(self:SnapshotEnsemble, learn):
+    remove_columns(learn)       # a fit with this callback in `cbs` may have been broken off
+    self.record.detach()
+
+@patch
 def _fit_state(self:SnapshotEnsemble):
     names = getattr(getattr(self.learn, 'recorder', None), 'metric_names', None)
     return dict(shows=self.shows, validation=self._validation, metrics=self.learn.metrics, metric_names=names)

@@ -189,8 +189,7 @@ class _StartAt(LeanCallback):
 
     def before_epoch(self):
         if self.learn.lock.locked(): return
-        for cb in self.paused: cb.run = True
-        self.paused = []
+        self._unpause()
         if self.learn.epoch<self.first: self._skip()
         if self.smooth_loss and hasattr(self.learn, 'recorder'): self._restore_loss(self.learn.recorder.smooth_loss)
 
@@ -198,6 +197,12 @@ class _StartAt(LeanCallback):
         self.paused = [cb for cb in self.learn.cbs if cb.run and cb is not self]
         for cb in self.paused: cb.run = False
         raise CancelEpochException
+
+    def _unpause(self):
+        for cb in self.paused: cb.run = True
+        self.paused = []
+
+    def on_remove(self, learn): self._unpause()     # an interrupt can come before the next epoch
 
     def _restore_loss(self, mean):
         mean.count,mean.val = self.smooth_loss['count'],to_device(self.smooth_loss['val'], mean.val.device)

@@ -25,10 +25,10 @@ def _greedy_counts(
     counts,total = torch.zeros(len(members)),torch.zeros_like(members[0])
     best = float('inf'),counts
     for step in range(1, n_steps+1):
-        losses = [float(loss((total+p)/step, targs)) for p in members]
-        i = min(range(len(members)), key=losses.__getitem__)
+        losses = torch.tensor([float(loss((total+p)/step, targs)) for p in members]).nan_to_num(math.inf, math.inf)
+        i = int(losses.argmin())
         total,counts = total+members[i],counts+torch.eye(len(members))[i]
-        if losses[i]<best[0]: best = losses[i],counts
+        if losses[i]<best[0]: best = float(losses[i]),counts
     return best[1]
 
 def greedy_weights(

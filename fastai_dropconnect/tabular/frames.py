@@ -51,6 +51,13 @@ def _text(
     text = str(value).replace('\0', '').strip()
     return None if text.lower() in _marks else text
 
+def _level(
+    value # Not missing
+) -> str|None: # As `_text` returns it, with the spaces around it
+    "Convert a value of a category; spaces around it can tell where a row comes from"
+    text = _text(value)
+    return text if text is None or not isinstance(value, str) else value.replace('\0', '')
+
 def _by_value(
     s:pd.Series, # Values that can be hashed
     f:Callable # Function of one value that is not missing; may return `None`
@@ -170,8 +177,8 @@ def _why_useless(
     if distinct==1 and n==len(s): return 'it is constant'
     if kind!='category' or isinstance(s.dtype, pd.CategoricalDtype) or n<20: return None
     if distinct>.5*n: return f'{distinct:,} of {n:,} values differ: it is an identifier or free text'
-    words = np.mean([str(v).count(' ')+1 for v in s.dropna().unique()[:1000]])
-    return 'it is free text' if distinct>20 and words>5 else None
+    words = np.mean([len(str(v).split()) for v in s.dropna().unique()[:1000]])
+    return 'it is free text' if distinct>.1*n and words>5 else None
 
 def _why_unreadable(
     s:pd.Series # A column
@@ -211,7 +218,7 @@ def _parts(
 ) -> dict: # Name -> Series of float64 or text
     "Read a column"
     if column.kind=='number': return {column.new_name: _as_numbers(s)}
-    if column.kind=='category': return {column.new_name: _by_value(s.astype(object), _text)}
+    if column.kind=='category': return {column.new_name: _by_value(s.astype(object), _level)}
     return {f'{column.new_name}_{k}': v for k,v in _date_parts(_as_dates(s, column.format)).items()}
 
 # %% ../../nbs/305_tabular.frames.ipynb #08742089

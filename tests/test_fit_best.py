@@ -1,0 +1,110 @@
+"`fit_best`: what is tried, in which time, and what is left of an interrupted search"
+import math, time
+import numpy as np, pandas as pd, pytest, torch
+from fastai.tabular.all import (Categorify, CategoryBlock, FillMissing, Normalize, RegressionBlock, RocAucBinary,
+                                TabularDataLoaders, rmse)
+from fastai_dropconnect import fit_best as module
+from fastai_dropconnect.fit_best import BUDGETS, KINDS, Search, fit_best, fit_best_on, score_for
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+def table(n=160, seed=0):
+    r = np.random.default_rng(seed)
+    df = pd.DataFrame(dict(kind=r.choice(list('abc'), n), other=r.choice(list('xy'), n), a=r.normal(size=n), b=r.normal(size=n)))
+    return df.assign(y=(df.a*df.b + (df.kind=='a')).astype('float32'), label=np.where(df.a+.5*r.normal(size=n)>0, 'yes', 'no'))
+
+def loaders(df=None, y='y', conts=('a','b'), block=None, valid=range(40)):
+    df = table() if df is None else df
+    return TabularDataLoaders.from_df(df, procs=[Categorify,FillMissing,Normalize], y_names=y, bs=32, cat_names=['kind','other'],
+                                      cont_names=list(conts), valid_idx=list(valid), y_block=block or RegressionBlock())
+
+@pytest.fixture(autouse=True)
+def small_budgets(monkeypatch):
+    for name,(_,variations) in BUDGETS.items(): monkeypatch.setitem(BUDGETS, name, (1e7,variations))
+
+def names(learn): return list(learn.leaderboard.name)
+
+
+def test_budgets_try_what_they_say():
+    dls = loaders()
+    assert names(fit_best(dls, budget='quick', verbose=False))==list(KINDS)
+    assert names(fit_best(dls, verbose=False))==[*KINDS, *BUDGETS['default'][1]]
+    with pytest.raises(ValueError, match='budget'): fit_best(dls, budget='huge')
+
+
+def test_a_table_of_categories_only_has_one_kind():
+    learn = fit_best(loaders(conts=()), budget='quick', verbose=False)
+    assert names(learn)==['numbers'] and learn.get_preds()[0].isfinite().all()
+
+
+def test_a_seed_repeats_the_search():
+    dls = loaders()
+    a,b,c = (fit_best(dls, budget='quick', seed=s, verbose=False).get_preds()[0] for s in (3,3,4))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_a_time_limit_ends_the_search_and_leaves_the_first_candidate():
+    learn = fit_best(loaders(), time_limit=1e-3, verbose=False)
+    assert names(learn)==['numbers'] and learn.get_preds()[0].isfinite().all()
+    with pytest.raises(ValueError, match='time_limit'): fit_best(loaders(), time_limit=0)
+
+
+def test_each_candidate_gets_a_third_of_the_time_that_is_left(monkeypatch):
+    deadlines = []
+    real = module.train_candidate
+    def train(dls, name, kind, score, epochs, work, deadline, seed):
+        deadlines.append((time.monotonic(),deadline))
+        return real(dls, name, kind, score, epochs, work, deadline, seed)
+    monkeypatch.setattr(module, 'train_candidate', train)
+    search = Search([loaders()], score_for(loaders().loss_func), time_limit=1000, verbose=False).run()
+    for now,deadline in deadlines[:3]: assert math.isclose(deadline-now, (search.end-now)/3, rel_tol=.01)
+    now,deadline = deadlines[-1]
+    assert math.isclose(deadline, search.end, rel_tol=1e-6)
+
+
+def test_folds_share_the_time_and_the_blend(monkeypatch):
+    df = table()
+    folds = [loaders(df, valid=range(i, 160, 2)) for i in (0,1)]
+    learn = fit_best_on(folds, budget='quick', verbose=False)
+    used = (learn.leaderboard.weight>0).sum()
+    assert len(learn.model.models)==2*used
+
+
+@pytest.mark.parametrize('n_before', [0,1,3])
+def test_an_interrupt_keeps_what_there_is(monkeypatch, n_before):
+    real,n_calls = module.train_candidate,0
+    def train(*args):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls>n_before: raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(module, 'train_candidate', train)
+    if n_before==0:
+        with pytest.raises(KeyboardInterrupt): fit_best(loaders(), verbose=False)
+    else: assert len(fit_best(loaders(), verbose=False).leaderboard)==n_before
+
+
+def test_a_candidate_that_diverges_gets_no_weight(monkeypatch):
+    real = module.train_candidate
+    def train(dls, name, *args):
+        res = real(dls, name, *args)
+        if name=='numbers': res.preds,res.loss = res.preds*float('nan'),float('nan')
+        return res
+    monkeypatch.setattr(module, 'train_candidate', train)
+    learn = fit_best(loaders(), verbose=False)
+    assert learn.leaderboard.weight[0]==0 and learn.get_preds()[0].isfinite().all()
+
+
+def test_classes_and_a_metric():
+    dls = loaders(y='label', block=CategoryBlock())
+    learn = fit_best(dls, RocAucBinary(), 'quick', verbose=False)
+    assert learn.validate()[1]>.8
+    assert torch.allclose(learn.get_preds()[0].sum(1), torch.ones(40))
+    assert learn.leaderboard.loss.between(-1, -.5).all()
+
+
+def test_several_targets():
+    df = table().assign(z=lambda d: -d.y)
+    learn = fit_best(loaders(df, y=['y','z'], block=RegressionBlock(n_out=2)), rmse, 'quick', verbose=False)
+    assert learn.get_preds()[0].shape==(40,2)
