@@ -10,8 +10,9 @@ __all__ = ['LEAST_EPOCHS', 'STEP_WORK', 'KINDS', 'VARIATIONS', 'BUDGETS', 'PRIOR
 import math, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
-import numpy as np, pandas as pd, torch
+import pandas as pd, torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner, Metric, mk_metric
 from fastai.tabular.data import TabularDataLoaders
@@ -22,6 +23,7 @@ from .callback.averaging import BestAverage
 from .checks import check_choice, check_int, check_positive
 from .ensemble.averaging import average_for
 from .ensemble.blend import BlendedModel, best_temperature, greedy_weights
+from .progress import SearchProgress
 from .recipes import RECIPES, Recipe, fresh_loaders, is_higher_better
 from .tabular.embeddings import PLE
 from .tabular.learner import TabularLearner
@@ -70,7 +72,8 @@ def epochs_for(
     work:float # Multiplications to spend; 1e11 take about three seconds on one core
 ) -> int:
     "Return the epochs that a network can be trained for"
-    n_weights = sum(p.numel() for p in learn.model.parameters() if p.ndim==2) * (getattr(learn.model, 'n_members', None) or 1)
+    n_members = getattr(learn.model, 'n_members', None) or 1
+    n_weights = n_members*sum(p.numel() for p in learn.model.parameters() if p.ndim==2)
     of_step = 3*n_weights*learn.dls.train.bs + STEP_WORK     # backward costs twice as much as forward
     return max(LEAST_EPOCHS, math.ceil(work/of_step/max(1, len(learn.dls.train))))
 
@@ -85,6 +88,7 @@ class Candidate:
     loss:float # What is minimized on the validation rows
     seconds:float # Training and prediction
     timed_out:bool=False # Was it still getting better?
+    again:Callable=None # Function of loaders and a deadline: trains the same on other rows; `None` if the time is over
 
 @dataclass(frozen=True)
 class Kind:
@@ -136,7 +140,9 @@ def train_candidate(
             trained,timed_out = (_fit(learn, kind, epochs, deadline) if epochs else
                                  _fit_best(learn, kind, score, epochs_for(learn, work), deadline))
             preds,targs = learn.get_preds()
-    return Candidate(name, trained, [learn.averaged_model()], preds, float(score(preds, targs)), time.monotonic()-start, timed_out)
+    loss,seconds = float(score(preds, targs)),time.monotonic()-start
+    again = partial(_again, kind=kind, epochs=trained, seed=seed, is_average=not epochs)
+    return Candidate(name, trained, [learn.averaged_model()], preds, loss, seconds, timed_out, again)
 
 def _fit_best(learn, kind, score, most, deadline):
     "Train for as long as the validation rows want; return the epochs, and whether the time was too short"
@@ -151,6 +157,21 @@ def _fit(learn, kind, epochs, deadline):
     kind.recipe.train(learn, epochs, kind.lr)
     learn.remove_cb(stop)
     return learn.epoch+1,stop.timed_out
+
+def _no_score(preds, targs): return 0.
+
+def _again(dls, deadline, kind, epochs, seed, is_average):
+    "Train for as many epochs on other rows, without looking at validation rows; return a model"
+    with no_random(seed):
+        learn = learner_for(dls, kind)
+        with learn.no_bar(), learn.no_logging():
+            if is_average:
+                n_steps = max(1, round(epochs*len(learn.dls.train)))
+                average = BestAverage(_no_score, every=n_steps, deadline=deadline)
+                learn.fit(math.ceil(n_steps/max(1, len(learn.dls.train))), kind.lr, cbs=average)
+                timed_out = average.timed_out
+            else: _,timed_out = _fit(learn, kind, epochs, deadline)
+    return None if timed_out else learn.averaged_model()
 
 # %% ../nbs/410_fit_best.ipynb #f553f8b5
 def targets_of(
@@ -171,7 +192,8 @@ def _merge(
     seconds = sum(p.seconds for p in parts)
     epochs = sum(p.epochs for p in parts)/len(parts)
     loss = float(score(preds, targs))
-    return Candidate(parts[0].name, epochs, models, preds, loss, seconds, any(p.timed_out for p in parts))
+    again = parts[0].again if epochs==parts[0].epochs else partial(parts[0].again, epochs=epochs)
+    return Candidate(parts[0].name, epochs, models, preds, loss, seconds, any(p.timed_out for p in parts), again)
 
 # %% ../nbs/410_fit_best.ipynb #5bbe25c1
 _members = RECIPES['masked-ensemble'].replace(ps=.2, embed_p=.1)
@@ -206,15 +228,17 @@ class Search:
         seed:int=0, # Of the first candidate; the next ones count on
         verbose:bool=True # Say what is trained?
     ):
-        self.folds,self.score,self.seed,self.verbose = folds,score,seed,verbose
+        self.folds,self.score,self.seed = folds,score,seed
         self.work,self.variations = BUDGETS[check_choice(budget, 'budget', BUDGETS)]
         limit = math.inf if time_limit is None else check_positive(time_limit, 'time_limit')
         self.start = time.monotonic()
         self.end = self.start + .95*limit       # the blend takes time, too
         self.targs = torch.cat([targets_of(dls) for dls in folds])
         self.candidates = []
-        self.kinds = {k: v for k,v in KINDS.items() if folds[0].cont_names or v.recipe.settings.get('num_embeddings') is None}
+        fits = lambda kind: folds[0].cont_names or kind.recipe.settings.get('num_embeddings') is None
+        self.kinds = {k: v for k,v in KINDS.items() if fits(v)}
         self.n_left = len(self.kinds) + len(self.variations)
+        self.progress = SearchProgress(self.end, self.n_left, verbose)
 
     @property
     def best(self) -> Candidate: return min(self.candidates, key=lambda c: c.loss if c.loss==c.loss else math.inf)
@@ -227,6 +251,7 @@ class Search:
             for name in self.variations: self._vary(name)
         except (KeyboardInterrupt,_TimeIsOver):
             if not self.candidates: raise
+        finally: self.progress.close()
         return self
 
     def _vary(self, name):
@@ -247,6 +272,7 @@ class Search:
         "Train a candidate on each fold and add it; raise `_TimeIsOver` if it is"
         if self.candidates and time.monotonic()>=self.end: raise _TimeIsOver
         end,seed = self._share(),self.seed + len(self.candidates)
+        self.progress.start(name, self.best.loss if self.candidates else None)
         parts = []
         for i,dls in enumerate(self.folds):
             now = time.monotonic()
@@ -254,17 +280,12 @@ class Search:
             parts.append(train_candidate(dls, name, kind, self.score, epochs, self.work, deadline, seed))
         self.candidates.append(_merge(parts, self.targs, self.score))
         self.n_left -= 1
-        if self.verbose: self._say(self.candidates[-1])
         return self.candidates[-1]
 
     def _share(self):
         "Return when the next candidate must end: the first ones get a third of what is left"
         now = time.monotonic()
         return now + (self.end-now)*max(1/3, 1/max(1, self.n_left))
-
-    def _say(self, c):
-        "Print what a candidate reached"
-        print(f'{c.name}, {c.epochs:.1f} epochs: {c.loss:.4f} (best {self.best.loss:.4f}), {c.seconds:.1f} s')
 
 # %% ../nbs/410_fit_best.ipynb #0b9eb850
 PRIOR_ROWS = 100    # equal weights, and a temperature of 1, count as much as so many validation rows
@@ -304,16 +325,19 @@ def fit_best_on(
     time_limit:float=None, # As in `fit_best`
     seed:int=0, # As in `fit_best`
     higher_is_better:bool=None, # As in `fit_best`
-    verbose:bool=True # As in `fit_best`
+    verbose:bool=True, # As in `fit_best`
+    others:list=() # More candidates for the blend, which were trained on the same folds
 ) -> TabularLearner: # As from `fit_best`
     "Do what `fit_best` does, on several folds of one table"
     loss_func = folds[0].train_ds.loss_func
     average = average_for(loss_func)[0]
     score = score_for(loss_func, metric, higher_is_better)
     search = Search(folds, score, budget, time_limit, check_int(seed, 'seed', 0), verbose).run()
+    search.candidates += list(others)
     model,weights = _blend(search, average)
     learn = TabularLearner(folds[0], model, loss_func=loss_func, metrics=metric)
     learn.leaderboard = _leaderboard(search, weights)
+    learn.again = [(c.again,w) for c,w in zip(search.candidates, weights, strict=True) if w and c.again]
     return learn
 
 def fit_best(

@@ -54,6 +54,8 @@ class _Numbers(RegressorMixin, BaseEstimator):
     def predict(self, X): return X[:,0] if X.shape[1]==1 else X
 
 # %% ../nbs/524_scoring.ipynb #0c40930a
+def _log_score(probs, targs): return float(probs.gather(1, targs[:,None]).clamp_min(1e-9).log().mean())
+
 class ScorerMetric:
     "Metric for fastai: a scorer of scikit-learn, applied to the outputs of a network"
     def __init__(self,
@@ -77,7 +79,7 @@ class ScorerMetric:
 
     def _of_classes(self, probs, targs):
         targs = targs.long()
-        if len(targs.unique())<len(self.classes): return float(probs.gather(1, targs[:,None]).clamp_min(1e-9).log().mean())
+        if len(targs.unique())<len(self.classes): return _log_score(probs, targs)
         return float(self.scorer(_Classes(self.classes), probs.cpu().numpy(), self.classes[targs.cpu().numpy()]))
 
     def check(self,

@@ -50,7 +50,7 @@ def fits_or_explains(estimator, df, y, seed, **kwargs):
     "Fit and predict; return the message of the error if there is one"
     try: estimator.fit(df, y, **kwargs)
     except (ValueError,TypeError) as e:
-        assert '`' in str(e), e
+        assert '`' in str(e) or 'NaN' in str(e), e
         return str(e)
     for rows in (df, df.head(1), df.head(0), later_rows(df, seed)):
         res = estimator.predict(rows)

@@ -140,10 +140,12 @@ def _describe_learner(learn): # JSON and tensors
 
 def save_model(
     learn:Learner, # From `tabular_learner`
-    path:str|Path # Folder; a model that is in it already is replaced
+    path:str|Path, # Folder; a model that is in it already is replaced
+    estimator:dict=None # What an estimator adds to the description, as JSON can hold it
 ) -> Path: # The folder
     "Save a tabular Learner without pickle"
     config,tensors = _describe_learner(learn)
+    if estimator is not None: config['estimator'] = estimator
     compare_shapes(_check(config), {n:_signature(t) for n,t in tensors.items()}, '`learn`')
     write_model(path, config, tensors)
     return Path(path)

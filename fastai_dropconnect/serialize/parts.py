@@ -16,7 +16,9 @@ from fastai.layers import LinBnDrop, SigmoidRange
 from fastai.tabular.model import TabularModel
 from fastai.torch_core import no_random
 from torch import nn
-from ..ensemble.averaging import EnsembleLoss
+from ..ensemble.averaging import AveragedModel, EnsembleLoss
+from ..ensemble.blend import BlendedModel
+from ..ensemble.boosted import BoostedModel
 from ..layers.masked_ensemble import MaskedEnsembleLinear
 from ..optimizer import FusedAdam
 from .fields import Fields, is_number
@@ -92,10 +94,8 @@ def _with_class(model, cls): # A view of the same tensors
     res.__class__ = cls
     return res
 
-def describe_network(
-    model:nn.Module # `TabularModel` or `TabularDropConnectModel`
-) -> dict: # For `build_network`
-    "Describe a model, or raise `TypeError` if it cannot be built from a description"
+def _describe_tabular(model):
+    "Describe a network for tables"
     rule = f'the model must be a {" or ".join(MODELS)} as its class makes it to be saved'
     if type(model) is OnePassTabularModel: model = _with_class(model, TabularModel)     # of an accelerated Learner
     if MODELS.get(type(model).__name__) is not type(model): raise TypeError(f'{rule}, got {type(model).__name__}')
@@ -104,7 +104,7 @@ def describe_network(
         check_network(config)
         compare_shapes(network_shapes(config), _model_shapes(model), 'the model')
     except (AttributeError,IndexError,ValueError) as e: raise TypeError(f'{rule}, but it was changed: {e}') from e
-    got,want = _lines(model),_lines(build_network(config))
+    got,want = _lines(model),_lines(_build_tabular(config))
     changed = next((a for a,b in zip(got, want) if a!=b), None)
     if changed or len(got)!=len(want): raise TypeError(f'{rule}, but it was changed, got {changed}')
     return config
@@ -115,10 +115,8 @@ def _build_vectors(config):
     edges = [torch.arange(n+1.) for n in config['n_bins']]      # the real ones are among the tensors
     return PLE(config['dim'], edges, config['weight_p'])
 
-def build_network(
-    config:dict # From `describe_network`
-) -> nn.Module: # With random weights; random numbers of the process do not change
-    "Build a model"
+def _build_tabular(config):
+    "Build a network for tables; random numbers of the process do not change"
     act = {k:v for k,v in config['act'].items() if k!='class'}
     limits,members = config['y_range'],config['members']
     kw = {k:config[k] for k in ('ps','embed_p','use_bn','bn_final','bn_cont','lin_first')}
@@ -130,6 +128,31 @@ def build_network(
         return MODELS[config['class']](
             [tuple(size) for size in config['emb_szs']], config['n_cont'], config['out_sz'], list(config['layers']),
             y_range=tuple(limits) if limits else None, act_cls=getattr(nn, config['act']['class'])(**act), **kw)
+
+# %% ../../nbs/426_serialize.parts.ipynb #a42c376c
+_other_networks = {AveragedModel: ('average','class_dim'), BlendedModel: ('average','temperature'),
+                   BoostedModel: ('n_levels','n_cont','out_sz','average')}
+_other_names = {cls.__name__: cls for cls in _other_networks}
+
+def describe_network(
+    model:nn.Module # `TabularModel` or `TabularDropConnectModel`, or an average or blend of such models
+) -> dict: # For `build_network`
+    "Describe a model, or raise `TypeError` if it cannot be built from a description"
+    cls = type(model)
+    if cls not in _other_networks: return _describe_tabular(model)
+    res = {'class': cls.__name__} | {n: getattr(model, n) for n in _other_networks[cls]}
+    if cls is BoostedModel: return res | dict(n_bytes=[len(t) for t in model.texts])
+    return res | dict(models=[describe_network(m) for m in model.models])
+
+def build_network(
+    config:dict # From `describe_network`
+) -> nn.Module: # With random weights
+    "Build a model"
+    cls = _other_names.get(config['class'])
+    if not cls: return _build_tabular(config)
+    settings = {n: config[n] for n in _other_networks[cls]}
+    if cls is BoostedModel: return BoostedModel(config['n_bytes'], **settings).eval()
+    return cls([build_network(m) for m in config['models']], **settings).eval()
 
 # %% ../../nbs/426_serialize.parts.ipynb #426c271d
 _flat = dict( # of fastai: the function that makes it, the class inside, its settings

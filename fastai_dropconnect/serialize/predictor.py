@@ -15,7 +15,7 @@ import numpy as np
 from .description import check_description
 from .fields import Fields, decode_values, is_name
 from .files import SavedModel
-from .network import compare_shapes, network_layers
+from .network import CONTAINERS, compare_shapes, network_layers
 
 # %% ../../nbs/429_serialize.predictor.ipynb #42978e1d
 def _is_missing(v): return v is None or type(v).__name__=='NAType' or v!=v      # pandas' NA, NaN, NaT
@@ -186,8 +186,29 @@ def _embeddings(config, state):
     return lambda codes: table[first+codes[:,column]*width]
 
 # %% ../../nbs/429_serialize.predictor.ipynb #42972ee8
+def _weighted(x, weights, config):
+    "Average outputs `(n_rows, n_members, n_out)` as `BlendedModel` does"
+    if config['average']=='mean': return np.einsum('nko,k->no', x, weights)
+    log = np.log(np.maximum(weights, np.float32(1e-45)))[:,None]
+    logs = _log_softmax(x) if config['average']=='softmax' else -np.logaddexp(0, -x)
+    res = np.logaddexp.reduce(logs+log, 1)
+    if config['average']=='sigmoid': res = res - np.logaddexp.reduce(-np.logaddexp(0, x)+log, 1)
+    return (res/config['temperature']).astype('float32')
+
+def _container(config, state):
+    "Return the function of an average or a blend"
+    def part(i): return {n.removeprefix(f'models.{i}.'): t for n,t in state.items() if n.startswith(f'models.{i}.')}
+    models = [_network(c, part(i)) for i,c in enumerate(config['models'])]
+    def run(codes, x):
+        outs = np.stack([f(codes, x) for f in models], 1)
+        if config['class']=='BlendedModel': return _weighted(outs, state['weights'], config)
+        return _average(outs, config['average'])
+    return run
+
 def _network(config, state):
     "Return the function from codes and numbers to outputs"
+    if config['class'] in CONTAINERS: return _container(config, state)
+    if config['class']=='BoostedModel': raise ValueError('boosted trees need PyTorch: use `load_model`')
     embed = _embeddings(config, state)
     vectors,members,limits = config['num_embeddings'],config['members'],config['y_range']
     numbers = [(_ple if vectors['class']=='PLE' else _periodic)(state, vectors)] if vectors else []

@@ -301,6 +301,16 @@ def _keep_levels(self:FrameReader, parts):
         counts = parts[n].value_counts()
         if len(counts)>self.max_levels: self.levels[n] = list(counts.index[:self.max_levels])
 
+@patch
+def leave_out(self:FrameReader,
+    names:list, # Some of `names`
+    why:str # For `dropped`
+) -> FrameReader: # Itself
+    "Leave out parts of columns that turn out to be of no use"
+    for kind in ('cat_names','cont_names'): setattr(self, kind, [n for n in getattr(self, kind) if n not in names])
+    self.dropped = self.dropped | {n: why for n in names}
+    return self
+
 # %% ../../nbs/305_tabular.frames.ipynb #ac4ae617
 @patch
 def to_dict(self:FrameReader) -> dict: # For `json.dumps`

@@ -1,0 +1,253 @@
+"""`DropConnectRegressor` and `DropConnectClassifier`: what scikit-learn asks of estimators, tables of all kinds, files"""
+import importlib.util, json, pickle, sys
+import numpy as np, pandas as pd, pytest
+import sklearn.utils.estimator_checks as checks
+from sklearn.base import clone
+from sklearn.compose import make_column_transformer
+from sklearn.metrics import log_loss, make_scorer, mean_absolute_error
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+import odd_tables, sklearn_checks
+from fastai_dropconnect import table_estimator
+from fastai_dropconnect.estimators import DropConnectClassifier, DropConnectRegressor
+from fastai_dropconnect.fit_best import fit_best_on
+from fastai_dropconnect.serialize.learner import load_model
+from fastai_dropconnect.serialize.predictor import load_predictor
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+has_lightgbm = importlib.util.find_spec('lightgbm') is not None
+
+@pytest.fixture(autouse=True)
+def small_networks(monkeypatch, request):
+    "Train one small network instead of searching, unless the name of a test starts with test_search"
+    if not request.function.__name__.startswith('test_search'): monkeypatch.setattr(table_estimator, 'fit_best_on', sklearn_checks.fit_small)
+
+def table(n=120, seed=0):
+    r = np.random.default_rng(seed)
+    df = pd.DataFrame(dict(x=r.normal(0, 1, n), size=r.choice(['S', 'M', 'L'], n), when=pd.Timestamp('2024-01-01') + pd.to_timedelta(np.arange(n), unit='D'),
+                           noise=r.normal(0, 1, n), same=1, flag=r.random(n)<.5))
+    return df,3*df.x*np.where(df['size']=='S', -1, 1)+10
+
+def regressor(**kw): return DropConnectRegressor(**(dict(random_state=0, verbose=0) | kw))
+def classifier(**kw): return DropConnectClassifier(**(dict(random_state=0, verbose=0) | kw))
+
+
+# --- scikit-learn
+
+# The others are run by `python tests/sklearn_checks.py`
+CHOSEN = '''check_do_not_raise_errors_in_init_or_set_param check_estimator_cloneable check_estimators_unfitted check_no_attributes_set_in_init
+check_parameters_default_constructible check_fit1d check_fit2d_predict1d check_requires_y_none check_n_features_in_after_fitting
+check_fit2d_1feature check_estimators_nan_inf check_fit_idempotent check_classifiers_one_label check_complex_data check_dtype_object'''.split()
+
+def chosen():
+    "Return pairs of an estimator and a check"
+    generator = getattr(checks, 'estimator_checks_generator', None)
+    if generator is None: return []     # scikit-learn 1.5
+    pairs = [(e, c) for e in sklearn_checks.estimators() for _,c in generator(e)]
+    return [(e, c) for e,c in pairs if c.func.__name__ in CHOSEN]
+
+@pytest.mark.parametrize('estimator,check', chosen(), ids=lambda v: type(v).__name__ if hasattr(v, 'fit') else v.func.__name__)
+def test_checks_of_scikit_learn(estimator, check): check(estimator)
+
+def test_expected_failures_have_reasons_and_exist():
+    names = {c.func.__name__ for e in sklearn_checks.estimators() for _,c in checks.estimator_checks_generator(e)}
+    assert set(sklearn_checks.EXPECTED) <= names and all(sklearn_checks.EXPECTED.values())
+
+def test_tools_of_scikit_learn():
+    df,y = table()
+    search = GridSearchCV(regressor(), dict(budget=['quick', 'default']), cv=2).fit(df, y)
+    assert search.best_params_['budget'] in ('quick', 'default') and np.isfinite(search.predict(df)).all()
+    columns = make_column_transformer((StandardScaler(), ['x', 'noise']), ('passthrough', ['size']))
+    assert cross_val_score(make_pipeline(columns, classifier()), df, y>10, cv=2, scoring='roc_auc').mean() > .5
+    assert clone(classifier(metric='roc_auc')).get_params()==classifier(metric='roc_auc').get_params()
+
+
+# --- columns
+
+def test_columns_are_found_by_name_if_they_have_names():
+    df,y = table()
+    model = regressor().fit(df, y)
+    want = model.predict(df)
+    assert (model.predict(df[list(df)[::-1]].assign(more=1))==want).all()
+    with pytest.raises(ValueError, match='noise'): model.predict(df.drop(columns='noise'))
+    with pytest.warns(UserWarning, match='does not have valid feature names'): assert (model.predict(df.to_numpy())==want).all()
+    numbers = df.set_axis(range(6), axis=1)
+    model = regressor().fit(numbers, y)
+    assert (model.predict(numbers[[5, 4, 3, 2, 1, 0]])==want).all()
+    with pytest.raises(ValueError, match='5 features'): model.predict(df.iloc[:,:5])
+    with pytest.raises(TypeError, match='string'): regressor().fit(df.rename(columns={'x': 0}), y)
+    with pytest.raises(ValueError, match='more than once|unique column names'): regressor().fit(df.rename(columns={'noise': 'x'}), y)
+
+def test_index_does_not_matter():
+    df,y = table()
+    want = regressor().fit(df, y).predict(df)
+    odd = df.set_axis(['a']*60 + ['b']*60)
+    assert (regressor().fit(odd, y.set_axis(range(120, 0, -1))).predict(odd)==want).all()
+
+def test_importances_belong_to_the_columns_of_the_table():
+    df,y = table(400)
+    shares = dict(zip(df, regressor().fit(df, y).feature_importances_))
+    assert shares['x']>shares['noise'] and shares['same']==0 and abs(sum(shares.values())-1)<1e-9
+
+
+# --- targets, weights and splits
+
+@pytest.mark.parametrize('metric', ['roc_auc', 'accuracy', 'neg_log_loss', 'f1_macro', log_loss, make_scorer(log_loss, greater_is_better=False, response_method='predict_proba')])
+def test_metrics_of_classes(metric):
+    df,y = table()
+    assert classifier(metric=metric).fit(df, np.where(y>10, 'high', 'low')).score(df, np.where(y>10, 'high', 'low'))>.5
+
+@pytest.mark.parametrize('metric', ['r2', 'neg_root_mean_squared_error', 'mae', mean_absolute_error])
+def test_metrics_of_numbers(metric): assert np.isfinite(regressor(metric=metric).fit(*table()).predict(table()[0])).all()
+
+@pytest.mark.parametrize('make,metric', [(classifier, 'r2'), (regressor, 'accuracy'), (regressor, 'nonsense'), (classifier, len)])
+def test_metrics_that_do_not_fit(make, metric):
+    df,y = table()
+    with pytest.raises(ValueError, match='`metric`'): make(metric=metric).fit(df, np.where(y>10, 'high', 'low') if make is classifier else y)
+
+def test_several_targets():
+    df,y = table(300)
+    both = np.stack([y, 1e6*y], 1)
+    res = regressor().fit(df, both).predict(df)
+    assert res.shape==(300, 2) and np.corrcoef(res[:,0], y)[0, 1]>.5 and np.allclose(res[:,1].std()/res[:,0].std(), 1e6, rtol=.3)
+
+def test_rows_without_weight_do_not_exist():
+    df,y = table()
+    wrong = np.where(np.arange(120)<60, y, 1e9)
+    model = regressor().fit(df, wrong, sample_weight=(np.arange(120)<60)*2.)
+    assert np.abs(model.predict(df)).max()<1e3
+    with pytest.raises(ValueError, match='`sample_weight`'): regressor().fit(df, y, sample_weight=np.zeros(120))
+    with pytest.raises(ValueError, match='each of the 120 rows'): regressor().fit(df, y, sample_weight=[1])
+
+def spy(monkeypatch):
+    "Return a list that receives the folds of each fit"
+    seen = []
+    def fit(folds, *args, **kw):
+        seen.append([(set(d.train_ds.items.index), set(d.valid_ds.items.index)) for d in folds])
+        return sklearn_checks.fit_small(folds)
+    monkeypatch.setattr(table_estimator, 'fit_best_on', fit)
+    return seen
+
+def test_groups_times_and_validation_rows(monkeypatch):
+    seen = spy(monkeypatch)
+    df,y = table()
+    regressor().fit(df, y, groups='size')
+    assert len(seen[-1])==3 and all(len(df['size'][list(valid)].unique())==1 for _,valid in seen[-1])
+    regressor().fit(df, y, time='when')
+    assert seen[-1]==[(set(range(96)), set(range(96, 120)))]
+    regressor().fit(df, y, time=-np.arange(120))
+    assert seen[-1]==[(set(range(24, 120)), set(range(24)))]
+    regressor().fit(df, y, eval_set=[(df[list(df)[::-1]].head(10), y.head(10))])
+    assert seen[-1]==[(set(range(120)), set(range(120, 130)))]
+    for kw,match in [(dict(time='month'), '`time`'), (dict(groups=[1]), '`groups`'), (dict(eval_set=df), '`eval_set`')]:
+        with pytest.raises(ValueError, match=match): regressor().fit(df, y, **kw)
+    with pytest.raises(ValueError, match='`eval_set` must have the classes'): classifier().fit(df, y>10, eval_set=(df, np.full(120, 2)))
+
+def test_columns_that_run_on_are_left_out_only_where_that_helps():
+    r = np.random.default_rng(0)
+    n = 800
+    day = np.arange(n)
+    df = pd.DataFrame(dict(day=day, x=r.normal(0, 1, n)))
+    y = df.x + np.where(day<640, day/100, 0) + r.normal(0, .1, n)      # the rise ends where the last fifth begins
+    model = regressor().fit(df, y, time=day)
+    assert model.reader_.dropped=={'day': 'it runs beyond its training range'} and model.predict(df.head(2)).shape==(2,)
+    assert 'day' not in regressor().fit(df, y).reader_.dropped
+    useful = df.x + (day>=400)
+    assert 'day' not in regressor().fit(df, useful, time=day).reader_.dropped
+
+
+def test_all_rows_are_trained_on_at_the_end_of_a_split_by_time():
+    df,y = table(300)
+    new = np.arange(300)>=240
+    df['size'] = np.where(new, 'XL', df['size'])      # a level that only the latest rows have
+    df['x'] = np.where(new, 0., df.x)
+    y = np.where(new, 100., y)
+    score = lambda **kw: np.abs(regressor(**kw).fit(df.drop(columns='when'), y, time=np.arange(300)).predict(df[new])-100).mean()
+    assert score() < score(refit=False)/2
+    assert regressor(refit=True).fit(df, y).predict(df).shape==(300,)
+    with pytest.raises(ValueError, match='`refit`'): regressor(refit='always').fit(df, y)
+
+
+# --- odd tables
+
+test_odd_tables = odd_tables.tables(15)
+
+def test_two_thousand_columns():
+    r = np.random.default_rng(0)
+    df = pd.DataFrame(r.normal(0, 1, (60, 2000))).astype({i: str for i in range(1000)})
+    assert np.isfinite(regressor().fit(df, r.normal(0, 1, 60)).predict(df.head(1))).all()
+
+
+# --- files
+
+NAMES = dict(text=list('abcdef'), numbers=[0, 1, 2, 3, 4, 5])
+
+@pytest.mark.parametrize('names', NAMES.values(), ids=NAMES)
+def test_saved_numbers(names, tmp_path):
+    df,y = table()
+    df = df.set_axis(names, axis=1)
+    for targets in (y, np.stack([y, -y], 1)):
+        model = regressor(metric='r2', time_limit=60.).fit(df, targets)
+        importances = model.feature_importances_
+        model.save(tmp_path)
+        again = DropConnectRegressor.load(tmp_path)
+        assert (again.predict(df)==model.predict(df)).all() and (again.feature_importances_==importances).all()
+        assert again.get_params()==model.get_params() | dict(device='cpu')
+        assert list(again.leaderboard_.name)==['small'] and again.n_features_in_==6
+
+LABELS = dict(text=np.array(['b', 'a']), objects=np.array(['b', 'a'], object), bools=np.array([True, False]), numbers=np.array([7, 3]), floats=np.array([1., 0.]))
+
+@pytest.mark.parametrize('labels', LABELS.values(), ids=LABELS)
+def test_saved_classes(labels, tmp_path):
+    df,y = table()
+    model = classifier().fit(df, labels[(y>10).astype(int)])
+    again = DropConnectClassifier.load(model.save(tmp_path))
+    assert again.classes_.dtype==model.classes_.dtype and (again.predict(df)==model.predict(df)).all()
+    with pytest.raises(AttributeError, match='before `save`'): again.feature_importances_
+    learn = load_model(tmp_path)
+    rows = model.reader_.transform(df)
+    with learn.no_bar(): assert np.allclose(learn.get_preds(dl=learn.dls.test_dl(rows))[0], model.predict_proba(df), atol=1e-6)
+    assert np.allclose(load_predictor(tmp_path).predict_rows(rows.to_dict('records')), model.predict_proba(df), atol=1e-5)
+
+def test_files_of_strangers(tmp_path):
+    df,y = table()
+    classifier().fit(df, y>10).save(tmp_path)
+    with pytest.raises(ValueError, match='`estimator.class`'): DropConnectRegressor.load(tmp_path)
+    file = tmp_path/'model.json'
+    config = json.loads(file.read_text())
+    for name,value in [('reader', 1), ('columns', {'kind': 'code', 'values': [1]}), ('named', 1), ('targets', {}), ('settings', {}),
+                       ('leaderboard', 1), ('importances', ['a']), ('hook', 1)]:
+        file.write_text(json.dumps(config | dict(estimator=config['estimator'] | {name: value})))
+        with pytest.raises(ValueError, match='estimator'): DropConnectClassifier.load(tmp_path)
+    file.write_text(json.dumps({k: v for k,v in config.items() if k!='estimator'}))
+    with pytest.raises(ValueError, match='must hold an estimator'): DropConnectClassifier.load(tmp_path)
+
+def test_pickles_hold_few_rows():
+    df,y = table(6000)
+    model = regressor().fit(df, y)
+    data = pickle.dumps(model)
+    assert len(data)<1_000_000 and (pickle.loads(data).predict(df)==model.predict(df)).all()
+
+
+# --- the search
+
+@pytest.mark.skipif(not has_lightgbm, reason='LightGBM is not installed')
+@pytest.mark.parametrize('make', [regressor, classifier])
+def test_search_with_boosted_trees(make, tmp_path):
+    df,y = table(200)
+    model = make(with_gbm=True, budget='quick', time_limit=2.).fit(df, y>10 if make is classifier else y)
+    assert 'boosted trees' in set(model.leaderboard_.name)
+    again = type(model).load(model.save(tmp_path))
+    assert (again.predict(df)==model.predict(df)).all() and again.with_gbm
+
+def test_boosted_trees_need_their_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'lightgbm', None)
+    with pytest.raises(ImportError, match=r'fastai_dropconnect\[gbm\]'): regressor(with_gbm=True).fit(*table())
+
+def test_search_itself(tmp_path):
+    assert table_estimator.fit_best_on is fit_best_on
+    df,y = table(60)
+    model = classifier(budget='quick', time_limit=2., metric='roc_auc').fit(df, y>10)
+    assert len(model.leaderboard_) and np.allclose(model.predict_proba(df).sum(1), 1)
+    assert (DropConnectClassifier.load(model.save(tmp_path)).predict(df)==model.predict(df)).all()
