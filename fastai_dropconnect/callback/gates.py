@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['input_layer', 'column_sizes', 'nats_per_loss', 'GateRecord', 'FeatureGates']
 
-# %% ../../nbs/384_callback.gates.ipynb #ee77ae35
+# %% ../../nbs/384_callback.gates.ipynb #ddb7345f
 import weakref
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.distributed as dist
-import torch.nn.functional as F
 from fastai.basics import BaseLoss, Learner, TrainEvalCallback, patch
 from functools import partial
 from torch import Tensor, nn
@@ -69,7 +68,7 @@ class GateRecord(ModelRecord):
     def write(self, metadata:dict):
         if self.state: metadata[self.key] = {k: v.clone() if torch.is_tensor(v) else v for k,v in self.state.items()}
 
-# %% ../../nbs/384_callback.gates.ipynb #137f2546
+# %% ../../nbs/384_callback.gates.ipynb #da78be20
 class FeatureGates(RecordingCallback):
     "Learn a gate for each column of a table, and remove columns that are not worth their price"
     order = TrainEvalCallback.order+2       # validation, copies and files of other callbacks have the gates in the weights
@@ -82,7 +81,7 @@ class FeatureGates(RecordingCallback):
     def __init__(self,
         price:float=300, # Nats that a column must be worth in all training rows; 0: no gates
         p0:float=.1, # Probability at the start that a gate lets less than half pass
-        lr:float=3e-2, # Learning rate of the gates
+        gate_lr:float=None, # Learning rate of the gates; by default from 3e-2 to 1e-1, higher for fewer steps
         warm:float=.4, # Share of the training in which the price rises
         end:float=.7 # Share of the training after which the gates are fixed
     ):
@@ -90,7 +89,7 @@ class FeatureGates(RecordingCallback):
         self.price = check_positive(price, 'price') if price else 0.
         self.p0 = check_p(p0, 'p0')
         initial_log_alpha(p0)
-        self.gate_lr = check_positive(lr, 'lr')
+        self.gate_lr = gate_lr if gate_lr is None else check_positive(gate_lr, 'gate_lr')
         self.warm = check_p(warm, 'warm')
         self.end = check_positive(end, 'end')
         if self.end>1: raise ValueError(f'`end` must be at most 1, got end={end!r}')
@@ -134,7 +133,7 @@ def _into_weights(self:FeatureGates):
     self.record.state |= dict(raw=layer.weight.detach().clone(), **self._progress())
     _columns_times(layer.weight, mean_gates(self._gate.log_alpha.detach())[self._gate.block])
 
-# %% ../../nbs/384_callback.gates.ipynb #5734aaf6
+# %% ../../nbs/384_callback.gates.ipynb #d7d240cb
 _moments = 'exp_avg','exp_avg_sq','step'
 
 @patch
@@ -145,13 +144,20 @@ def _progress(self:FeatureGates) -> dict:
                 **{k: adam[k].clone() for k in _moments if k in adam})
 
 @patch
+def _lr(self:FeatureGates) -> float:
+    "Return a learning rate with which a gate can close within the steps that there are"
+    if self.gate_lr is not None: return self.gate_lr
+    n_steps = self.learn.n_epoch*len(self.learn.dls.train)*self.end
+    return float(np.clip(36/max(1, n_steps), .03, .1))      # a gate opens wide at 2.2, and closes at -2.4
+
+@patch
 def _start(self:FeatureGates):
     "Make the gates, or continue with those of the record"
     sizes,state = column_sizes(self.learn),self.record.state
     weight = input_layer(inner_model(self.learn.model)).weight
     self._gate = FeatureGate(list(sizes.values()), self.p0).to(weight.device)
     log_alpha = self._gate.log_alpha
-    self._opt = torch.optim.Adam([log_alpha], self.gate_lr, betas=(.9,.99))
+    self._opt = torch.optim.Adam([log_alpha], self._lr(), betas=(.9,.99))
     self._loss = state.get('loss')
     if state.get('columns')!=list(sizes): self.record.state = state = dict(columns=list(sizes))
     if 'log_alpha' in state: log_alpha.data.copy_(state['log_alpha'])
