@@ -68,7 +68,7 @@ class GateRecord(ModelRecord):
     def write(self, metadata:dict):
         if self.state: metadata[self.key] = {k: v.clone() if torch.is_tensor(v) else v for k,v in self.state.items()}
 
-# %% ../../nbs/384_callback.gates.ipynb #da78be20
+# %% ../../nbs/384_callback.gates.ipynb #4ceeeb6a
 class FeatureGates(RecordingCallback):
     "Learn a gate for each column of a table, and remove columns that are not worth their price"
     order = TrainEvalCallback.order+2       # validation, copies and files of other callbacks have the gates in the weights
@@ -95,6 +95,7 @@ class FeatureGates(RecordingCallback):
         if self.end>1: raise ValueError(f'`end` must be at most 1, got end={end!r}')
 
     def on_add(self, learn:Learner):
+        if self.price: column_sizes(learn)      # raises the error for a model that has no columns
         model = inner_model(learn.model)
         if self._model_ref is not None and self._model_ref() is not model: self.record.state = {}
         self._model_ref = weakref.ref(model)
@@ -105,7 +106,7 @@ class FeatureGates(RecordingCallback):
         self._gate = self._opt = self._held = None
         super().on_remove(learn)
 
-# %% ../../nbs/384_callback.gates.ipynb #28424261
+# %% ../../nbs/384_callback.gates.ipynb #72bda2f6
 def _columns_times(weight:Tensor, factors:Tensor):
     "Multiply the columns of `weight` in place"
     weight.data.mul_(factors.to(weight.device, weight.dtype))
@@ -116,10 +117,9 @@ def _before_layer(self:FeatureGates):
     layer,state = input_layer(inner_model(self.learn.model)),self.record.state
     raw = state.pop('raw', None)
     if raw is not None and raw.shape==layer.weight.shape:
-        folded = raw.to(layer.weight)
-        own = folded.clone()
+        folded = raw.to(layer.weight, copy=True)
         _columns_times(folded, mean_gates(self._gate.log_alpha.detach())[self._gate.block])
-        if torch.equal(folded, layer.weight): layer.weight.data.copy_(own)     # else somebody has set other weights
+        if torch.equal(folded, layer.weight): layer.weight.data.copy_(raw)     # else somebody has set other weights
     def multiply(m, args): return self._gate.train(m.training)(args[0]),*args[1:]
     self._handle = layer.register_forward_pre_hook(multiply)
 
@@ -164,7 +164,7 @@ def _start(self:FeatureGates):
     moments = {k: state.pop(k) for k in _moments if k in state}
     if moments: self._opt.state[log_alpha].update({k: v.to(weight.device) if v.ndim else v for k,v in moments.items()})
 
-# %% ../../nbs/384_callback.gates.ipynb #79c55e23
+# %% ../../nbs/384_callback.gates.ipynb #bff6203e
 @patch
 def _price_gradient(self:FeatureGates) -> Tensor: # (n_columns,)
     "Return the derivative of the price of all gates by their parameters"
@@ -173,19 +173,24 @@ def _price_gradient(self:FeatureGates) -> Tensor: # (n_columns,)
     n_rows = len(self.learn.dls.train_ds)
     return q*(1-q) * (self.price*share/n_rows*nats_per_loss(self.learn.loss_func, self._loss))
 
+def _mean_over_ranks(t:Tensor) -> Tensor:
+    "Average `t` over the processes of a distributed training, in place"
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(t)
+        t /= dist.get_world_size()
+    return t
+
 @patch
 def _gate_step(self:FeatureGates):
     "Take a step with the gates"
-    loss = self.learn.loss.detach().float()
-    self._loss = loss if self._loss is None else torch.where(loss.isfinite(), self._loss.lerp(loss, .05), self._loss)
     log_alpha = self._gate.log_alpha
+    loss = self.learn.loss.detach().float().as_subclass(Tensor)      # a file may hold plain tensors only
     if log_alpha.grad is None: return
-    grad = log_alpha.grad/self._scale
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(grad)
-        grad /= dist.get_world_size()
+    *grad,loss = _mean_over_ranks(torch.cat([log_alpha.grad/self._scale, loss.view(1)]))
+    grad = torch.stack(grad)
     log_alpha.grad = None
-    if not grad.isfinite().all(): return       # mixed precision skips such steps, too
+    if not (grad.isfinite().all() and loss.isfinite()): return       # mixed precision skips such steps, too
+    self._loss = loss if self._loss is None else self._loss.lerp(loss, .05)
     log_alpha.grad = grad+self._price_gradient()
     self._opt.step()
     log_alpha.grad = None
