@@ -18,7 +18,7 @@ from ..layers.gates import FeatureGate, gates_open, initial_log_alpha, mean_gate
 from ..nn_utils import ModelRecord, inner_model
 from ..sparsity.core import HeldWeights
 
-# %% ../../nbs/384_callback.gates.ipynb #a043b26f
+# %% ../../nbs/384_callback.gates.ipynb #f7e47cae
 def input_layer(
     model:nn.Module # A tabular model, with the modules `embeds` and `layers`
 ) -> nn.Linear:
@@ -39,8 +39,8 @@ def column_sizes(
     n_in,dims = input_layer(model).in_features,[e.embedding_dim for e in model.embeds]
     each,rest = divmod(n_in-sum(dims), max(1, len(conts)))
     if len(dims)!=len(cats) or rest or (each<1 if conts else n_in!=sum(dims)):
-        raise TypeError(f"the Learner's model must have inputs for the {len(cats)} categorical and {len(conts)} continuous "
-                        f'columns of its `dls`, but it has {len(dims)} embeddings and {n_in} inputs')
+        raise TypeError(f"the Learner's model must have inputs for the {len(cats)} categorical and {len(conts)} "
+                        f'continuous columns of its `dls`, but it has {len(dims)} embeddings and {n_in} inputs')
     return dict(zip(cats, dims)) | dict.fromkeys(conts, each)
 
 # %% ../../nbs/384_callback.gates.ipynb #00918737
@@ -68,10 +68,10 @@ class GateRecord(ModelRecord):
     def write(self, metadata:dict):
         if self.state: metadata[self.key] = {k: v.clone() if torch.is_tensor(v) else v for k,v in self.state.items()}
 
-# %% ../../nbs/384_callback.gates.ipynb #4ceeeb6a
+# %% ../../nbs/384_callback.gates.ipynb #3ea380a3
 class FeatureGates(RecordingCallback):
-    "Learn a gate for each column of a table, and remove columns that are not worth their price"
-    order = TrainEvalCallback.order+2       # validation, copies and files of other callbacks have the gates in the weights
+    "Learn a gate for each column of a table; remove columns that are not worth their price"
+    order = TrainEvalCallback.order+2       # other callbacks validate, copy and save weights with gates in them
     _stateattrs = ('_handle','_gate','_opt','_held','_model_ref')
     _handle = None          # of the hook, while the gates are in front of the layer
     _gate = None            # in a fit, while gates learn: `FeatureGate`
@@ -106,14 +106,14 @@ class FeatureGates(RecordingCallback):
         self._gate = self._opt = self._held = None
         super().on_remove(learn)
 
-# %% ../../nbs/384_callback.gates.ipynb #72bda2f6
+# %% ../../nbs/384_callback.gates.ipynb #502d1c97
 def _columns_times(weight:Tensor, factors:Tensor):
     "Multiply the columns of `weight` in place"
     weight.data.mul_(factors.to(weight.device, weight.dtype))
 
 @patch
 def _before_layer(self:FeatureGates):
-    "Put the gates in front of the layer, which gets back the weights that it had before `_into_weights`"
+    "Put the gates in front of the layer, which gets its own weights back"
     layer,state = input_layer(inner_model(self.learn.model)),self.record.state
     raw = state.pop('raw', None)
     if raw is not None and raw.shape==layer.weight.shape:
@@ -164,7 +164,7 @@ def _start(self:FeatureGates):
     moments = {k: state.pop(k) for k in _moments if k in state}
     if moments: self._opt.state[log_alpha].update({k: v.to(weight.device) if v.ndim else v for k,v in moments.items()})
 
-# %% ../../nbs/384_callback.gates.ipynb #bff6203e
+# %% ../../nbs/384_callback.gates.ipynb #0c16a181
 @patch
 def _price_gradient(self:FeatureGates) -> Tensor: # (n_columns,)
     "Return the derivative of the price of all gates by their parameters"
@@ -186,8 +186,8 @@ def _gate_step(self:FeatureGates):
     log_alpha = self._gate.log_alpha
     loss = self.learn.loss.detach().float().as_subclass(Tensor)      # a file may hold plain tensors only
     if log_alpha.grad is None: return
-    *grad,loss = _mean_over_ranks(torch.cat([log_alpha.grad/self._scale, loss.view(1)]))
-    grad = torch.stack(grad)
+    both = _mean_over_ranks(torch.cat([log_alpha.grad/self._scale, loss.view(1)]))
+    grad,loss = both[:-1],both[-1]
     log_alpha.grad = None
     if not (grad.isfinite().all() and loss.isfinite()): return       # mixed precision skips such steps, too
     self._loss = loss if self._loss is None else self._loss.lerp(loss, .05)

@@ -165,14 +165,14 @@ class VariationalDropConnectConv2d(_Variational, nn.Conv2d):
         "Return a plain layer that does what this one does in eval"
         return self._to(nn.Conv2d)
 
-# %% ../../nbs/230_layers.variational.ipynb #744163ff
+# %% ../../nbs/230_layers.variational.ipynb #845464e5
 _conversions = {nn.Linear: VariationalDropConnectLinear.from_linear, nn.Conv2d: VariationalDropConnectConv2d.from_conv}
 
 def _is_plain(name, module) -> bool: return type(module) in _conversions
 
 def variational_(
     model:nn.Module, # Changed in place
-    layers:list=None # Names of layers, or f(name, module) that returns a bool; by default all `nn.Linear` and `nn.Conv2d`
+    layers:list=None # Names of layers, or f(name, module); by default all that are `nn.Linear` or `nn.Conv2d`
 ) -> nn.Module: # `model`, or the new layer if `model` is one
     "Give a learned variance to each weight of the selected layers, which keep their parameters"
     for name,m in select_layers(model, check_layers(layers) or _is_plain).items():
