@@ -158,11 +158,13 @@ def _start(self:FeatureGates):
     self._gate = FeatureGate(list(sizes.values()), self.p0).to(weight.device)
     log_alpha = self._gate.log_alpha
     self._opt = torch.optim.Adam([log_alpha], self._lr(), betas=(.9,.99))
-    self._loss = state.get('loss')
+    loss = state.get('loss')
+    self._loss = None if loss is None else loss.to(weight.device)
     if state.get('columns')!=list(sizes): self.record.state = state = dict(columns=list(sizes))
     if 'log_alpha' in state: log_alpha.data.copy_(state['log_alpha'])
     moments = {k: state.pop(k) for k in _moments if k in state}
-    if moments: self._opt.state[log_alpha].update({k: v.to(weight.device) if v.ndim else v for k,v in moments.items()})
+    moments = {k: v.to(weight.device) if v.ndim else v.cpu() for k,v in moments.items()}
+    if moments: self._opt.state[log_alpha].update(moments)
 
 # %% ../../nbs/384_callback.gates.ipynb #0c16a181
 @patch
