@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'get_recipe', 'recipes_for', 'fresh_loaders', 'train_recipe', 'simplest_good', 'is_higher_better',
-           'Choice', 'choose_recipe']
+           'gates_recipes', 'Choice', 'choose_recipe']
 
 # %% ../nbs/400_recipes.ipynb #c44ecbcd
 import inspect, time
@@ -22,9 +22,11 @@ from fastprogress.fastprogress import progress_bar
 from .callback import zero_restarts as _    # noqa: F401, adds `Learner.fit_zero_restarts`
 from .callback.batchnorm import RecalibrateBN
 from .callback.frozen_zero import FrozenZeroInit
+from .callback.gates import FeatureGates
 from .checks import check_choice, check_int
 from .tabular.learner import TabularLearner, tabular_learner
 from .tabular.model import is_dropconnect_config, tabular_dropconnect_config
+from .tabular.resnet import tabular_resnet_config
 
 # %% ../nbs/400_recipes.ipynb #55c900ff
 def _argument_names(f, skip=0):
@@ -32,8 +34,6 @@ def _argument_names(f, skip=0):
     return list(inspect.signature(f).parameters)[skip:]
 
 def _no_callbacks(): return []
-
-_model_settings = _argument_names(tabular_dropconnect_config)
 
 # %% ../nbs/400_recipes.ipynb #1138c422
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Recipe:
     settings:dict = field(default_factory=dict) # Arguments by name, of the model, of `cbs` and of `fit`
     cbs:Callable = _no_callbacks # Makes the callbacks: called with its settings, returns one callback or a list
     fit:Callable = Learner.fit_one_cycle # Trains: called with the Learner, epochs, learning rate and its settings
+    config:Callable = tabular_dropconnect_config # Makes the options of the model: called with its settings
 
     def __post_init__(self):
         "Check the names of the settings, and their values by using them once"
@@ -54,15 +55,16 @@ class Recipe:
 
     def known_settings(self) -> list: # Names
         "List the settings that this recipe understands"
-        return list(dict.fromkeys([*_model_settings, *_argument_names(self.cbs), *self._fit_names()]))
+        return list(dict.fromkeys([*_argument_names(self.config), *_argument_names(self.cbs), *self._fit_names()]))
 
     def _fit_names(self): return _argument_names(self.fit, 3)
     def _settings_for(self, names): return {k: v for k,v in self.settings.items() if k in names}
     def _callbacks(self): return L(self.cbs(**self._settings_for(_argument_names(self.cbs))))
 
     def _config(self):
-        config = self._settings_for(_model_settings)
-        return tabular_dropconnect_config(**config) if is_dropconnect_config(config) else config or None
+        settings = self._settings_for(_argument_names(self.config))
+        plain = self.config is tabular_dropconnect_config and not is_dropconnect_config(settings)
+        return (settings or None) if plain else self.config(**settings)
 
     def replace(self,
         description:str=None, # By default the same
@@ -100,6 +102,8 @@ _weight_p = dict(weight_p=.1)
 _restarts = dict(n_cycles=8, cycle_len=None, restart_sparsity=.3, embed_sparsity=.5)
 _ple = dict(num_embeddings='ple')
 _members = dict(members=8)
+_price = dict(price=300)
+_residual = dict(weight_p=.1, path_p=.1)
 
 # %% ../nbs/400_recipes.ipynb #0c44f3f4
 RECIPES = {
@@ -110,6 +114,9 @@ RECIPES = {
     'dropconnect-example': Recipe('DropConnect with a mask per row', _weight_p | dict(mode='example'), RecalibrateBN),
     'dropconnect-batch': Recipe('DropConnect with a mask per batch', _weight_p | dict(mode='batch'), RecalibrateBN),
     'dropconnect-gaussian': Recipe('DropConnect as Gaussian noise', _weight_p | dict(mode='gaussian'), RecalibrateBN),
+    'gates': Recipe('Columns that are not worth a price are removed', _price, FeatureGates),
+    'resnet': Recipe('A residual network with DropConnect and stochastic depth', _residual, RecalibrateBN,
+                     config=tabular_resnet_config),
     'zero-restarts': Recipe('The average over cycles that start with random zeros', _restarts, fit=_zero_restarts),
     'ple-zero-restarts': Recipe('Zero restarts with embeddings', _ple | _restarts, fit=_zero_restarts),
     'masked-ensemble': Recipe('Eight networks with shared weights, trained as one', _members),
@@ -198,6 +205,15 @@ def _named(recipes, dls):
     if names and all(n in RECIPES for n in names): return {n: r for n,r in RECIPES.items() if n in names}
     known = ', '.join(RECIPES)
     raise ValueError(f'`recipes` must be a dict of recipes, or some of {known}, got recipes={recipes!r}')
+
+# %% ../nbs/400_recipes.ipynb #400gate2
+def gates_recipes(
+    prices:Iterable=(1000,300,100,0), # Prices of a column in nats, the highest first; 0 is without gates
+    recipe:str|Recipe='gates' # Recipe that makes the callback `FeatureGates`
+) -> dict: # Name -> Recipe
+    "Return a recipe for each price, for `choose_recipe`"
+    recipe = get_recipe(recipe)
+    return {f'gates-{p}': recipe.replace(f'{recipe.description}: {p} nats', price=p) for p in prices}
 
 # %% ../nbs/400_recipes.ipynb #4955ba35
 def _scores(learn):

@@ -18,7 +18,7 @@ def test_settings_reach_the_recipes_that_have_them():
     s = NetSettings(weight_p=.25, sparsity=.75, cycles=3)
     for name,recipe in RECIPES.items():
         want = dict(recipe.settings)
-        if name.startswith('dropconnect'): want |= dict(weight_p=.25)
+        if name.startswith('dropconnect') or name=='resnet': want |= dict(weight_p=.25)
         if name in ('frozen-zero','free-zero'): want |= dict(sparsity=.75)
         if 'restarts' in name: want |= dict(n_cycles=3, cycle_len=2)
         assert recipe_with(name, s).settings == want
@@ -41,10 +41,11 @@ def test_each_network_is_what_it_is_called(name):
     to, mode = bulldozers_pandas(synthetic_bulldozers(200)), name.removeprefix('dropconnect-')
     learn = network_learner(name, to, NetSettings(layers=(8,6), weight_p=.25, sparsity=.75))
     noisy = {(m.p, m.mode) for m in learn.model.modules() if hasattr(m, 'mode') and hasattr(m, 'p') and m.p}
+    if name == 'resnet': mode = 'example'
     assert noisy == ({(.25, mode)} if mode != name else set())
     zeros = []
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Callback(before_train=lambda self: zeros.extend(hidden_zeros(self.learn))))
-    assert zeros == pytest.approx([.75, .75] if name in ('frozen-zero','free-zero') else [0, 0], abs=.01)
+    assert zeros == pytest.approx([.75, .75] if name in ('frozen-zero','free-zero') else [0]*len(zeros), abs=.01)
     assert getattr(learn.model, 'n_members', None) == (8 if 'masked' in name else None)
     assert (getattr(learn.model, 'num_embeds', None) is not None) == name.startswith('ple')
     if name == 'frozen-zero': assert hidden_zeros(learn) == zeros

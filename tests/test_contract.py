@@ -8,6 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastai_dropconnect.all import *
+from fastai_dropconnect.layers.drop_path import DropPath
+from fastai_dropconnect.layers.gates import FeatureGate, GatedLinear, HardConcreteLinear
+from fastai_dropconnect.layers.variational import VariationalDropConnectLinear
+from fastai_dropconnect.tabular.resnet import TabularResNetModel
 from fastai_dropconnect.masks import draw_seed, drop_probability, drop_threshold
 from fastai_dropconnect.kernels import torch as kernels
 from fastai_dropconnect.masks import example_mask
@@ -39,6 +43,13 @@ EXTRAS = ([pytest.param(lambda c=c,m=m: case_ensemble(c, m), id=f'{c.__name__}-{
           + [pytest.param(lambda: case_inputs(num_embeddings=PLE(bins=6, weight_p=0.2).fitted(torch.randn(50, 3))), id='ple'),
              pytest.param(lambda: case_inputs(num_embeddings='periodic', members=2), id='periodic-members'),
              pytest.param(case_weight_dropout, id='weight_dropout-batch'), pytest.param(case_embedding_dropout, id='embedding_dropout')])
+# 'batch' and 'gaussian' in their names: they have no kernels of 'example'
+def case_simple(layer): return layer,None,(torch.randn(16, 12),)
+EXTRAS += [pytest.param(f, id=name) for name,f in {
+    'hard_concrete-batch': lambda: case_simple(HardConcreteLinear(12, 5, p0=.5)), 'hard_concrete_inputs-batch': lambda: case_simple(HardConcreteLinear(12, 5, per='input', p0=.5)),
+    'gated-batch': lambda: case_simple(GatedLinear(12, 5, p0=.5)), 'feature_gate-batch': lambda: case_simple(FeatureGate([4,8], p0=.5)),
+    'variational-gaussian': lambda: case_simple(VariationalDropConnectLinear(12, 5)), 'drop_path-batch': lambda: case_simple(nn.Sequential(nn.Linear(12, 5), DropPath(.4))),
+    'resnet-batch': lambda: (TabularResNetModel(**TAB, width=8, weight_p=.3, mode='batch', path_p=.3),None,tabular_args())}.items()]
 more_cases = pytest.mark.parametrize('case', CASES+EXTRAS)
 
 

@@ -6,6 +6,8 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.tabular.all import Callback, Learner, SchedLin, SGD, noop, set_seed
 from fastai_dropconnect.all import *
+from fastai_dropconnect.callback.gates import FeatureGates
+from fastai_dropconnect.tabular.resnet import tabular_resnet_config
 from conftest import make_dls, make_table
 
 
@@ -13,9 +15,9 @@ from conftest import make_dls, make_table
 def shared_dls(n): return make_dls(make_table(n), bs=16)
 
 def learner(config=None, cbs=None, seed=0, n=120, **kwargs):
-    "Make a Learner; `config` are arguments of `tabular_dropconnect_config`, `cbs` makes the callbacks"
+    "Make a Learner; `config` are arguments of `tabular_dropconnect_config` or a config, `cbs` makes the callbacks"
     set_seed(seed)
-    config = config and tabular_dropconnect_config(**config)
+    if type(config) is dict: config = tabular_dropconnect_config(**config)
     learn = tabular_learner(shared_dls(n), layers=[12,8], config=config, cbs=cbs and cbs(), **kwargs)
     learn.remove_cb(learn.progress)
     return learn
@@ -28,7 +30,8 @@ LEARNERS = dict(
     members=dict(config=dict(members=3, weight_p=.1)), callback=dict(cbs=lambda: DropConnect(.2)),
     schedule=dict(cbs=lambda: DropConnect(SchedLin(.3, .1))), frozen_zero=dict(cbs=lambda: FrozenZeroInit(.5, seed=3)),
     free_zero=dict(cbs=lambda: FrozenZeroInit(.5, mask_grads=False)), recalibrated=dict(cbs=lambda: RecalibrateBN(True)),
-    snapshots=dict(cbs=SnapshotEnsemble), zero_restarts=dict(cbs=lambda: ZeroRestarts(1, seed=2)),
+    snapshots=dict(cbs=SnapshotEnsemble), gates=dict(cbs=lambda: FeatureGates(5, end=.6)), ple_gates=dict(config=dict(num_embeddings='ple', members=2), cbs=lambda: FeatureGates(5)),
+    resnet=dict(config=tabular_resnet_config(width=8, weight_p=.1, path_p=.2)), zero_restarts=dict(cbs=lambda: ZeroRestarts(1, seed=2)),
     all_callbacks=dict(cbs=lambda: [DropConnect(.2), FrozenZeroInit(.5), RecalibrateBN(), ZeroRestarts(1)]))
 
 class Autocast(Callback):
@@ -68,8 +71,8 @@ FEATURES = dict(
     trackers=lambda l: fit(l, 2, cbs=[EarlyStoppingCallback(patience=3), SaveModelCallback()]))
 
 # All Learners as they are, and those that hold most of the others with each feature; test_contract.py compiles each layer
-PAIRS = [(name,'plain') for name in LEARNERS] + [('example','compile')]
-PAIRS += [(name,feature) for name in ('example','members','all_callbacks') for feature in FEATURES if feature not in ('plain','compile')]
+PAIRS = [(name,'plain') for name in LEARNERS] + [('example','compile'), ('gates','compile')]
+PAIRS += [(name,feature) for name in ('example','members','all_callbacks','gates') for feature in FEATURES if feature not in ('plain','compile')]
 
 @contextmanager
 def quiet(learn):

@@ -11,7 +11,7 @@ from conftest import make_table
 from fastai_dropconnect import recipes
 from fastai_dropconnect.callback.frozen_zero import FrozenZeroInit
 from fastai_dropconnect.callback.snapshots import SnapshotEnsemble
-from fastai_dropconnect.recipes import RECIPES, Recipe, choose_recipe, get_recipe, is_higher_better, recipes_for, train_recipe
+from fastai_dropconnect.recipes import RECIPES, Recipe, choose_recipe, gates_recipes, get_recipe, is_higher_better, recipes_for, train_recipe
 
 
 def preds(learn):
@@ -59,6 +59,25 @@ def test_settings_of_the_model_combine_with_any_recipe(dls):
     a,b = RECIPES['zero-restarts'].replace(num_embeddings='ple'),RECIPES['ple-zero-restarts']
     a,b = [preds(train_recipe(dls, r.replace(n_cycles=2, cycle_len=1), layers=[8])) for r in (a,b)]
     assert torch.equal(a, b)
+
+def test_a_recipe_for_each_price(dls):
+    recipes = gates_recipes((30,0))
+    assert list(recipes)==['gates-30','gates-0'] and [r.settings['price'] for r in recipes.values()]==[30,0]
+    assert list(gates_recipes())==['gates-1000','gates-300','gates-100','gates-0'] and '300 nats' in gates_recipes()['gates-300'].description
+    off,plain = [preds(train_recipe(dls, r, epochs=1, layers=[8])) for r in (recipes['gates-0'],'fastai')]
+    assert torch.equal(off, plain)
+    learn = train_recipe(dls, RECIPES['ple'].replace(), epochs=1, layers=[8], cbs=RECIPES['gates'].cbs(5))
+    assert learn.feature_gates.record.state['fixed']
+    with pytest.raises(ValueError, match='price=-1'): gates_recipes([-1])
+    with pytest.raises(TypeError, match="got 'price'"): gates_recipes([1], 'ple')
+
+
+def test_the_residual_network_has_options_of_its_own(dls):
+    learn = RECIPES['resnet'].replace(width=24).learner(dls, layers=[8,9])
+    assert learn.model.layers[0].out_features==24 and 'path_p' in RECIPES['resnet'].known_settings()
+    with pytest.raises(ValueError, match='path_p=1'): RECIPES['resnet'].replace(path_p=1)
+    with pytest.raises(TypeError, match="got 'members'"): RECIPES['resnet'].replace(members=2)
+
 
 def test_replace_leaves_the_registry_alone():
     r = RECIPES['zero-restarts']

@@ -16,13 +16,14 @@ import pandas as pd
 from fastai.basics import Callback, Learner, get_c, get_model
 from fastai.tabular import learner as fastai_learner
 from fastai.tabular.data import TabularDataLoaders
-from fastai.tabular.model import TabularModel, get_emb_sz
+from fastai.tabular.model import get_emb_sz
 from fastcore.basics import ifnone, patch
 from fastcore.meta import delegates
 from ..ensemble.averaging import EnsembleLoss, average_for, average_members
 from .embeddings import num_embeddings_of
-from .model import TabularDropConnectModel, is_dropconnect_config, members_of
+from .model import members_of
 from .procs import check_columns, check_no_gaps
+from .resnet import model_class
 
 # %% ../../nbs/340_tabular.learner.ipynb #c3fa9a38
 class TabularLearner(fastai_learner.TabularLearner):
@@ -81,11 +82,11 @@ def tabular_learner(
     fast:bool=False, # Call `accelerate()`? Then each epoch sees each row once
     **kwargs
 ) -> TabularLearner:
-    "Make a `Learner` with a `TabularDropConnectModel` if `config` asks for it, else with fastai's `TabularModel`"
+    "Make a `Learner` with the model that `config` asks for, by default fastai's `TabularModel`"
     loss_func = ifnone(loss_func, getattr(dls.train_ds, 'loss_func', None))
     n_out = ifnone(n_out, get_c(dls))
     if not n_out: raise ValueError('`n_out` could not be inferred from the data: set `dls.c` or pass `n_out`')
-    model_cls = TabularDropConnectModel if is_dropconnect_config(config) else TabularModel
+    model_cls = model_class(config)
     config = _complete_config(ifnone(config, {}), dls, loss_func, n_out)
     y_range = ifnone(y_range, config.pop('y_range', None))
     emb_szs = get_emb_sz(dls.train_ds, ifnone(emb_szs, {}))
