@@ -143,7 +143,7 @@ def mc_noise(
         for c in contexts: stack.enter_context(c)
         yield model
 
-# %% ../../nbs/283_uncertainty.mc.ipynb #c9725e18
+# %% ../../nbs/283_uncertainty.mc.ipynb #06ccfc29
 def _is_chain(m:nn.Module) -> bool:
     "Does `m` only run its modules one after another?"
     if not isinstance(m, nn.Sequential) or type(m).forward is not nn.Sequential.forward: return False
@@ -158,7 +158,8 @@ def _leaves(m:nn.Module):
 def _same_memory(a, b) -> bool:
     "Do two tensors hold the same numbers in the same order at the same place?"
     if not torch.is_tensor(a) or not torch.is_tensor(b) or not a.numel() or a.numel()!=b.numel(): return False
-    return a.data_ptr()==b.data_ptr() and a.dtype==b.dtype and a.is_contiguous() and b.is_contiguous()
+    a,b = a.reshape(len(a), -1),b.reshape(len(b), -1)       # of members, perhaps transposed
+    return a.data_ptr()==b.data_ptr() and a.dtype==b.dtype and a.shape==b.shape and a.stride()==b.stride()
 
 # %% ../../nbs/283_uncertainty.mc.ipynb #d5110ae1
 @dataclass
@@ -266,7 +267,7 @@ def _check_repeat(
             raise ValueError(f'`repeat` must be 1 as {n or "the model"} ({type(m).__name__}) '
                              f'has one mask for all rows of a pass, got repeat={repeat}')
 
-# %% ../../nbs/283_uncertainty.mc.ipynb #4fc287e1
+# %% ../../nbs/283_uncertainty.mc.ipynb #8da74f62
 def _passes(model:nn.Module, args:tuple, n:int) -> list: # Outputs, (n_rows, *out_shape) each
     "Run `n` noisy passes, with the part before the first noisy module once"
     out,tail = find_tail(model, args)
@@ -276,12 +277,12 @@ def _passes(model:nn.Module, args:tuple, n:int) -> list: # Outputs, (n_rows, *ou
         if tail is None: res.append(model(*args)); continue
         y = draw()
         for m in tail.modules[1:]: y = _run(m, y)
-        res.append(y.view(len(y), *tail.out_shape))
+        res.append(y.reshape(len(y), *tail.out_shape))
     return res
 
 def _samples_of(out:Tensor, n_rows:int) -> Tensor: # (n_rows, repeat, *out_shape)
     "Put the copies of each row on dimension 1"
-    if torch.is_tensor(out): return out.view(n_rows, -1, *out.shape[1:]) if n_rows else out[:,None]
+    if torch.is_tensor(out): return out.reshape(n_rows, -1, *out.shape[1:]) if n_rows else out[:,None]
     raise TypeError(f'`model` must return a tensor, got {type(out).__name__}')
 
 @torch.no_grad()
