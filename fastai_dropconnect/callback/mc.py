@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/390_callback.mc.ipynb #0a7df2f4
-from contextlib import ExitStack, contextmanager, nullcontext
+# %% ../../nbs/390_callback.mc.ipynb #67c3baa7
+from contextlib import contextmanager, nullcontext
 import torch
 from fastai.basics import DataLoader, Learner, getcallable, noop, patch
 from .members import _is_masked, _snapshots_of, _without_metrics
