@@ -373,4 +373,11 @@ class NoiseLoss(nn.modules.loss._Loss):
         "Return the means"
         return self.activation(x)
 
+    def for_metrics(self, out:Tensor) -> Tensor: # (n_rows, n_targets)
+        "Return the means, which have the outputs as `outputs`"
+        if hasattr(out, 'outputs'): return out
+        res = self.activation(out.detach())
+        res.outputs = out
+        return res
+
     def extra_repr(self) -> str: return f'{self.noise.kind!r}, n_targets={self.n_targets}'
