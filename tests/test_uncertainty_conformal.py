@@ -113,7 +113,7 @@ def test_an_update_equals_a_calibration_of_all_rows(n, more, last, seed):
     groups = [f'g{i%2}' for i in range(n+more)]
     args = dict(method='cqr', last=last, half_life=5.)
     cal = Calibration(scores=scores[:n], times=times[:n], groups=groups[:n], **args)
-    cal.update(scores[n:], times[n:], groups[n:])
+    cal.add(scores[n:], times[n:], groups[n:])
     whole = Calibration(scores=scores, times=times, groups=groups, **args)
     assert torch.equal(cal.q, whole.q) and len(cal.scores)==len(whole.scores)
     if last is None: assert torch.equal(cal.scores, whole.scores) and cal.groups==whole.groups

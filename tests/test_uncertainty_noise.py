@@ -84,7 +84,7 @@ def test_equal_quantiles_have_no_infinite_density():
 def test_a_head_and_its_loss_for_any_outputs(noise, targets, members, scale, seed):
     g = torch.Generator().manual_seed(seed)
     mean,sd = scale*torch.randn(targets, generator=g),scale*torch.rand(targets, generator=g).clamp(.01)
-    head,loss = NoiseHead(noise, mean, sd),NoiseLoss(noise, sd)
+    head,loss = NoiseHead(noise, mean, sd).eval(),NoiseLoss(noise, sd)
     raw = (30*torch.randn(6, members*targets*head.noise.n_params, generator=g)).requires_grad_()
     out,y = head(raw),mean+sd*torch.randn(6, targets, generator=g)
     dist = loss.distribution(out.detach())
@@ -112,7 +112,7 @@ def test_two_targets_are_two_single_ones(noise):
 
 def test_the_loss_of_a_mixture_is_that_of_its_distribution():
     for noise in NOISES:
-        head,loss = NoiseHead(noise, [0.], [1.]),NoiseLoss(noise, [1.])
+        head,loss = NoiseHead(noise, [0.], [1.]).eval(),NoiseLoss(noise, [1.])
         a,b,y = *head(torch.randn(2, 8, head.noise.n_params)),torch.randn(8, 1)
         both = torch.cat([a,b], 1)
         dist = loss.distribution(both)

@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'conformal_quantile', 'recency_weights', 'conformal_scores
 
 # %% ../../nbs/286_uncertainty.conformal.ipynb #c8a5ae78
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 from ..checks import check_choice, check_int, check_p, check_positive
@@ -165,12 +165,17 @@ class Calibration:
         self.q = conformal_quantile(self.scores, self.level, weights)
         self.group_q = {} if groups is None else group_quantiles(self.scores, self.groups, self.level, weights)
 
-    def update(self,
+    def settings(self) -> dict: # For `Calibration(**settings)`
+        "Return all fields"
+        return {f.name:getattr(self, f.name) for f in fields(self)}
+
+    def add(self,
         scores:Tensor, # Of new rows, `(n_rows, n_targets)`
         times:Tensor=None, # `(n_rows,)`, if the others have them
         groups:list=None # Of each row, if the others have them
     ):
         "Add new rows, and forget the oldest if there are more than `last`"
+        if self.scores is None: return self._set(scores, times, groups)
         both = lambda old, new: None if old is None else torch.cat([old, new])
         joined = None if self.groups is None else [*self.groups, *groups]
         self._set(torch.cat([self.scores, scores]), both(self.times, times), joined)
