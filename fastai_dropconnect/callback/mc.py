@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/390_callback.mc.ipynb #67c3baa7
+# %% ../../nbs/390_callback.mc.ipynb #3004dbb3
 from contextlib import contextmanager, nullcontext
 import torch
 from fastai.basics import DataLoader, Learner, getcallable, noop, patch
-from .members import _is_masked, _snapshots_of, _without_metrics
+from .members import _is_masked, _snapshots_of, without_metrics
 from ..checks import check_choice, check_int, check_p, check_seed
 from ..functional import MODES
 from ..nn_utils import inner_model
@@ -17,7 +17,7 @@ from ..tabular.model import each_member
 from ..uncertainty.mc import mc_samples, noise_modules
 from ..uncertainty.moments import mix_moments, output_moments
 
-# %% ../../nbs/390_callback.mc.ipynb #9e9a57ce
+# %% ../../nbs/390_callback.mc.ipynb #4c15784e
 @contextmanager
 def _forward_of(model, forward): # `forward` of the instance, which `nn.Module.__call__` prefers
     own = vars(model).get('forward')
@@ -41,7 +41,7 @@ def _without_loss(learn): # No loss and no metric takes several predictions of a
     loss,learn.loss_func = learn.loss_func,lambda *args: torch.zeros(())
     was = {k:vars(learn)[k] for k in ('pred','loss','loss_grad') if k in vars(learn)}
     try:
-        with _without_metrics(learn): yield
+        with without_metrics(learn): yield
     finally:
         learn.loss_func = loss
         vars(learn).update(was)

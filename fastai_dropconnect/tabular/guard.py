@@ -28,10 +28,11 @@ def _range(x:np.ndarray) -> tuple: # Of the finite numbers
     x = x[np.isfinite(x)]
     return (float(x.min()),float(x.max())) if len(x) else (-np.inf,np.inf)
 
-# %% ../../nbs/318_tabular.guard.ipynb #91f43b98
+# %% ../../nbs/318_tabular.guard.ipynb #08cf1ab1
 class InputGuard(TabularProc):
     "Know the levels and ranges of the training rows, and find rows that leave them; changes no row"
     order = -10     # before procs that fill gaps and encode
+    guards_inputs = True    # `dls.input_guard` asks
     def __init__(self,
         n_neighbors:int=0, # Compare rows with so many nearest training rows; 0: no distances
         max_rows:int=5000, # Training rows to compare with at most, drawn at random
@@ -156,13 +157,13 @@ def distances(self:InputGuard,
     if not self.n_neighbors: raise ValueError('`n_neighbors` must be above 0 for distances, got n_neighbors=0')
     return self._mean_distance(self._points(df))
 
-# %% ../../nbs/318_tabular.guard.ipynb #133c9ac1
+# %% ../../nbs/318_tabular.guard.ipynb #ac181efe
 def input_guard_of(
     dls:TabularDataLoaders
 ) -> InputGuard|None:
     "Return the guard among the procs of loaders"
     fs = getattr(getattr(getattr(dls, 'train_ds', None), 'procs', None), 'fs', [])
-    return next((p for p in fs if isinstance(p, InputGuard)), None)
+    return next((p for p in fs if getattr(p, 'guards_inputs', False)), None)
 
 TabularDataLoaders.input_guard = property(input_guard_of)
 
@@ -182,7 +183,7 @@ def guard_inputs(self:TabularDataLoaders,
     names = {k: [n for n in getattr(to, k) if not n.endswith('_na')] for k in ('cat_names','cont_names')}
     guard = InputGuard(**kwargs).fit(_raw_frame(to) if df is None else df, *names.values())
     if df is None: guard.widen(to)
-    to.procs.fs[:] = [guard, *(p for p in to.procs.fs if not isinstance(p, InputGuard))]
+    to.procs.fs[:] = [guard, *(p for p in to.procs.fs if not getattr(p, 'guards_inputs', False))]
     return guard
 
 # %% ../../nbs/318_tabular.guard.ipynb #79db6c41
