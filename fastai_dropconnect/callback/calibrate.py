@@ -151,7 +151,7 @@ def _check_targets(targs, n):
     bad = (~targs.isfinite()).sum().item() if targs.is_floating_point() else 0
     if bad: raise ValueError(f'targets must be finite numbers, but {bad} are not')
 
-# %% ../../nbs/388_callback.calibrate.ipynb #8c03f30f
+# %% ../../nbs/388_callback.calibrate.ipynb #a48a03fb
 def _method_for(pred, method):
     usual = dict(noise='cqr', classes='temperature', numbers='split' if pred.spread is None else 'local')[pred.kind]
     options = dict(noise=METHODS, classes=('temperature',), numbers=('split',) if pred.spread is None else METHODS[:2])
@@ -173,7 +173,7 @@ def total_sd(
     return cal.scores.square().mean(0).sqrt().expand(len(pred.mean), -1)
 
 def _new_calibration(pred, targs, method, **settings):
-    if method=='temperature': return Calibration(method, temperature=best_temperature(pred.logits, targs), **settings)
+    if method=='temperature': return Calibration(method, temperature=best_temperature(pred.logits, targs.long()), **settings)
     res = Calibration(method, **settings)
     if method=='local' and pred.spread is not None:
         fits = [fit_spread(e, s) for e,s in zip((targs-pred.mean).T, pred.spread.T)]
