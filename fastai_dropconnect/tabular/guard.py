@@ -14,9 +14,9 @@ from fastcore.basics import patch
 from ..checks import check_int, check_positive
 from .procs import QuantileNormalize, check_columns
 
-# %% ../../nbs/318_tabular.guard.ipynb #71f30376
+# %% ../../nbs/318_tabular.guard.ipynb #889ef6ad
 def _text(value) -> str: # Of a level or number in a message
-    return f'{value:g}' if isinstance(value, (float,np.floating)) and abs(value)<1e5 else f'{value!r}'
+    return f'{value:g}' if isinstance(value, (float,np.floating)) else f'{value!r}'
 
 def _as_float(s:pd.Series) -> np.ndarray: # NaN for what is missing or no number
     return pd.to_numeric(s, errors='coerce').to_numpy('float64', na_value=np.nan)
