@@ -173,11 +173,12 @@ def total_sd(
     return cal.scores.square().mean(0).sqrt().expand(len(pred.mean), -1)
 
 def _new_calibration(pred, targs, method, **settings):
-    if method=='temperature': return Calibration(method, temperature=best_temperature(pred.logits, targs.long()), **settings)
+    if method=='temperature':
+        return Calibration(method, temperature=best_temperature(pred.logits, targs.long()), **settings)
     res = Calibration(method, **settings)
     if method=='local' and pred.spread is not None:
         fits = [fit_spread(e, s) for e,s in zip((targs-pred.mean).T, pred.spread.T)]
-        res.noise,res.factor = torch.tensor(fits, dtype=torch.float64).T
+        res.noise,res.factor = torch.tensor(fits, dtype=torch.float64).T.contiguous()
     return res
 
 @patch
