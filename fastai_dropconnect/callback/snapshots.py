@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd, torch
 from fastai.basics import Learner, TrainEvalCallback, num_distrib, patch, to_device
 from fastai.callback.rnn import ModelResetter
+from fastcore.basics import noop
 from .batchnorm import recalibrate_bn
 from .columns import epoch_row, pause_trackers, remove_columns
 from .core import RecordingCallback
@@ -164,7 +165,7 @@ def after_loss(self:SnapshotEnsemble):
     loss = learn.loss_func(pred, *learn.yb) if len(learn.yb) else None
     if self.shows is Shows.NETWORK_AND_AVERAGE:
         learn.pred = own
-        if loss is not None: validation.pred_and_loss = pred,loss
+        if loss is not None: validation.pred_and_loss = getattr(learn.loss_func, 'for_metrics', noop)(pred),loss
     else:
         learn.pred = pred
         if loss is not None: learn.loss_grad,learn.loss = loss,loss.clone()

@@ -38,21 +38,22 @@ def stack_members(
     return map_outputs(_stack, *outs)
 
 # %% ../../nbs/260_ensemble.averaging.ipynb #31d36033
-AVERAGES = 'mean','softmax','sigmoid'
+AVERAGES = 'mean','softmax','sigmoid','mixture'
 
 def _average(x, average, class_dim):
     dim = min(1, x.ndim-1)
     if x.dtype in (torch.float16,torch.bfloat16): x = x.float()
     if average=='mean': return x.mean(dim)
+    if average=='mixture': return x.flatten(dim, dim+1)      # the members side by side
     if average=='softmax': return x.log_softmax(class_dim).logsumexp(dim) - math.log(x.shape[dim])
     if average=='sigmoid': return F.logsigmoid(x).logsumexp(dim) - F.logsigmoid(-x).logsumexp(dim)
     check_choice(average, 'average', AVERAGES)
 
 def average_members(
     x:Tensor|tuple|list|dict, # Outputs of the members, `(n_rows, n_members, ...)`, or several of those
-    average:str='mean', # 'mean' of the outputs, or of the probabilities that 'softmax' or 'sigmoid' makes of them
+    average:str='mean', # 'mean' of the outputs, or of the probabilities of 'softmax' or 'sigmoid'; 'mixture': no mean
     class_dim:int=-1 # Dimension of the classes for 'softmax'; count it from the end
-) -> Tensor|tuple|list|dict: # `(n_rows, ...)`, logits if probabilities were averaged
+) -> Tensor|tuple|list|dict: # `(n_rows, ...)`, logits for probabilities; for 'mixture' all outputs
     "Average the outputs of an ensemble's members"
     if torch.is_tensor(x): return _average(x, average, class_dim)
     return map_outputs(partial(_average, average=average, class_dim=class_dim), x)
@@ -117,6 +118,7 @@ def average_for(
     out_shape:tuple=(3,) # Shape of the output for one row: `(n_out,)`, or `(n_classes, height, width)`
 ) -> tuple: # (`average`, `class_dim`) for `average_members`
     "Return the average that makes the ensemble's prediction the mean of the members' predictions"
+    if getattr(loss_func, 'member_average', None): return loss_func.member_average,-1
     activation = loss_activation(loss_func)
     if activation is None: return 'mean',-1
     x = torch.randn((2,*out_shape), generator=torch.Generator().manual_seed(0))

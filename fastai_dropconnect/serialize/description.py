@@ -7,7 +7,7 @@ __all__ = ['OTHERS', 'check_table', 'packed_shape', 'with_prefix', 'check_descri
 
 # %% ../../nbs/425_serialize.description.ipynb #425fc5d7
 import math
-from .fields import Fields, is_int, is_name
+from .fields import Fields, is_int, is_name, is_number
 from .network import AVERAGES, check_network, input_sizes, network_shapes
 
 # %% ../../nbs/425_serialize.description.ipynb #425eb7b3
@@ -65,6 +65,25 @@ def _masks_of(callbacks): # Names of the masks
     return kept[0] if kept and isinstance(kept[0], list) else []
 
 def _is_object(v): return isinstance(v, dict)
+def _is_number_or_none(v): return v is None or is_number(v)
+
+def _check_calibration(config): # From the name of each tensor to (dtype, shape)
+    if config is None: return {}
+    f = Fields(config, 'calibration')
+    f.choice('method', ('split','local','cqr','temperature'))
+    f.p('level')
+    for n in ('by','group'): f.take(n, 'be null or a name', lambda v: v is None or is_name(v))
+    f.take('last', 'be null or an integer of at least 1', lambda v: v is None or is_int(v, 1))
+    for n in ('half_life','temperature'): f.take(n, 'be null or a number', _is_number_or_none)
+    n_rows,n_targets = f.int('n_rows'),f.int('n_targets')
+    f.list('groups', 'names, one per row', is_name, n_rows if config['group'] is not None else 0)
+    has_noise = f.bool('fitted')
+    f.end()
+    if config['method']=='temperature': return {}
+    res = {'calibration.scores': ('F64', (n_rows,n_targets))}
+    if config['by'] is not None: res['calibration.times'] = 'F64',(n_rows,)
+    if has_noise: res |= {f'calibration.{n}':('F64', (n_targets,)) for n in ('noise','factor')}
+    return res
 
 OTHERS = 'format','version','package','tensors','estimator'     # fields that are checked elsewhere
 
@@ -76,11 +95,11 @@ def check_description(
     network,table,_,_ = [f.take(n, 'be an object', _is_object) for n in ('network','table','loss','training')]
     callbacks = f.list('callbacks', 'objects', _is_object)
     snapshots = f.take('snapshots', 'be null or an object', lambda v: v is None or _is_object(v))
-    f.take('calibration', 'be null in this version', lambda v: v is None)
+    calibration = f.take('calibration', 'be null or an object', lambda v: v is None or _is_object(v))
     f.end()
     check_network(network)
     shapes = network_shapes(network)
-    res = check_table(table, network) | with_prefix('model', shapes)
+    res = check_table(table, network) | with_prefix('model', shapes) | _check_calibration(calibration)
     if snapshots is not None:
         cycles,has_mean = _check_snapshots(snapshots)
         for c in [*(f'snapshot.{c}' for c in cycles), *(['mean'] if has_mean else [])]: res |= with_prefix(c, shapes)

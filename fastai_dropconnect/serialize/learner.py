@@ -15,6 +15,7 @@ from fastai.tabular import learner as fastai_learner
 from fastai.torch_core import trainable_params
 from fastcore.foundation import L
 from ..callback.batchnorm import RecalibrateBN
+from ..callback.calibrate import KeepCalibration, calibration_of, set_calibration
 from ..callback.dropconnect import DropConnect
 from ..callback.frozen_zero import FrozenZeroInit
 from ..callback.snapshots import SnapshotEnsemble
@@ -27,7 +28,8 @@ from .network import compare_shapes, network_shapes
 from .parts import (build_loss, build_network, build_opt, describe_loss, describe_network,
                                                 describe_opt)
 from .table import build_dls, describe_table
-from ..tabular.learner import AverageMembers, TabularLearner
+from ..tabular.learner import AverageMembers, PredictMeans, TabularLearner
+from ..uncertainty.conformal import Calibration
 
 # %% ../../nbs/428_serialize.learner.ipynb #4283c0c0
 def _is_names(v): return is_name(v) or isinstance(v, list) and len(v)>0 and all(map(is_name, v))
@@ -43,7 +45,7 @@ CALLBACKS = { # Class: settings, each with its rule
     FrozenZeroInit: dict(sparsity=_share, mask_grads=_flag, rescale=_flag, zero=_flag, per=_name, layers=_layers,
                          params=('be a name or names', _is_names), seed=('be null or an integer', _is_seed)),
     DropConnect: dict(weight_p=_share, mode=_name, layers=_layers, drop_bias=_flag),
-    RecalibrateBN: dict(every_epoch=_flag), AverageMembers: {}}
+    RecalibrateBN: dict(every_epoch=_flag), AverageMembers: {}, PredictMeans: {}}
 _names = {cls.__name__:cls for cls in CALLBACKS}
 _of_every_learner = TrainEvalCallback,Recorder,ProgressCallback,CastToTensor
 
@@ -108,6 +110,22 @@ def _restore_snapshots(record, config, tensors):
     record.use = config['use']
 
 # %% ../../nbs/428_serialize.learner.ipynb #42853e9a
+_plain_fields = 'method','level','by','group','last','half_life','temperature'
+_tensor_fields = 'scores','times','noise','factor'
+
+def _describe_calibration(cal): # JSON and tensors
+    if cal is None: return None,{}
+    size = (0,0) if cal.scores is None else cal.scores.shape
+    config = {n:getattr(cal, n) for n in _plain_fields}
+    config |= dict(n_rows=size[0], n_targets=size[1], groups=list(cal.groups or []), fitted=cal.noise is not None)
+    tensors = {n:getattr(cal, n) for n in _tensor_fields}
+    return config,with_prefix('calibration', _arrays({n:t for n,t in tensors.items() if t is not None}))
+
+def _build_calibration(config, tensors):
+    own = _behind('calibration', tensors)
+    groups = config['groups'] if config['group'] is not None and 'scores' in own else None
+    return Calibration(**{n:config[n] for n in _plain_fields}, **own, groups=groups)
+
 _training = 'lr','wd','moms','wd_bn_bias','train_bn'
 def _is_plain(v): return v is None or _is_bool(v) or is_number(v) or isinstance(v, list) and all(map(is_number, v))
 
@@ -127,15 +145,17 @@ def _describe_learner(learn): # JSON and tensors
     model = inner_model(learn.model)
     ours = [cb for cb in learn.cbs if type(cb) not in _of_every_learner]
     record = next((cb.record for cb in ours if type(cb) is SnapshotEnsemble), None)
-    callbacks = [_describe_callback(cb) for cb in ours if type(cb) is not SnapshotEnsemble]
+    callbacks = [_describe_callback(cb) for cb in ours if type(cb) not in (SnapshotEnsemble,KeepCalibration)]
+    calibration,scores = _describe_calibration(calibration_of(learn))
     table,tensors = describe_table(learn.dls)
     snapshots,more = _describe_snapshots(record, learn.loss_func)
-    tensors = tensors | more | with_prefix('model', _arrays(model_tensors(model)))
+    tensors = tensors | more | scores | with_prefix('model', _arrays(model_tensors(model)))
     for cb in ours:
         if not isinstance(cb, FrozenZeroInit): continue
         tensors |= _arrays({f'mask.{n}':bits for n,(_,bits) in cb.record.masks.items()})
     config = dict(network=describe_network(model), table=table, loss=describe_loss(learn.loss_func),
-                  training=_describe_training(learn, model), callbacks=callbacks, snapshots=snapshots, calibration=None)
+                  training=_describe_training(learn, model), callbacks=callbacks, snapshots=snapshots,
+                  calibration=calibration)
     return config,tensors
 
 def save_model(
@@ -201,5 +221,6 @@ def load_model(
         for cb,c in zip(own, config['callbacks']):
             if isinstance(cb, FrozenZeroInit): _restore_masks(cb, c, tensors, network_shapes(config['network']))
         if config['snapshots'] is not None: _restore_snapshots(own[-1].record, config['snapshots'], tensors)
+        if config['calibration'] is not None: set_calibration(learn, _build_calibration(config['calibration'], tensors))
     except ValueError as e: raise ValueError(f'{saved.path}: {e}') from e
     return learn.accelerate() if accelerated else learn

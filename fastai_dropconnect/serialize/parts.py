@@ -22,10 +22,12 @@ from ..ensemble.boosted import BoostedModel
 from ..layers.masked_ensemble import MaskedEnsembleLinear
 from ..optimizer import FusedAdam
 from .fields import Fields, is_number
-from .network import ACTIVATIONS, check_network, compare_shapes, network_shapes
+from .network import (ACTIVATIONS, check_network, check_noise, compare_shapes,
+                                                  network_shapes)
 from ..tabular.embeddings import PLE, Clamp, Periodic
 from ..tabular.model import MaskedMembers, TabularDropConnectModel
 from ..tabular.one_pass import OnePassTabularModel
+from ..uncertainty.noise import NoiseHead, NoiseLoss, NoiseModel
 
 # %% ../../nbs/426_serialize.parts.ipynb #42650b72
 def _first(modules, cls): return next((m for m in modules if isinstance(m, cls)), None)
@@ -68,6 +70,13 @@ def _describe_noise(model, linears): # What a `TabularDropConnectModel` has more
                 embed_weight_p=model.embeds[0].p if len(model.embeds) else 0.,
                 num_embeddings=_describe_vectors(model.num_embeds), members=members if model.n_members else None)
 
+def _describe_settings(noise, n_targets): # Of a noise model
+    return dict(kind=noise.kind, n_levels=noise.n_levels, n_parts=noise.n_parts, beta=noise.beta, n_targets=n_targets)
+
+def _describe_head(model):
+    head = _first(model.layers, NoiseHead)
+    return {} if head is None else dict(noise=_describe_settings(head.noise, len(head.mean)))
+
 def _plain(number): return number if type(number) in (int,float) else float(number)
 
 def _described(model):
@@ -77,7 +86,8 @@ def _described(model):
         emb_szs=[[e.num_embeddings, e.embedding_dim] for e in model.embeds], n_cont=model.n_cont,
         out_sz=getattr(model, 'out_sz', linears[-1].out_features), embed_p=float(model.emb_drop.p),
         y_range=[_plain(limits.low), _plain(limits.high)] if limits else None,
-        bn_cont=model.bn_cont is not None) | _describe_blocks(blocks) | _describe_noise(model, linears)
+        bn_cont=model.bn_cont is not None) | (
+            _describe_blocks(blocks) | _describe_noise(model, linears) | _describe_head(model))
 
 # %% ../../nbs/426_serialize.parts.ipynb #42610266
 MODELS = dict(TabularModel=TabularModel, TabularDropConnectModel=TabularDropConnectModel)
@@ -125,9 +135,14 @@ def _build_tabular(config):
         kw |= dict(num_embeddings=_build_vectors(config['num_embeddings']))
         kw |= dict(members=MaskedMembers(**members) if members else None)
     with no_random(0):
-        return MODELS[config['class']](
+        res = MODELS[config['class']](
             [tuple(size) for size in config['emb_szs']], config['n_cont'], config['out_sz'], list(config['layers']),
             y_range=tuple(limits) if limits else None, act_cls=getattr(nn, config['act']['class'])(**act), **kw)
+    noise = config.get('noise')
+    if noise: res.layers.append(NoiseHead(_noise_model(noise), [0.]*noise['n_targets'], [1.]*noise['n_targets']))
+    return res
+
+def _noise_model(config): return NoiseModel(*[config[n] for n in ('kind','n_levels','n_parts','beta')])
 
 # %% ../../nbs/426_serialize.parts.ipynb #a42c376c
 _other_networks = {AveragedModel: ('average','class_dim'), BlendedModel: ('average','temperature'),
@@ -183,6 +198,9 @@ def describe_loss(
     "Describe a loss, or raise `TypeError` if it is not one of fastai's or torch's"
     own = loss.loss_func if isinstance(loss, EnsembleLoss) else loss
     name,flat = getattr(own, '__name__', type(own).__name__),None
+    if type(own) is NoiseLoss:
+        res = {'class': 'NoiseLoss'} | _describe_settings(own.noise, own.n_targets)
+        return res | dict(sd=own.sd.tolist(), reduction=own.reduction, members=isinstance(loss, EnsembleLoss))
     if isinstance(own, losses.BaseLoss): flat = _flat_name(own)
     if flat:
         outer = {n:getattr(own, n) for n in _outer if hasattr(own, n)}
@@ -208,8 +226,11 @@ def build_loss(
 ) -> object: # A loss function
     "Build a loss, or raise `ValueError` with the name of the field that is wrong"
     f = Fields(config, 'loss')
-    name = f.choice('class', [*_flat, *_modules, *_functions])
+    name = f.choice('class', [*_flat, *_modules, *_functions, 'NoiseLoss'])
     for_members = f.bool('members')
+    if name=='NoiseLoss':
+        loss = _build_noise_loss(f)
+        return EnsembleLoss(loss) if for_members else loss
     inner = _flat[name][1] if name in _flat else _modules.get(name, ())
     outer = [n for n in _outer if n in f.left] if name in _flat else []
     take = lambda n: _setting(f.take(n, 'be a number, null, a list of numbers, or a reduction', _is_setting))
@@ -221,6 +242,15 @@ def build_loss(
         except (TypeError,ValueError) as e: raise ValueError(f'`loss` must have settings of {name}, but: {e}') from e
     for n,v in own.items(): setattr(loss, n, v)
     return EnsembleLoss(loss) if for_members else loss
+
+def _build_noise_loss(f):
+    sd = f.list('sd', 'positive numbers', lambda v: is_number(v) and v>0)
+    reduction = f.choice('reduction', ('none','mean','sum'))
+    settings = dict(f.left)
+    check_noise(f)
+    n = settings['n_targets']
+    if len(sd)!=n: raise ValueError(f'`loss.sd` must have {n} numbers, got {len(sd)}')
+    return NoiseLoss(_noise_model(settings), sd, reduction)
 
 def _arguments(name, settings, own): # fastai has a `pos_weight` only together with `flatten=False`
     return settings | dict(flatten=own.get('flatten', True)) if name in _flat else settings

@@ -15,7 +15,7 @@ import numpy as np
 from .description import check_description
 from .fields import Fields, decode_values, is_name
 from .files import SavedModel
-from .network import CONTAINERS, compare_shapes, network_layers
+from .network import CONTAINERS, compare_shapes, network_layers, noise_params
 
 # %% ../../nbs/429_serialize.predictor.ipynb #42978e1d
 def _is_missing(v): return v is None or type(v).__name__=='NAType' or v!=v      # pandas' NA, NaN, NaT
@@ -171,6 +171,7 @@ def _log_softmax(x, axis=-1):
 
 def _average(x, kind): # `(n_rows, n_members, n_out)` to `(n_rows, n_out)`
     if kind=='mean': return x.mean(1)
+    if kind=='mixture': return x.reshape(len(x), x.shape[1]*x.shape[2])
     if kind=='softmax': return np.log(np.exp(_log_softmax(x)).mean(1))
     p = _sigmoid(x.astype(float)).mean(1)
     return (np.log(p)-np.log1p(-p)).astype('float32')
@@ -184,6 +185,34 @@ def _embeddings(config, state):
     first = np.array([starts[i]+j for i,(_,dim) in enumerate(sizes) for j in range(dim)], np.int64)
     width = np.array([dim for _,dim in sizes for _ in range(dim)], np.int64)
     return lambda codes: table[first+codes[:,column]*width]
+
+# %% ../../nbs/429_serialize.predictor.ipynb #2000e221
+def _per_target(x, noise): # `(n_rows, n_members, n_targets, n_params)`
+    t,p = noise['n_targets'],noise_params(noise)
+    return x.reshape(len(x), x.shape[1]//(t*p), t, p)
+
+def _head(config, state): # As `NoiseHead`
+    noise,name = config['noise'],f'layers.{len(config["layers"])+1}'
+    mean,sd = state[f'{name}.mean'][:,None],state[f'{name}.sd'][:,None]
+    p,k = noise_params(noise),1 if noise['kind']=='gaussian' else noise['n_parts']
+    def run(out):
+        x = _per_target(out, noise)
+        if noise['kind']=='quantile': return (np.sort(x, -1)*sd+mean).reshape(out.shape)
+        weights,means,sds = np.split(x, [p-2*k,p-k], -1)
+        if weights.shape[-1]: weights = _log_softmax(weights)
+        return np.concatenate([weights, means*sd+mean, sd*(.005+.995*_sigmoid(sds))], -1).reshape(out.shape)
+    return run
+
+def _means(noise): # Function from the outputs to `(n_rows, n_targets)`
+    k = noise['n_parts']
+    def run(out):
+        x = _per_target(out, noise)
+        if noise['kind']=='gaussian': return x[...,0].mean(1)
+        if noise['kind']=='mixture': return (np.exp(x[...,:k])*x[...,k:2*k]).sum(-1).mean(1)
+        least = (x[...,-1]-x[...,0])/50
+        low,high = [np.maximum((x[...,i]-x[...,i-1])/math.log(2), least) for i in (1,-1)]
+        return ((x.sum(-1)+(x[...,0]+x[...,-1])/2+high-low)/(x.shape[-1]+1)).mean(1)
+    return run
 
 # %% ../../nbs/429_serialize.predictor.ipynb #42972ee8
 def _weighted(x, weights, config):
@@ -215,6 +244,7 @@ def _network(config, state):
     if config['bn_cont'] and config['n_cont']: numbers.append(_norm(state, 'bn_cont'))
     make = dict(linear=_linear, bn=lambda s,l: _norm(s, l.name), act=lambda s,l: _act(config['act']))
     steps = [make[l.kind](state, l) for l in network_layers(config)]
+    if config.get('noise'): steps.append(_head(config, state))
     def run(codes, x):
         for f in numbers: x = f(x)
         x = np.concatenate([embed(codes), x], 1)
@@ -227,6 +257,8 @@ def _network(config, state):
 _softmax = 'CrossEntropyLossFlat','FocalLossFlat','LabelSmoothingCrossEntropyFlat'
 
 def _activation(loss):
+    if loss.get('class')=='NoiseLoss': return _means(loss)
+    loss = loss.get('class')
     if loss in _softmax: return lambda x: np.exp(_log_softmax(x))
     return _sigmoid if loss=='BCEWithLogitsLossFlat' else lambda x: x
 
@@ -251,7 +283,7 @@ class Predictor:
         self._networks = [_network(config['network'], s) for s in _states(config, tensors)]
         average = (config['snapshots'] or {}).get('average')
         self._average = average[0] if average else 'mean'
-        self._activation = _activation(config['loss'].get('class'))
+        self._activation = _activation(config['loss'])
         vocab = next((p['vocab'] for p in table['procs'] if 'vocab' in p), None)
         self.vocab = vocab and decode_values(vocab, '`vocab`')      # classes of the target, or `None`
 

@@ -14,6 +14,7 @@ from fastcore.foundation import L
 from sklearn.preprocessing import QuantileTransformer
 from .fields import Fields, decode_values, encode_values, is_name
 from ..tabular.loader import FastTabDL
+from ..tabular.guard import InputGuard
 from ..tabular.procs import FillMissingAnywhere, QuantileNormalize
 
 # %% ../../nbs/427_serialize.table.ipynb #427d33fd
@@ -94,6 +95,25 @@ def _build_quantiles(f, tensors):
         q.n_features_in_ = q.quantiles_.shape[1]
     return res
 
+# %% ../../nbs/427_serialize.table.ipynb #427guard
+def _describe_guard(p):
+    if p.n_neighbors: raise TypeError('`InputGuard` must have n_neighbors=0 to be saved: its training rows stay here')
+    levels = [dict(column=n, **encode_values(v, f'column {n!r}')) for n,v in p.levels.items()]
+    low,high = ({n:r[i] for n,r in p.ranges.items()} for i in (0,1))
+    return dict(levels=levels, low=_by_name(low, 'ranges'), high=_by_name(high, 'ranges'), with_gaps=list(p.with_gaps))
+
+def _build_guard(f):
+    res = InputGuard()
+    res.levels,res.scales,res.rows,res.limit = {},{},None,np.inf
+    for i,coded in enumerate(f.list('levels', 'objects', lambda v: isinstance(v, dict))):
+        g = Fields(coded, f'{f.where}.levels[{i}]')
+        column = g.take('column', 'be a name', is_name)
+        res.levels[column] = decode_values(g.left, f'`{g.where}`', pd.Timestamp)
+    low,high = _take_by_name(f, 'low'),_take_by_name(f, 'high')
+    res.ranges = {n:(v,high.get(n, v)) for n,v in low.items()}
+    res.with_gaps = f.list('with_gaps', 'names', is_name)
+    return res
+
 # %% ../../nbs/427_serialize.table.ipynb #42750233
 def _describe_categorize(p):
     return dict(vocab=encode_values(p.vocab.items, 'the target'), sort=bool(p.sort), add_na=bool(p.add_na))
@@ -112,6 +132,7 @@ PROCS = { # Class: (describe, build from fields and tensors)
     FillMissingAnywhere: (_describe_fill, lambda f,_: _build_fill(f, 'FillMissingAnywhere')),
     Normalize: (_describe_normalize, lambda f,_: _build_normalize(f)),
     QuantileNormalize: (_describe_quantiles, _build_quantiles),
+    InputGuard: (_describe_guard, lambda f,_: _build_guard(f)),
     Categorize: (_describe_categorize, lambda f,_: _build_categorize(f, Categorize)),
     EncodedMultiCategorize: (_describe_categorize, lambda f,_: _build_categorize(f, EncodedMultiCategorize)),
     RegressionSetup: (lambda p: dict(c=p.c), lambda f,_: RegressionSetup(f.int('c')))}

@@ -48,7 +48,7 @@ class MaskedMembers:
     "Settings of a masked ensemble: networks that share their weights and are trained as one"
     n:int=8 # Number of member networks
     sparsity:float=0.5 # Share of each unit's connections that a member leaves out
-    average:str=None # Average of the members: 'mean', 'softmax' or 'sigmoid'; `None`: the one that fits the loss
+    average:str=None # Average of the members, as in `average_members`; `None`: the one that fits the loss
 
     def __post_init__(self):
         check_int(self.n, 'n')

@@ -16,6 +16,7 @@ from fastai.tabular.core import Categorify, FillMissing, TabularPandas, _apply_c
 from fastai.tabular.data import TabularDataLoaders
 from fastai.torch_core import to_detach
 from fastcore.basics import getcallable
+from .guard import InputGuard
 from .loader import why_slow
 from .procs import FillMissingAnywhere, QuantileNormalize
 
@@ -95,7 +96,7 @@ def _quantiles(proc, row_encoder, values, dtype):
 def _nothing(proc, row_encoder, values, dtype): pass
 
 _row_procs = {FillMissing: _fill, FillMissingAnywhere: _fill, Categorify: _categorify, Normalize: _normalize,
-              QuantileNormalize: _quantiles,
+              QuantileNormalize: _quantiles, InputGuard: _nothing,
               Categorize: _nothing, EncodedMultiCategorize: _nothing, RegressionSetup: _nothing}
 
 # %% ../../nbs/335_tabular.predict.ipynb #f8285852

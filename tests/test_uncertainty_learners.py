@@ -1,0 +1,156 @@
+"Learners with noise models and calibrations: every way to save, copy and predict keeps what they predict"
+import numpy as np, pandas as pd, pytest, torch
+from fastai.tabular.all import load_learner, rmse, set_seed
+from fastai_dropconnect.all import *
+from fastai_dropconnect.callback.calibrate import *
+from fastai_dropconnect.callback.distribution import DistributionMetric
+from fastai_dropconnect.uncertainty.noise import *
+from conftest import make_dls, make_table
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings('ignore')
+DF = make_table(200)
+
+
+def learner(noise='quantile', config=None, restarts=False, fit=True, dls=None, **kwargs):
+    set_seed(0)
+    config = config and tabular_dropconnect_config(**config)
+    learn = tabular_learner(dls or make_dls(DF), [12], config=config, noise=noise, **kwargs)
+    learn.remove_cb(learn.progress)
+    if not fit: return learn
+    with learn.no_logging():
+        if restarts: learn.fit_zero_restarts(2, 1, 1e-2, seed=0)
+        else: learn.fit_one_cycle(1, 1e-2)
+    return learn
+
+KINDS = [('quantile',dict()), ('mixture',dict()), ('gaussian',dict()), ('quantile',dict(config=dict(members=3))),
+         ('mixture',dict(restarts=True)), ('quantile',dict(config=dict(members=2, weight_p=.1), restarts=True)),
+         (NoiseModel('quantile', n_levels=9),dict(fast=True))]
+
+
+def frame(learn): return learn.predict_distribution(DF[:20])
+
+def assert_same(a, b): pd.testing.assert_frame_equal(a, b, rtol=1e-5, atol=1e-5)
+
+@pytest.mark.parametrize('noise,kw', KINDS)
+def test_what_is_predicted_survives_every_file(noise, kw, tmp_path):
+    learn = learner(noise, path=tmp_path, metrics=rmse, **kw)
+    learn.calibrate(.8)
+    want,state = frame(learn),{k:v.clone() for k,v in learn.model.state_dict().items()}
+    assert set(want) >= {'mean','sd','lower','upper','q05','q95','sd_noise','sd_members','warnings'}
+    assert (want.lower<=want.upper).all() and (want.q05<=want.q50).all() and want.drop(columns='warnings').notna().all().all()
+    n_members = (2 if kw.get('restarts') else 1)*kw.get('config', {}).get('members', 1)
+    assert (want.sd_members.max()>1e-4) == (n_members>1)
+    learn.export()
+    assert_same(frame(load_learner(tmp_path/'export.pkl')), want)
+    learn.save('m')
+    other = learner(noise, path=tmp_path, fit=False, **{k:v for k,v in kw.items() if k!='restarts'}).load('m')
+    assert_same(frame(other), want)
+    save_model(learn, tmp_path/'model')
+    again = load_model(tmp_path/'model')
+    assert_same(frame(again), want)
+    assert again.predict(DF.iloc[0])[2].numpy() == pytest.approx(want['mean'].iloc[0], abs=1e-5)
+    rows = DF[:20].astype(object).where(DF[:20].notna(), None).to_dict('records')
+    np.testing.assert_allclose(load_predictor(tmp_path/'model').predict_rows(rows)[:,0], want['mean'], rtol=1e-4, atol=1e-4)
+    for k,v in learn.model.state_dict().items(): assert torch.equal(v, state[k]), k
+    assert learn.model.training is False and [type(m).__name__ for m in learn.metrics]==['AccumMetric']
+
+
+@pytest.mark.parametrize('noise,kw', KINDS[:5])
+def test_everything_that_predicts_returns_means(noise, kw):
+    learn = learner(noise, metrics=rmse, **kw)
+    preds,targs = learn.get_preds()
+    assert preds.shape == (40,1)
+    loss,error = learn.validate()
+    assert error == pytest.approx((preds-targs).square().mean().sqrt().item(), rel=1e-4)
+    losses = learn.get_preds(with_loss=True)[2]
+    assert losses.shape == (40,) and losses.mean().item() == pytest.approx(loss, rel=1e-4)
+    pred,_ = predicted(learn, learn.dls.valid)
+    torch.testing.assert_close(pred.mean, preds)
+    if not kw: return
+    members,_ = learn.get_member_preds()
+    torch.testing.assert_close(members.mean(1), preds, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(members.std(1, correction=0), pred.distribution.sd_members, rtol=1e-3, atol=1e-4)
+
+
+def test_an_ensemble_predicts_the_mixture_of_its_members():
+    learn = learner('mixture', config=dict(members=2), restarts=True)
+    whole = predicted(learn, learn.dls.valid)[0].distribution
+    x = whole.mean
+    parts = []
+    for cycle in learn.snapshot_ensemble.record:
+        with learn.snapshot_ensemble.using(cycle): parts.append(predicted(learn, learn.dls.valid)[0].distribution.cdf(x))
+    torch.testing.assert_close(whole.cdf(x), torch.stack(parts).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_several_targets():
+    df = DF.assign(z=100*DF.y+7)
+    learn = learner('quantile', dls=make_dls(df, ['y','z']), metrics=rmse)
+    learn.calibrate()
+    got = learn.predict_distribution(df[:5])
+    assert {'y_mean','z_mean','y_lower','z_q95'} <= set(got)
+    assert (got.z_sd>20*got.y_sd).all()
+
+
+def test_columns_of_the_average_are_of_means():
+    learn = learner('quantile', fit=False, metrics=[rmse,DistributionMetric('crps')])
+    with learn.no_logging(): learn.fit_zero_restarts(2, 1, 1e-2, seed=0)
+    dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    loss,error,crps = learn.validate()
+    assert learn.snapshot_ensemble.report().iloc[-1].to_dict()['average_rmse'] == pytest.approx(error, rel=1e-4)
+    assert learn.snapshot_ensemble.report().iloc[-1].to_dict()['average_crps'] == pytest.approx(crps, rel=1e-4)
+
+
+def test_a_fit_ends_the_calibration_and_lr_find_does_not(tmp_path):
+    learn = learner(path=tmp_path)
+    learn.calibrate()
+    with learn.no_logging(): learn.lr_find(show_plot=False, num_it=12)
+    assert calibration_of(learn) is not None
+    with pytest.warns(UserWarning, match='ends the calibration'), learn.no_logging(): learn.fit(1)
+    assert calibration_of(learn) is None
+    learn.save('plain')
+    learn.calibrate()
+    learn.load('plain')         # other weights, without a calibration
+    assert calibration_of(learn) is None
+
+
+def test_numbers_without_a_noise_model():
+    learn = learner(None)
+    assert learn.calibrate().method=='split'
+    with pytest.raises(ValueError, match="`method` must be one of 'split', got"): learn.calibrate(method='local')
+    ens = learner(None, config=dict(members=3))
+    assert ens.calibrate().method=='local'
+    got = ens.predict_distribution(DF[:5])
+    assert list(got) == ['mean','sd','lower','upper','sd_members','warnings'] and (got.sd>=got.sd_members*0).all()
+
+
+def test_groups_and_times_from_the_rows_of_the_learner():
+    df = DF.assign(day=pd.date_range('2020-01-01', periods=len(DF)))
+    learn = learner(dls=make_dls(df))
+    cal = learn.calibrate(.5, by='day', group='color', last=25)
+    assert len(cal.scores)==25 and set(cal.groups) <= {'red','green','blue','#na#'}
+    with pytest.raises(ValueError, match="no column 'year'"): learn.calibrate(by='year')
+    n = len(cal.scores)
+    learn.update_calibration(df[:10].assign(day=df.day.max()+pd.Timedelta(days=1)))
+    assert len(calibration_of(learn).scores)==n and (calibration_of(learn).times.diff()>=0).all()
+    with pytest.raises(ValueError, match='color'): learn.predict_distribution(df[:3].drop(columns='color'))
+
+
+@pytest.mark.parametrize('kw,name', [(dict(n_out=3), 'n_out'), (dict(y_range=(0,1)), 'y_range'), (dict(loss_func=rmse), 'loss_func')])
+def test_what_a_noise_model_decides_cannot_be_given(kw, name):
+    with pytest.raises(ValueError, match=f'`{name}` must be None with `noise`'): learner(fit=False, **kw)
+
+
+def test_no_noise_model_for_classes_and_constant_targets():
+    with pytest.raises(ValueError, match='for classes'): learner(fit=False, dls=make_dls(DF.assign(y=np.where(DF.y>0, 'a', 'b'))))
+    with pytest.raises(ValueError, match='`sd` must be positive'): learner(fit=False, dls=make_dls(DF.assign(y=1.)))
+
+
+def test_the_fast_path_trains_the_same_network():
+    a = learner('quantile', fit=False)
+    b = learner('quantile', fit=False).accelerate(replacement=True, valid_bs=32)
+    for l in (a,b):
+        set_seed(1)
+        with l.no_logging(): l.fit(1, 1e-2)
+    for k,v in a.model.state_dict().items(): torch.testing.assert_close(v, b.model.state_dict()[k], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(b.predict(DF.iloc[0])[2], a.predict(DF.iloc[0])[2], rtol=1e-4, atol=1e-5)
