@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['has_weights', 'PruneRecord', 'GradualPruning', 'acts_on_weights']
 
-# %% ../../nbs/382_callback.prune.ipynb #e2bd4eee
+# %% ../../nbs/382_callback.prune.ipynb #9f576194
 import math, warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,7 +13,7 @@ import pandas as pd, torch
 from fastai.basics import Learner, patch
 from torch import nn
 from .frozen_zero import FrozenZeroInit
-from ..checks import check_choice, check_int, check_layers, check_p, check_positive
+from ..checks import check_choice, check_int, check_p, check_positive
 from ..nn_utils import from_rank0, inner_model, select_layers, select_weights
 from ..sparsity.core import HeldWeights, MaskRecord, bit_mask, clean_optimizer
 from ..sparsity.prune import CRITERIA, SCHEDULES, Pruner, exchange, live_share, watch_inputs
@@ -30,7 +30,7 @@ class PruneRecord(MaskRecord):
     "Masks of pruned weights that travel with the `state_dict` of the model"
     key = 'fastai_dropconnect.pruned'
 
-# %% ../../nbs/382_callback.prune.ipynb #a01ad144
+# %% ../../nbs/382_callback.prune.ipynb #3adec2e8
 class GradualPruning(FrozenZeroInit):
     "Remove weights while the network trains, until only the most important ones are left"
     _stateattrs = ('_held','_last_owner','_pruner','_watching','_grads')
@@ -43,7 +43,7 @@ class GradualPruning(FrozenZeroInit):
         begin:float=.1, # Share of the training at which pruning begins
         end:float=.7, # Share of the training at which it ends
         structured:bool=False, # Remove whole units, filters and columns?
-        layers:str|list|Callable=None, # Names of layers or f(name, module); by default all linear layers and convolutions
+        layers:str|list|Callable=None, # Names of layers or f(name, module); by default all linear and conv layers
         criterion:str='scaled', # 'scaled': size by the rms of the layer's weights; 'size'
         regrow:float=0., # Share of the weights that are exchanged for others each time, falling to 0
         every:int=None # Steps from one time to the next; by default pruning takes 100 of them
@@ -53,7 +53,8 @@ class GradualPruning(FrozenZeroInit):
         if target<=1: raise ValueError(f'`target` must be more than 1, got target={target!r}')
         self.schedule = check_choice(schedule, 'schedule', SCHEDULES)
         self.begin,self.end = check_p(begin, 'begin'),check_positive(end, 'end')
-        if not begin<end<=1: raise ValueError(f'`end` must be above `begin` and at most 1, got begin={begin}, end={end}')
+        if not begin<end<=1:
+            raise ValueError(f'`end` must be above `begin` and at most 1, got begin={begin}, end={end}')
         self.structured = bool(structured)
         self.criterion = check_choice(criterion, 'criterion', CRITERIA)
         self.regrow = check_p(regrow, 'regrow')
