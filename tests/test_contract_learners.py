@@ -6,6 +6,8 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.tabular.all import Callback, Learner, SchedLin, SGD, noop, set_seed
 from fastai_dropconnect.all import *
+from fastai_dropconnect.callback.penalty import GroupLasso
+from fastai_dropconnect.callback.prune import GradualPruning
 from conftest import make_dls, make_table
 
 
@@ -28,6 +30,7 @@ LEARNERS = dict(
     members=dict(config=dict(members=3, weight_p=.1)), callback=dict(cbs=lambda: DropConnect(.2)),
     schedule=dict(cbs=lambda: DropConnect(SchedLin(.3, .1))), frozen_zero=dict(cbs=lambda: FrozenZeroInit(.5, seed=3)),
     free_zero=dict(cbs=lambda: FrozenZeroInit(.5, mask_grads=False)), recalibrated=dict(cbs=lambda: RecalibrateBN(True)),
+    pruned=dict(cbs=lambda: GradualPruning(8)), units=dict(cbs=lambda: GradualPruning(4, structured=True)), lasso=dict(cbs=lambda: GroupLasso(threshold=.1)),
     snapshots=dict(cbs=SnapshotEnsemble), zero_restarts=dict(cbs=lambda: ZeroRestarts(1, seed=2)),
     all_callbacks=dict(cbs=lambda: [DropConnect(.2), FrozenZeroInit(.5), RecalibrateBN(), ZeroRestarts(1)]))
 

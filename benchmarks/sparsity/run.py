@@ -17,8 +17,9 @@ def falling(pos): return 1. if pos<.5 else 2*(1-pos)    # the rate is constant i
 
 
 def make_learner(task, method, target, settings):
-    opt = method.opt or partial(FusedAdam, sqr_mom=.999, eps=1e-8, decouple_wd=task.decouple_wd)
+    opt = method.opt or partial(FusedAdam, decouple_wd=task.decouple_wd, **({} if task.one_cycle else dict(sqr_mom=.999, eps=1e-8)))
     dls = DataLoaders(task.batches(), [])
+    dls.n_inp = task.n_in
     learn = Learner(dls, task.model(), loss_func=task.loss, opt_func=opt, lr=task.lr, wd=task.wd, cbs=method.cbs(target, settings),
                     train_bn=True)
     learn.remove_cb(ProgressCallback)
@@ -51,7 +52,8 @@ def run(task, name, target, seed, epochs=None, settings=None) -> dict: # A row o
     learn = make_learner(task, method, target, settings)
     epochs,start = epochs or task.epochs,time.process_time()
     with learn.no_bar():
-        learn.fit(epochs, cbs=ParamScheduler({'lr': lambda pos: task.lr*falling(pos)}))
+        if task.one_cycle: learn.fit_one_cycle(epochs, task.lr)
+        else: learn.fit(epochs, cbs=ParamScheduler({'lr': lambda pos: task.lr*falling(pos)}))
     seconds = time.process_time()-start
     model = learn.model
     model.example = tuple(t[:2] for t in task.train[:task.n_in])

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 import numpy as np, torch
-from torch import nn
 import torch.nn.functional as F
+from torch import nn
 
 ROOT = Path(__file__).parent.parent.parent
 MNIST = ROOT.parent/'shared'/'data'/'mnist'
@@ -47,6 +47,7 @@ class Task:
     settings:dict=field(default_factory=dict)    # of methods, by their name
     wd:float=1e-4
     decouple_wd:bool=False
+    one_cycle:bool=False   # fastai's policy? Otherwise the rate is constant in the first half and then falls to 0
 
     def batches(self): return Batches(self.train, self.bs)
 
@@ -109,3 +110,40 @@ def task_regression(options, validate, seed):
     return Task('regression', train, test, model, F.mse_loss, nmse, 'NMSE', 3000, 100, 5e-3, settings=dict(relevant=sorted(relevant.tolist())), wd=0.)
 
 TASKS = dict(regression=task_regression, lenet300=task_lenet300, lenet5=task_lenet5, autoencoder=task_autoencoder)
+
+
+# Tables: the rows and splits of `benchmarks.accuracy`
+
+LAYERS = dict(bulldozers=[500,250], adult=[200,100], california=[200,100])
+BULLDOZERS = ROOT.parent/'shared'/'data'/'bulldozers'/'TrainAndValid.csv'
+
+def table(name, options, validate):
+    import pandas as pd
+    from fastai.tabular.all import Categorify, RegressionBlock, TabularPandas, get_emb_sz
+    from fastai.tabular.model import TabularModel
+    from fastai_dropconnect.tabular.procs import FillMissingAnywhere, QuantileNormalize
+    from benchmarks.accuracy.tables import Options, development_table, test_rows
+    data = Path(options.data or BULLDOZERS)
+    if name=='bulldozers' and not data.exists(): raise Missing(f"Kaggle's {data.name} is missing: pass --data FILE")
+    try: t = development_table(name, Options(str(data) if name=='bulldozers' else None, options.wheel))
+    except ValueError as e: raise Missing(str(e)) from None
+    train,test = (t.train,t.valid) if validate else (t.development,test_rows(name, Options(str(data) if name=='bulldozers' else None, options.wheel)))
+    df = pd.concat([train, test], ignore_index=True)
+    splits = list(range(len(train))),list(range(len(train), len(df)))
+    to = TabularPandas(df[[*t.cats,*t.conts,t.target]], [Categorify,FillMissingAnywhere,QuantileNormalize], list(t.cats), list(t.conts),
+                       t.target, RegressionBlock(), splits, reduce_memory=False)
+    def rows(part):
+        return (torch.tensor(part.cats.to_numpy()).long(), torch.tensor(part.conts.to_numpy('float32')),
+                torch.tensor(part.ys.to_numpy('float32')).view(-1, 1))
+    (c,x,y),held_out = rows(to.train),rows(to.valid)
+    mean,sd = (0.,1.) if t.classes else (y.mean(),y.std())
+    def auc(out, y):
+        from sklearn.metrics import roc_auc_score
+        return 1-roc_auc_score(y[:,0], out[:,0])
+    def rmse(out, y): return (out*sd+mean-y).square().mean().sqrt()
+    sizes,n_cont = get_emb_sz(to),x.shape[1]
+    return Task(name, (c,x,(y-mean)/sd), held_out, lambda: TabularModel(sizes, n_cont, 1, LAYERS[name]),
+                F.binary_cross_entropy_with_logits if t.classes else F.mse_loss, auc if t.classes else rmse, '1-AUC' if t.classes else 'RMSE',
+                10, 256, 5e-3, n_in=2, wd=.01, decouple_wd=True, one_cycle=True)
+
+TASKS |= {name: (lambda options, validate, seed, name=name: table(name, options, validate)) for name in ('adult','california','bulldozers')}

@@ -84,7 +84,7 @@ def _hold(self:GradualPruning) -> HeldWeights: # Empty if nothing has been prune
     masks = {p: self.record[n] for n,(p,_) in self.weights().items() if n in self.record}
     return HeldWeights({p: m for p,m in masks.items() if not m.all()})
 
-# %% ../../nbs/382_callback.prune.ipynb #4d59e8fc
+# %% ../../nbs/382_callback.prune.ipynb #4c271eab
 @patch
 def _position(self:GradualPruning) -> tuple: # (number of the step from 0, number of steps of the fit)
     "Return where in the fit the present batch is"
@@ -108,7 +108,8 @@ def before_train(self:GradualPruning):
                           self.criterion, self.structured)
     n = len(self.learn.dl)
     self._last_slot = self._slot(self.learn.epoch*n-1, self.learn.n_epoch*n)
-    self._done = False
+    # a later fit holds what is left, and exchanges nothing
+    self._done = self._pruner.n_live() <= round(self._pruner.n_all/self.target)
 
 # %% ../../nbs/382_callback.prune.ipynb #ca84fcbb
 def acts_on_weights(
@@ -153,7 +154,7 @@ def after_backward(self:GradualPruning):
         self._grads = {n: p.grad.clone() for n,p in self._pruner.weights.items() if p.grad is not None}
     super(GradualPruning, self).after_backward()
 
-# %% ../../nbs/382_callback.prune.ipynb #3e77cd56
+# %% ../../nbs/382_callback.prune.ipynb #6c3485fb
 @patch
 def after_step(self:GradualPruning):
     super(GradualPruning, self).after_step()
@@ -161,7 +162,9 @@ def after_step(self:GradualPruning):
     step,n_steps = self._position()
     self._last_slot,progress = self._slot(step, n_steps),(step+1)/n_steps
     self._done = progress>=self.end
-    self._pruner.prune(live_share(progress, self.target, self.begin, self.end, self.schedule), exact=self._done)
+    # what is pruned too much does not come back, so the last tenth of the times is exact
+    exact = progress >= self.end-.1*(self.end-self.begin)
+    self._pruner.prune(live_share(progress, self.target, self.begin, self.end, self.schedule), exact)
     if self._grads and not self._done: self._exchange(progress)
     self._grads = None
     masks = from_rank0(self._pruner.masks) if self.structured else self._pruner.masks

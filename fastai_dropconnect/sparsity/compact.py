@@ -163,7 +163,15 @@ def _graph_of(model:nn.Module) -> ChannelGraph|None:
     except Exception as e:      # `forward` is somebody else's code
         warnings.warn(f'{type(model).__name__} stays as it is, as its forward cannot be followed: {e}')
 
-# %% ../../nbs/246_sparsity.compact.ipynb #b5e78750
+# %% ../../nbs/246_sparsity.compact.ipynb #16ec5f56
+def _compact_again(model:CompactModel) -> CompactModel:
+    "Compact a model that reads some columns already"
+    inner = compact(model.model)
+    if not isinstance(inner, CompactModel): return CompactModel(inner, model.columns)
+    def both(old, new): return old if new is None else new if old is None else old[new]
+    columns = [both(old, new) for old,new in zip(model.columns, inner.columns)]
+    return CompactModel(inner.model, columns).train(model.training)
+
 def compact(
     model:nn.Module # Not changed; sequences, `TabularModel`, ensembles, any `forward` that `torch.fx` can follow
 ) -> nn.Module: # A copy with the same arguments, and the same outputs in eval; a `CompactModel` if columns are gone
@@ -173,6 +181,7 @@ def compact(
     if type(model).__name__ in _blends:
         model.models = nn.ModuleList([compact(m) for m in model.models])
         return model
+    if isinstance(model, CompactModel): return _compact_again(model)
     graph = _graph_of(model)
     if graph is None: return model
     stays = graph.keep()

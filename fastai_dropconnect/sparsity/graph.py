@@ -261,7 +261,7 @@ def _roots(self:ChannelGraph) -> Tensor: # `(n_units,)`, int64
     ties = coo_matrix((np.ones(len(a)), (a,b)), shape=(self.n_units,)*2)
     return torch.from_numpy(connected_components(ties, directed=False)[1]).long()
 
-# %% ../../nbs/243_sparsity.graph.ipynb #69ca2cff
+# %% ../../nbs/243_sparsity.graph.ipynb #2cef148b
 @patch
 def update(self:ChannelGraph) -> 'ChannelGraph': # Itself
     "Find the constant and the needed channels of the present weights"
@@ -286,6 +286,15 @@ def live(self:ChannelGraph) -> dict: # From the name of each weight to bool of i
 def constants(self:ChannelGraph) -> dict: # From the name of each weight to bool of its shape, after `update`
     "Tell which weights read a constant, and so do what a bias could do"
     return {f'{s.name}.weight': _on_weights(s, s.adds) for s in self.layers()}
+
+@patch
+def places(self:ChannelGraph) -> dict: # From the name of each weight to bool of its shape, after `update`
+    "Tell where one more weight would be live, and wake no others"
+    def shaped(s):
+        pairs = s.out.alive.view(s.n_members, -1, 1) & s.by_member(s.ins[0].alive)[:,None]
+        pairs = pairs.any(0) if len(s.layer.weight)==pairs.shape[1] else pairs.flatten(0, 1)
+        return pairs.view(*pairs.shape, *[1]*(s.layer.weight.dim()-2)).expand(s.layer.weight.shape)
+    return {f'{s.name}.weight': shaped(s) for s in self.layers()}
 
 @patch
 def n_live(self:ChannelGraph) -> int: # After `update`

@@ -125,7 +125,7 @@ def largest(
         low,high = (middle,high) if count(middle)<=limit else (low,middle-1)
     return low
 
-# %% ../../nbs/244_sparsity.prune.ipynb #e7adb0ba
+# %% ../../nbs/244_sparsity.prune.ipynb #7a4e0410
 @patch
 def _prune_weights(self:Pruner, n:int, exact:bool):
     "Keep the `n` best of the live weights"
@@ -137,8 +137,19 @@ def _prune_weights(self:Pruner, n:int, exact:bool):
     def kept(n): # What reads a constant stays
         best = keep_best(scores, live, n)
         return {name: m | (self.masks[name] & adds[name]) if name in adds else m for name,m in best.items()}
-    if exact: n = largest(lambda k: self.n_live_with(kept(k)), n, n, n_live)
-    self.masks = kept(n)
+    masks = kept(n)
+    if exact or self.n_live_with(masks)<.95*n:
+        masks = self._filled(kept(largest(lambda k: self.n_live_with(kept(k)), n, n, n_live)), live, n)
+    self.masks = masks
+
+@patch
+def _filled(self:Pruner, masks:dict, live:dict, n:int) -> dict: # Masks
+    "Add the best weights that are live at once, until `n` are"
+    left = n-self.n_live_with(masks)
+    places = self.graph.places()
+    free = {name: m & ~masks[name] & places[name] if name in places else m & ~masks[name] for name,m in live.items()}
+    more = keep_best(weight_scores(self.weights, free, self.criterion), free, max(left, 0))
+    return {name: m | more[name] for name,m in masks.items()}
 
 @patch
 def prune(self:Pruner,
