@@ -1,6 +1,6 @@
 "`compact` keeps the outputs of any network, whatever is zero in it, and `ChannelGraph` counts what has an effect"
-import copy, io, pickle, warnings
-import numpy as np, pytest, torch, torch.nn.functional as F
+import copy, pickle, warnings
+import numpy as np, pytest, torch
 from fastai.tabular.model import TabularModel
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
@@ -122,7 +122,6 @@ def test_copies_train_and_are_pickled_and_saved(kind, tmp_path):
 
 def test_what_is_live_is_what_has_an_effect():
     "Setting a weight to another value changes the outputs if and only if it is live or acts as a bias"
-    r = np.random.default_rng(1)
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).eval()
     for m in net[::2]: m.weight.data.mul_(torch.rand_like(m.weight)>.6)

@@ -84,7 +84,7 @@ def _hold(self:GradualPruning) -> HeldWeights: # Empty if nothing has been prune
     masks = {p: self.record[n] for n,(p,_) in self.weights().items() if n in self.record}
     return HeldWeights({p: m for p,m in masks.items() if not m.all()})
 
-# %% ../../nbs/382_callback.prune.ipynb #4c271eab
+# %% ../../nbs/382_callback.prune.ipynb #363f1abe
 @patch
 def _position(self:GradualPruning) -> tuple: # (number of the step from 0, number of steps of the fit)
     "Return where in the fit the present batch is"
@@ -102,14 +102,15 @@ def before_train(self:GradualPruning):
     if self._pruner is not None or self.released: return
     self._warn_without_decay()
     weights = {n: p for n,(p,_) in self.weights().items()}
-    if round(sum(p.numel() for p in weights.values())/self.target)<1:
+    least = round(sum(p.numel() for p in weights.values())/self.target)
+    if not least:
         raise ValueError(f'`target` must leave at least one weight, got target={self.target}')
     self._pruner = Pruner(inner_model(self.learn.model), weights, {n: self.record[n] for n in weights},
-                          self.criterion, self.structured)
+                          self.criterion, self.structured, least)
     n = len(self.learn.dl)
     self._last_slot = self._slot(self.learn.epoch*n-1, self.learn.n_epoch*n)
     # a later fit holds what is left, and exchanges nothing
-    self._done = self._pruner.n_live() <= round(self._pruner.n_all/self.target)
+    self._done = self._pruner.n_live() <= least
 
 # %% ../../nbs/382_callback.prune.ipynb #ca84fcbb
 def acts_on_weights(
@@ -154,7 +155,7 @@ def after_backward(self:GradualPruning):
         self._grads = {n: p.grad.clone() for n,p in self._pruner.weights.items() if p.grad is not None}
     super(GradualPruning, self).after_backward()
 
-# %% ../../nbs/382_callback.prune.ipynb #6c3485fb
+# %% ../../nbs/382_callback.prune.ipynb #3e77cd56
 @patch
 def after_step(self:GradualPruning):
     super(GradualPruning, self).after_step()
@@ -162,9 +163,7 @@ def after_step(self:GradualPruning):
     step,n_steps = self._position()
     self._last_slot,progress = self._slot(step, n_steps),(step+1)/n_steps
     self._done = progress>=self.end
-    # what is pruned too much does not come back, so the last tenth of the times is exact
-    exact = progress >= self.end-.1*(self.end-self.begin)
-    self._pruner.prune(live_share(progress, self.target, self.begin, self.end, self.schedule), exact)
+    self._pruner.prune(live_share(progress, self.target, self.begin, self.end, self.schedule), exact=self._done)
     if self._grads and not self._done: self._exchange(progress)
     self._grads = None
     masks = from_rank0(self._pruner.masks) if self.structured else self._pruner.masks

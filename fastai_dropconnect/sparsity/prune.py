@@ -62,7 +62,7 @@ def keep_best(
     parts = chosen.split([len(s) for s in scores.values()])
     return {name: masks[name].masked_scatter(masks[name], part) for name,part in zip(scores, parts)}
 
-# %% ../../nbs/244_sparsity.prune.ipynb #cb340ce3
+# %% ../../nbs/244_sparsity.prune.ipynb #71d2cf84
 class Pruner:
     "Masks of weights that become fewer: `prune` chooses by score, and never lets a weight come back"
     def __init__(self,
@@ -70,12 +70,13 @@ class Pruner:
         weights:dict, # From full name to parameter
         masks:dict=None, # From name to bool, `True` = kept; by default all are kept
         criterion:str='scaled', # As in `weight_scores`
-        structured:bool=False # Prune whole units, filters and columns?
+        structured:bool=False, # Prune whole units, filters and columns?
+        least:int=0 # Live weights that are left in the end, if known: no step leaves fewer
     ):
         self.weights = dict(weights)
         self.masks = {n: torch.ones(p.shape, dtype=torch.bool) for n,p in weights.items()} | (masks or {})
         self.criterion = check_choice(criterion, 'criterion', CRITERIA)
-        self.structured = bool(structured)
+        self.structured,self.least = bool(structured),least
         self.mean_squares = {}      # from the name of a layer to the mean squares of its inputs
         self.graph = ChannelGraph(model)
         missing = set(self.weights) - {f'{s.name}.weight' for s in self.graph.layers()}
@@ -125,7 +126,7 @@ def largest(
         low,high = (middle,high) if count(middle)<=limit else (low,middle-1)
     return low
 
-# %% ../../nbs/244_sparsity.prune.ipynb #7a4e0410
+# %% ../../nbs/244_sparsity.prune.ipynb #edf3cd11
 @patch
 def _prune_weights(self:Pruner, n:int, exact:bool):
     "Keep the `n` best of the live weights"
@@ -138,7 +139,7 @@ def _prune_weights(self:Pruner, n:int, exact:bool):
         best = keep_best(scores, live, n)
         return {name: m | (self.masks[name] & adds[name]) if name in adds else m for name,m in best.items()}
     masks = kept(n)
-    if exact or self.n_live_with(masks)<.95*n:
+    if exact or self.n_live_with(masks)<max(.95*n, self.least):
         masks = self._filled(kept(largest(lambda k: self.n_live_with(kept(k)), n, n, n_live)), live, n)
     self.masks = masks
 
