@@ -7,6 +7,8 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.tabular.all import Callback, Learner, SchedLin, SGD, noop, set_seed
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.gates import FeatureGates
+from fastai_dropconnect.callback.penalty import GroupLasso
+from fastai_dropconnect.callback.prune import GradualPruning
 from fastai_dropconnect.tabular.resnet import tabular_resnet_config
 from conftest import make_dls, make_table
 
@@ -30,6 +32,7 @@ LEARNERS = dict(
     members=dict(config=dict(members=3, weight_p=.1)), callback=dict(cbs=lambda: DropConnect(.2)),
     schedule=dict(cbs=lambda: DropConnect(SchedLin(.3, .1))), frozen_zero=dict(cbs=lambda: FrozenZeroInit(.5, seed=3)),
     free_zero=dict(cbs=lambda: FrozenZeroInit(.5, mask_grads=False)), recalibrated=dict(cbs=lambda: RecalibrateBN(True)),
+    pruned=dict(cbs=lambda: GradualPruning(8)), units=dict(cbs=lambda: GradualPruning(4, structured=True)), lasso=dict(cbs=lambda: GroupLasso(threshold=.1)),
     quantiles=dict(noise='quantile'), mixtures=dict(noise='mixture', config=dict(members=2)),
     snapshots=dict(cbs=SnapshotEnsemble), gates=dict(cbs=lambda: FeatureGates(5, end=.6)), ple_gates=dict(config=dict(num_embeddings='ple', members=2), cbs=lambda: FeatureGates(5)),
     resnet=dict(config=tabular_resnet_config(width=8, weight_p=.1, path_p=.2)), zero_restarts=dict(cbs=lambda: ZeroRestarts(1, seed=2)),
