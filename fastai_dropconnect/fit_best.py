@@ -69,7 +69,7 @@ STEP_WORK = 4e8    # what else a step costs, in multiplications
 
 def epochs_for(
     learn:Learner,
-    work:float # Multiplications to spend; 1e11 take about a second on one core
+    work:float # Multiplications to spend; 1e11 take about three seconds on one core
 ) -> int:
     "Return the epochs that a network can be trained for"
     n_members = getattr(learn.model, 'n_members', None) or 1
@@ -128,7 +128,7 @@ def train_candidate(
     kind:Kind,
     score:Callable, # Function of predictions and targets; lower is better
     epochs:int=None, # `None`: as many as the validation rows want
-    work:float=2e12, # As in `epochs_for`
+    work:float=8e11, # As in `epochs_for`
     deadline:float=math.inf, # On the clock of `time.monotonic`
     seed:int=0
 ) -> Candidate:
@@ -204,16 +204,16 @@ KINDS = { # name: kind; those that do not fit the columns of a table are left ou
     'vectors': Kind(_members.replace(num_embeddings=_vectors))}
 
 VARIATIONS = { # name: what changes
+    'smaller': dict(layers=[100,50]),
     'less dropout': dict(ps=0., embed_p=0.),
     'more dropout': dict(ps=.4, embed_p=.3),
-    'smaller': dict(layers=[100,50]),
     'wider': dict(layers=[400,200]),
     'dropconnect': dict(weight_p=.2)}
 
 BUDGETS = { # name: multiplications of a candidate, variations
-    'quick': (3e11, ()),
-    'default': (2e12, ('restarts','less dropout','more dropout')),    # zero restarts
-    'best': (6e12, ('restarts', *VARIATIONS, 'again','again'))}    # the best kind with other seeds
+    'quick': (1.2e11, ()),
+    'default': (8e11, ('restarts','smaller')),    # zero restarts
+    'best': (4e12, ('restarts', *VARIATIONS, 'again','again'))}    # the best kind with other seeds
 
 # %% ../nbs/410_fit_best.ipynb #102aa4a6
 class _TimeIsOver(Exception): "There is no time for another candidate"
