@@ -72,7 +72,7 @@ class BestAverage(Callback):
         if not self._active: return
         n = len(self.dls.train)
         self._every = self.every or min(max(n, 30), 400)
-        self.average = averaged_model(self.learn.model, self.share)
+        self._moving = averaged_model(self.learn.model, self.share)
         self.steps,self.best_step,self.best_loss,self.losses = 0,0,math.inf,[]
         self.timed_out,self._seconds,self._best = False,0.,None
         self._lrs = [h['lr'] for h in self.opt.hypers]
@@ -83,7 +83,7 @@ class BestAverage(Callback):
 
     def after_batch(self):
         if not (self._active and self.training): return
-        self.average.update_parameters(self.learn.model)
+        self._moving.update_parameters(self.learn.model)
         self.steps += 1
         self.timed_out = time.monotonic()+self._seconds >= self.deadline
         if self.timed_out or self.steps%self._every==0: self._measure()
@@ -97,7 +97,7 @@ class BestAverage(Callback):
         self._active = False
         if self.steps and not self.losses: self._measure()
         if self._best is not None: self.learn.model.load_state_dict(self._best)
-        del self.average,self._best
+        del self._moving,self._best
 
 # %% ../../nbs/357_callback.averaging.ipynb #745c5ad7
 @torch.no_grad()
@@ -122,11 +122,11 @@ def predictions(
 def _measure(self:BestAverage):
     "Measure the average, and keep it if it is the best so far"
     start = time.monotonic()
-    loss = float(self._loss(*predictions(self.learn, self.average.module)))
+    loss = float(self._loss(*predictions(self.learn, self._moving.module)))
     self.losses.append(loss)
     if loss<self.best_loss:
         self.best_loss,self.best_step = loss,self.steps
-        self._best = {k: v.clone() for k,v in self.average.module.state_dict().items()}
+        self._best = {k: v.clone() for k,v in self._moving.module.state_dict().items()}
     self._seconds = time.monotonic()-start
 
 @patch
