@@ -205,6 +205,7 @@ KINDS = { # name: kind; those that do not fit the columns of a table are left ou
 
 VARIATIONS = { # name: what changes
     'smaller': dict(layers=[100,50]),
+    'levels': dict(layers=[100,50], embed_weight_p=.3),    # vectors of categories are dropped in training
     'less dropout': dict(ps=0., embed_p=0.),
     'more dropout': dict(ps=.4, embed_p=.3),
     'wider': dict(layers=[400,200]),
@@ -212,7 +213,7 @@ VARIATIONS = { # name: what changes
 
 BUDGETS = { # name: multiplications of a candidate, variations
     'quick': (1.2e11, ()),
-    'default': (8e11, ('restarts','smaller')),    # zero restarts
+    'default': (8e11, ('restarts','smaller','levels')),    # zero restarts
     'best': (4e12, ('restarts', *VARIATIONS, 'again','again'))}    # the best kind with other seeds
 
 # %% ../nbs/410_fit_best.ipynb #102aa4a6
@@ -237,6 +238,7 @@ class Search:
         self.candidates = []
         fits = lambda kind: folds[0].cont_names or kind.recipe.settings.get('num_embeddings') is None
         self.kinds = {k: v for k,v in KINDS.items() if fits(v)}
+        if not folds[0].cat_names: self.variations = [v for v in self.variations if v!='levels']
         self.n_left = len(self.kinds) + len(self.variations)
         self.progress = SearchProgress(self.end, self.n_left, verbose)
 
