@@ -243,12 +243,13 @@ def _refit(self:TableEstimator, again, end):
     "Train the networks of the blend on all rows"
     [dls] = self._all_rows()
     models,weights = [],[]
-    for train,weight in again:
-        if self.verbose: print(f'training on all rows: {len(models)+1} of {len(again)}')
-        model = train(dls, end)
-        if model is None: return
-        models.append(model)
-        weights.append(weight)
+    try:
+        for train,weight in again:
+            if self.verbose: print(f'training on all rows: {len(models)+1} of {len(again)}')
+            models.append(train(dls, end))
+            weights.append(weight)
+            if models[-1] is None: return
+    except KeyboardInterrupt: return
     if not models: return
     old = self.learner_
     model = BlendedModel(models, weights, old.model.average, old.model.temperature)
