@@ -20,7 +20,7 @@ from .boosting import boosted_candidate
 from .checks import check_choice, check_positive
 from .drift import beyond_range, leave_out
 from .ensemble.blend import BlendedModel
-from .fit_best import BUDGETS, fit_best_on, score_for
+from .fit_best import BUDGETS, StopAt, fit_best_on, score_for
 from .recipes import RECIPES, train_recipe
 from .splits import column_or_values, splits_of
 from .tabular.frames import FrameReader, as_frame
@@ -243,12 +243,13 @@ def _refit(self:TableEstimator, again, end):
     "Train the networks of the blend on all rows"
     [dls] = self._all_rows()
     models,weights = [],[]
-    for train,weight in again:
-        if self.verbose: print(f'training on all rows: {len(models)+1} of {len(again)}')
-        model = train(dls, end)
-        if model is None: return
-        models.append(model)
-        weights.append(weight)
+    try:
+        for train,weight in again:
+            if self.verbose: print(f'training on all rows: {len(models)+1} of {len(again)}')
+            models.append(train(dls, end))
+            weights.append(weight)
+            if models[-1] is None: return
+    except KeyboardInterrupt: return
     if not models: return
     old = self.learner_
     model = BlendedModel(models, weights, old.model.average, old.model.temperature)
@@ -256,11 +257,12 @@ def _refit(self:TableEstimator, again, end):
     self.learner_.leaderboard = old.leaderboard
 
 # %% ../nbs/528_table_estimator.ipynb #d371a70d
-def _quick_loss(dls, seed):
-    "Return the validation loss of a small network that is trained for a short time"
+def _quick_loss(dls, deadline):
+    "Return the validation loss of a small network that is trained for a short time, infinite if the time is over"
     epochs = min(20, 3 + 300//max(1, len(dls.train)))
     recipe = RECIPES['ple' if dls.cont_names else 'fastai']
-    learn = train_recipe(dls, recipe, epochs, seed=seed, layers=[64,32])
+    learn = train_recipe(dls, recipe, epochs, cbs=StopAt(deadline), layers=[64,32])
+    if learn._grab_cbs(StopAt)[0].timed_out: return math.inf
     with learn.no_bar(), learn.no_logging(): return float(learn.validate()[0])
 
 @patch
@@ -275,11 +277,12 @@ def _drop_drifting(self:TableEstimator, df, targets, rows, weights):
     at = np.concatenate(some)
     splits = [(np.arange(len(some[0])),np.arange(len(some[0]), len(at)))]
     parts = df.iloc[at].reset_index(drop=True),targets[at],splits,len(some[0]),None if weights is None else weights[at]
-    kept,start = reader.to_dict(),clock.monotonic()
+    kept = reader.to_dict()
+    deadline = clock.monotonic() + (self.time_limit/6 if self.time_limit else math.inf)
     def loss_without(names):
-        if self.time_limit and clock.monotonic()-start>self.time_limit/6: return np.inf
+        if clock.monotonic()>=deadline: return math.inf
         self.reader_ = FrameReader.from_dict(kept).leave_out(names, '')
-        return _quick_loss(self._loaders(*parts)[0], 0)
+        return _quick_loss(self._loaders(*parts)[0], deadline)
     useless = leave_out(names, loss_without)
     self.reader_ = reader.leave_out(useless, 'it runs beyond its training range')
 

@@ -157,7 +157,16 @@ def test_columns_that_run_on_are_left_out_only_where_that_helps():
     assert 'day' not in regressor().fit(df, useful, time=day).reader_.dropped
 
 
-def test_all_rows_are_trained_on_at_the_end_of_a_split_by_time():
+def interrupted_after(n, last):
+    "Return a function that trains `n` times after each other, and then returns or raises `last`"
+    train,calls = sklearn_checks.train_small,[]
+    def again(*args, **kw):
+        calls.append(1)
+        if len(calls)%(n+1): return train(*args, **kw)
+        if last is not None: raise last
+    return again
+
+def test_all_rows_are_trained_on_at_the_end_of_a_split_by_time(monkeypatch):
     df,y = table(300)
     new = np.arange(300)>=240
     df['size'] = np.where(new, 'XL', df['size'])      # a level that only the latest rows have
@@ -166,6 +175,9 @@ def test_all_rows_are_trained_on_at_the_end_of_a_split_by_time():
     score = lambda **kw: np.abs(regressor(**kw).fit(df.drop(columns='when'), y, time=np.arange(300)).predict(df[new])-100).mean()
     assert score() < score(refit=False)/2
     assert regressor(refit=True).fit(df, y).predict(df).shape==(300,)
+    for last in (None, KeyboardInterrupt):      # the time is over, or the user interrupts
+        monkeypatch.setattr(sklearn_checks, 'train_small', interrupted_after(1, last))
+        assert score()==score(refit=False)
     with pytest.raises(ValueError, match='`refit`'): regressor(refit='always').fit(df, y)
 
 
