@@ -1,4 +1,5 @@
 # make demo [DATA=TrainAndValid.csv] | make test | make bench [BENCH=--quick] | make bench-accuracy [DATA=...] [ARGS=--quick]
+# make bench-uncertainty [DATA=...] [ARGS=--quick]
 # make lint | make export | make readme | make docs | make release-check | make clean
 # make mutate [ARGS='--n 20 --modules recipes']
 PYTHON ?= python3
@@ -9,7 +10,7 @@ DATA ?=
 OUT ?= bulldozers_out
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test mutate lint bench bench-accuracy export readme docs release-check clean
+.PHONY: demo test mutate lint bench bench-accuracy bench-uncertainty export readme docs release-check clean
 
 $(VENV)/.installed: $(CONSTRAINTS) settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3,10) else 0)'
@@ -29,6 +30,10 @@ $(VENV)/.bench-accuracy: $(VENV)/.installed benchmarks/requirements.txt
 
 bench-accuracy: $(VENV)/.bench-accuracy
 	OMP_NUM_THREADS=1 python -m benchmarks.accuracy $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+# Intervals and probabilities of networks and trees, before and after calibration
+bench-uncertainty: $(VENV)/.bench-accuracy
+	OMP_NUM_THREADS=1 python -m benchmarks.uncertainty $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 nbdev-test
