@@ -1,5 +1,6 @@
 # make demo [DATA=TrainAndValid.csv] | make test | make bench [BENCH=--quick] | make bench-accuracy [DATA=...] [ARGS=--quick]
 # make bench-arena [DATA=...] [ARGS='--quick' or '--tables credit --methods ours,lgbm']
+# make bench-uncertainty [DATA=...] [ARGS=--quick]
 # make lint | make export | make readme | make docs | make release-check | make clean
 # make mutate [ARGS='--n 20 --modules recipes']
 PYTHON ?= python3
@@ -10,7 +11,7 @@ DATA ?=
 OUT ?= bulldozers_out
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test mutate lint bench bench-accuracy bench-arena export readme docs release-check clean
+.PHONY: demo test mutate lint bench bench-accuracy bench-arena export readme docs release-check clean bench-uncertainty
 
 $(VENV)/.installed: $(CONSTRAINTS) settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3,10) else 0)'
@@ -39,6 +40,9 @@ build/arena_packages/.installed: $(VENV)/.bench-accuracy benchmarks/arena/requir
 
 bench-arena: build/arena_packages/.installed
 	PYTHONPATH='$(CURDIR)/build/arena_packages' OMP_NUM_THREADS=1 python -m benchmarks.arena $(if $(DATA),--data '$(DATA)') $(ARGS)
+# Intervals and probabilities of networks and trees, before and after calibration
+bench-uncertainty: $(VENV)/.bench-accuracy
+	OMP_NUM_THREADS=1 python -m benchmarks.uncertainty $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 nbdev-test

@@ -9,6 +9,7 @@ from fastcore.foundation import L
 from conftest import make_table
 from ensemble_learners import *
 from fastai_dropconnect.all import *
+from fastai_dropconnect.callback import mc      # noqa: F401, gives every Learner `get_mc_preds`
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -65,7 +66,8 @@ def predict_as_fastai_does_inside(learn): # As in `layer_info`: without the lock
 
 ACTIONS = dict(
     validate=lambda l: l.validate(), validate_train=lambda l: l.validate(0), get_preds=lambda l: l.get_preds(with_loss=True, with_decoded=True),
-    predict=lambda l: l.predict(make_table(9).iloc[8]), show_results=show, summary=lambda l: l.summary(), inner=predict_as_fastai_does_inside,
+    predict=lambda l: l.predict(make_table(9).iloc[8]), show_results=show, summary=lambda l: l.summary(),
+    mc=lambda l: l.get_mc_preds(n=6, p=.2, seed=0), moments=lambda l: l.get_mc_preds(p=.2, method='moments'), inner=predict_as_fastai_does_inside,
     lr_find=lambda l: l.lr_find(show_plot=False, num_it=6, suggest_funcs=None))
 
 def files(path): return {f for f in path.rglob('*') if f.name!='models'}

@@ -28,14 +28,16 @@ def share_error(
     "Return how far a share may be off by chance"
     return 2*np.sqrt(np.clip(share*(1-share), 1/np.maximum(n, 1), None)/np.maximum(n, 1))
 
-# %% ../../nbs/392_callback.show_calibration.ipynb #01209a51
+# %% ../../nbs/392_callback.show_calibration.ipynb #c126027b
 def _numbers(learn, df, ds_idx, by): # A frame with a row for each prediction of the first target
     dl,columns = _rows(learn, df, ds_idx, (by,))
     pred,targs = predicted(learn, dl)
     if targs is None: raise ValueError('`df` must have the target')
     if pred.kind=='classes': return pred,targs.flatten(),None
     sd,interval = total_sd(pred, calibration_of(learn)),calibrated_interval(learn, pred, df)
-    if sd is None: raise ValueError('`show_calibration` needs a Learner with `noise` or a calibration: call `learn.calibrate` first')
+    if sd is None:
+        raise ValueError('`show_calibration` needs a Learner with `noise` or a calibration: '
+                         'call `learn.calibrate` first')
     y = targs.double()
     pit = pred.distribution.cdf(y) if pred.distribution is not None else torch.special.ndtr((y-pred.mean)/sd)
     first = lambda t: t.reshape(len(y), -1)[:,0].detach().cpu().double().numpy()
@@ -49,7 +51,7 @@ def _grouped(rows, groups): # Share inside, its error, and numbers of rows
     n = np.array([len(g) for g in groups])
     return shares,share_error(shares, n)
 
-# %% ../../nbs/392_callback.show_calibration.ipynb #5169fab4
+# %% ../../nbs/392_callback.show_calibration.ipynb #56e32bb3
 _blue,_orange = '#1f77b4','#ff7f0e'
 
 def _reliability(ax, rows, level):
@@ -59,7 +61,8 @@ def _reliability(ax, rows, level):
     ax.fill_between(u, u-error, u+error, color='0.85', label='chance')
     ax.plot([0,1], [0,1], color='0.5', lw=1)
     ax.plot(u, share, color=_blue, marker='.', ms=4, label='observed')
-    ax.set(xlabel='predicted level', ylabel='share of targets below', title='reliability', xlim=(0,1), ylim=(0,1))
+    ax.set(xlabel='predicted level', ylabel='share of targets below', title='reliability')
+    ax.set(xlim=(0,1), ylim=(0,1))
     ax.legend(fontsize=7)
 
 def _pit(ax, rows, level):
@@ -76,22 +79,27 @@ def _coverage(ax, rows, level, groups, labels, xlabel):
     ax.axhline(level, color='0.5', ls='--', lw=1)
     ax.errorbar(x, shares, errors, fmt='o', color=_blue, capsize=3)
     ax.set_xticks(x, labels, fontsize=7)
-    ax.set(ylim=(min(level-.2, (shares-errors).min()-.02), 1.01), xlabel=xlabel, ylabel=f'share in the {level:.0%} interval')
+    low = min(level-.2, (shares-errors).min()-.02)
+    ax.set(ylim=(low, 1.01), xlabel=xlabel, ylabel=f'share in the {level:.0%} interval')
 
 def _by_spread(ax, rows, level):
     groups = equal_groups(rows.sd.to_numpy(), 5)
-    _coverage(ax, rows, level, groups, [f'{rows.sd.to_numpy()[g].mean():.2g}' for g in groups], 'standard deviation, mean of the group')
+    labels = [f'{rows.sd.to_numpy()[g].mean():.2g}' for g in groups]
+    _coverage(ax, rows, level, groups, labels, 'standard deviation, mean of the group')
     ax.set_title('coverage by spread')
 
-# %% ../../nbs/392_callback.show_calibration.ipynb #85e4a83c
+# %% ../../nbs/392_callback.show_calibration.ipynb #48638ec0
 def _period_label(values) -> str: # Of a group of dates or numbers
     first = values[0]
-    return f'{pd.Timestamp(first):%y-%m}' if np.issubdtype(np.asarray(values).dtype, np.datetime64) else f'{first:.4g}'
+    if np.issubdtype(np.asarray(values).dtype, np.datetime64): return f'{pd.Timestamp(first):%Y-%m}'
+    return f'{first:.4g}' if isinstance(first, (int,float,np.number)) else str(first)
 
 def _by_period(ax, rows, level, by):
     values = rows.by.to_numpy()
-    groups = equal_groups(pd.to_numeric(pd.Series(values)).to_numpy() if values.dtype!=object else pd.factorize(values, sort=True)[0], 8)
-    _coverage(ax, rows, level, groups, [_period_label(values[g]) for g in groups], f'{by or "position of the row"}, from')
+    codes = pd.factorize(values, sort=True)[0] if values.dtype==object else values
+    groups = equal_groups(codes, 8)
+    labels = [_period_label(values[g]) for g in groups]
+    _coverage(ax, rows, level, groups, labels, f'{by or "position of the row"}, from')
     ax.set_title('coverage by period')
 
 def _widths(ax, rows, level):
@@ -111,10 +119,11 @@ def _errors(ax, rows, level):
     ax.errorbar(x, y, chance, fmt='o', color=_blue, capsize=3, label='ten groups')
     line = np.array([0, x.max()*1.05])
     ax.plot(line, line*math.sqrt(2/math.pi), color='0.5', ls='--', lw=1, label='if errors are normal')
-    ax.set(xlabel='predicted standard deviation', ylabel='mean error', title='error against spread', xlim=(0,None), ylim=(0,None))
+    ax.set(xlabel='predicted standard deviation', ylabel='mean error', title='error against spread')
+    ax.set(xlim=(0,None), ylim=(0,None))
     ax.legend(fontsize=7)
 
-# %% ../../nbs/392_callback.show_calibration.ipynb #368337e8
+# %% ../../nbs/392_callback.show_calibration.ipynb #61b44729
 def _class_hits(probs, targs): # Probability, and whether it happened
     if probs.shape[1]==2: return probs[:,1].numpy(),(targs==1).numpy()
     p,best = probs.max(1)
@@ -130,7 +139,8 @@ def _probabilities(axs, pred, targs, cal):
         axs[0].errorbar(x, y, share_error(y, n), fmt='o-', color=color, capsize=3, ms=4, lw=1, label=name)
         axs[1].hist(p, np.linspace(0, 1, 26), color=color, alpha=.5, label=name)
     axs[0].plot([0,1], [0,1], color='0.5', lw=1)
-    axs[0].set(xlabel='predicted probability', ylabel='share that happened', title='reliability', xlim=(0,1), ylim=(0,1))
+    axs[0].set(xlabel='predicted probability', ylabel='share that happened', title='reliability')
+    axs[0].set(xlim=(0,1), ylim=(0,1))
     axs[1].set(xlabel='predicted probability', ylabel='rows', title='probabilities')
     for ax in axs: ax.legend(fontsize=7)
 

@@ -28,9 +28,9 @@ def _range(x:np.ndarray) -> tuple: # Of the finite numbers
     x = x[np.isfinite(x)]
     return (float(x.min()),float(x.max())) if len(x) else (-np.inf,np.inf)
 
-# %% ../../nbs/318_tabular.guard.ipynb #08cf1ab1
+# %% ../../nbs/318_tabular.guard.ipynb #ef63cbc4
 class InputGuard(TabularProc):
-    "Know the levels and ranges of the training rows, and find rows that leave them; changes no row"
+    "Know levels and ranges of the training rows, find rows that leave them, and change none"
     order = -10     # before procs that fill gaps and encode
     guards_inputs = True    # `dls.input_guard` asks
     def __init__(self,
@@ -89,12 +89,13 @@ def check(self:InputGuard,
     res = pd.DataFrame({k:m.sum(axis=1).astype(int) for k,m in self._marks(df).items()})
     return res.assign(distance=self.distances(df)) if self.n_neighbors else res
 
-# %% ../../nbs/318_tabular.guard.ipynb #de13871b
+# %% ../../nbs/318_tabular.guard.ipynb #2f5d36f4
 def _message(kind, name, value, low, high) -> str:
     "Say what is wrong with a value"
     if kind=='new_levels': return f'{name}: {_text(value)} is new'
     if kind=='new_gaps': return f'{name}: no value, but each training row has one'
-    return f'{name}: {_text(float(value))} is {"below" if float(value)<low else "above"} {_text(low if float(value)<low else high)}'
+    x = float(value)
+    return f'{name}: {_text(x)} is ' + (f'below {_text(low)}' if x<low else f'above {_text(high)}')
 
 @patch
 def warnings(self:InputGuard,

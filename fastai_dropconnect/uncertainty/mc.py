@@ -119,7 +119,7 @@ def seeded(
         torch.manual_seed(seed)
         yield
 
-# %% ../../nbs/283_uncertainty.mc.ipynb #5bcfc694
+# %% ../../nbs/283_uncertainty.mc.ipynb #df3d6c60
 @contextmanager
 def mc_noise(
     model:nn.Module,
@@ -127,7 +127,7 @@ def mc_noise(
     mode:str=None, # Of linear layers: 'example', 'batch' or 'gaussian'; by default that of each layer
     seed:int=None # Repeats the noise, and leaves torch's random numbers as they were
 ):
-    "Put `model` into eval mode with its noise on; afterwards it is as it was, even after an error"
+    "Put `model` into eval mode with its noise on; restore it afterwards, even after an error"
     if p is not None: check_p(p)
     check_choice(mode, 'mode', MODES, none=True)
     check_seed(seed)

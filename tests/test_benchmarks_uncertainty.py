@@ -1,0 +1,77 @@
+"The uncertainty benchmark on made-up numbers: scores, calibrations, and resumed runs"
+import sys
+from pathlib import Path
+import numpy as np, pandas as pd, pytest
+from conftest import make_table
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.uncertainty import __main__ as command
+from benchmarks.uncertainty.data import TABLES, Data
+from benchmarks.uncertainty.methods import LEVELS, NETWORKS, Prediction
+from benchmarks.uncertainty.report import report_text
+from benchmarks.uncertainty.score import intervals, rolling_quantiles, score_classes, score_numbers
+
+rng = np.random.default_rng(0)
+def normal(n=4000, spread=False):
+    sd = rng.uniform(.2, 2, n)
+    y = rng.normal(size=n)*sd
+    return Prediction(np.zeros(n), spread=sd/6 if spread else None),y
+
+def test_calibrated_intervals_hold_what_they_say():
+    (valid,y),(test,y_test) = normal(spread=True),normal(spread=True)
+    rows = {r['calibration']:r for r in score_numbers(valid, test, y, y_test)}
+    for name in ('split','local','cqr'): assert abs(rows[name]['coverage']-.9)<.02, name      # four standard errors
+    assert rows['local']['winkler'] < .95*rows['split']['winkler'] and list(rows)==['raw','split','local','cqr']
+
+def test_quantiles_of_a_method_are_its_own():
+    valid,y = normal()
+    q = np.tile(np.quantile(y, LEVELS), (len(y),1))
+    pred = Prediction(valid.mean, sd=np.ones(len(y)), quantiles=q)
+    low,high = intervals(pred, pred, y, y)['raw']
+    assert (low==q[:,0]).all() and (high==q[:,-1]).all()
+    assert score_numbers(pred, pred, y, y)[0]['coverage']==pytest.approx(.9, abs=.001)
+
+def test_rolling_quantiles_know_the_days_before_only():
+    days = pd.Series(pd.to_datetime(['2012-01-02','2012-01-01','2012-01-02']))
+    res = rolling_quantiles(np.arange(20.), np.array([100.,200.,300.]), days, window=19)
+    assert res.tolist()==[19.,18.,19.]      # the 18th of 19: the outcome of the first day, 200, counts on the second
+
+def test_worst_quarter():
+    (valid,y),(test,y_test) = normal(),normal()
+    days = pd.Series(pd.Timestamp('2010-01-01')+pd.to_timedelta(np.arange(4000)//20, unit='D'))
+    rows = {r['calibration']:r for r in score_numbers(valid, test, y, y_test, (days,days))}
+    assert all(.8<r['worst_quarter']<=r['coverage'] for r in rows.values()) and 'last 500' in rows
+
+def test_classes_get_a_temperature():
+    z = rng.normal(size=(3000,2))
+    y = (rng.random(3000) < 1/(1+np.exp(z[:,0]-z[:,1]))).astype(int)
+    p = Prediction(z[:,1], logits=3*z)
+    raw,calibrated = score_classes(p, p, y, y)
+    assert abs(calibrated['temperature']-3)<.4 and calibrated['log_loss']<raw['log_loss'] and calibrated['ece']<raw['ece']
+
+def made_up(options, classes=False):
+    df = make_table(120).rename(columns=dict(y='target')).astype(dict(target=float))
+    if classes: df['target'] = (df.target>df.target.median()).astype(int)
+    parts = tuple(df.iloc[i::3].reset_index(drop=True) for i in range(3))
+    return Data('classes' if classes else 'numbers', 'made up', ['color','code'], ['b'], 'target', parts, 1, 16, False, classes)
+
+@pytest.mark.filterwarnings('ignore')
+def test_an_interrupted_run_continues(tmp_path, monkeypatch):
+    monkeypatch.setitem(TABLES, 'numbers', made_up)
+    monkeypatch.setitem(TABLES, 'classes', lambda o: made_up(o, True))
+    names,methods = ['numbers','classes'],['plain','plain, noise p=.1 when it predicts','plain, moments p=.1','quantile']
+    path = tmp_path/'uncertainty.csv'
+    command.run(names, methods[:1], 1, None, path, 1, 5)
+    first = path.read_text()
+    path.write_text(first+'numbers,made')       # killed while it wrote
+    command.run(names, methods, 1, None, path, 1, 5)
+    assert path.read_text().startswith(first)
+    res = command.known(path)
+    assert res.groupby('dataset').method.nunique().to_dict()==dict(numbers=4, classes=2)
+    assert np.isfinite(res[res.dataset=='numbers'][['rmse','crps','winkler','coverage']]).all(axis=None)
+    assert '## numbers' in report_text(res) and 'CQR' in report_text(res)
+
+def test_unknown_names_are_refused(capsys):
+    assert command.main(['--tables', 'x'])==2 and '`tables` must' in capsys.readouterr().err
+    assert command.main(['--methods', 'plain; x'])==2 and "got ['x']" in capsys.readouterr().err
+    assert all(m.nets>=1 for m in NETWORKS.values())
