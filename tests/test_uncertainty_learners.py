@@ -1,4 +1,5 @@
 "Learners with noise models and calibrations: every way to save, copy and predict keeps what they predict"
+from copy import deepcopy
 import numpy as np, pandas as pd, pytest, torch
 from fastai.tabular.all import load_learner, rmse, set_seed
 from fastai_dropconnect.all import *
@@ -179,3 +180,27 @@ def test_a_trained_learner_gets_a_noise_model():
     assert frame(learn).sd.gt(0).all()
     snapshots = learner(None, restarts=True)
     with pytest.raises(ValueError, match='without snapshots'): snapshots.set_noise()
+
+
+@pytest.mark.parametrize('path,value,message', [
+    (['calibration','method'], 'best', 'calibration.method'), (['calibration','level'], 2, 'calibration.level'),
+    (['calibration','temperature'], None, 'calibration.temperature'), (['calibration','half_life'], 0, 'calibration.half_life'),
+    (['calibration','last'], 0, 'calibration.last'), (['calibration','groups'], ['a'], 'calibration.groups'),
+    (['calibration','more'], 1, "unknown field 'more'"), (['network','noise','kind'], 'normal', 'network.noise.kind'),
+    (['network','noise','n_levels'], 20, 'network.out_sz'), (['network','noise'], None, 'loss.beta'),
+    (['loss','n_levels'], 2**40, 'loss.n_levels'), (['loss','n_targets'], 2, 'loss.n_targets')])
+def test_a_file_from_a_stranger_is_checked(path, value, message, saved_config):
+    from fastai_dropconnect.serialize.description import check_description
+    config = deepcopy(saved_config)
+    check_description(config)
+    place = config
+    for n in path[:-1]: place = place[n]
+    place[path[-1]] = value
+    with pytest.raises(ValueError, match=message.replace('.', r'\.')): check_description(config)
+
+@pytest.fixture(scope='module')
+def saved_config(tmp_path_factory):
+    from fastai_dropconnect.serialize.files import SavedModel
+    learn = learner(fit=False)
+    learn.calibrate()
+    return SavedModel(save_model(learn, tmp_path_factory.mktemp('m')/'model')).config
