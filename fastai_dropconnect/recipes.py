@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'get_recipe', 'recipes_for', 'fresh_loaders', 'train_recipe', 'simplest_good', 'is_higher_better',
-           'gates_recipes', 'Choice', 'choose_recipe']
+           'Choice', 'choose_recipe', 'gates_recipes']
 
 # %% ../nbs/400_recipes.ipynb #c44ecbcd
 import inspect, time
@@ -206,15 +206,6 @@ def _named(recipes, dls):
     known = ', '.join(RECIPES)
     raise ValueError(f'`recipes` must be a dict of recipes, or some of {known}, got recipes={recipes!r}')
 
-# %% ../nbs/400_recipes.ipynb #400gate2
-def gates_recipes(
-    prices:Iterable=(1000,300,100,0), # Prices of a column in nats, the highest first; 0 is without gates
-    recipe:str|Recipe='gates' # Recipe that makes the callback `FeatureGates`
-) -> dict: # Name -> Recipe
-    "Return a recipe for each price, for `choose_recipe`"
-    recipe = get_recipe(recipe)
-    return {f'gates-{p}': recipe.replace(f'{recipe.description}: {p} nats', price=p) for p in prices}
-
 # %% ../nbs/400_recipes.ipynb #4955ba35
 def _scores(learn):
     "Return the validation loss and the metrics by name"
@@ -295,3 +286,12 @@ def choose_recipe(
     table = _summary(fits, recipes, by, sign)
     name = table.index[table.chosen].item()
     return Choice(name, learns[name], table)
+
+# %% ../nbs/400_recipes.ipynb #400gate2
+def gates_recipes(
+    prices:Iterable=(1000,300,100,0), # Prices of a column in nats, the highest first; 0 is without gates
+    recipe:str|Recipe='gates' # Recipe that makes the callback `FeatureGates`
+) -> dict: # Name -> Recipe
+    "Return a recipe for each price, for `choose_recipe`"
+    recipe = get_recipe(recipe)
+    return {f'gates-{p}': recipe.replace(f'{recipe.description}: {p} nats', price=p) for p in prices}

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['TEMPERATURE', 'LOW', 'HIGH', 'sample_gates', 'mean_gates', 'gates_open', 'initial_log_alpha', 'FeatureGate',
-           'HardConcreteLinear', 'GatedLinear']
+           'HardConcreteLinear', 'hard_concrete_', 'connections_open', 'GatedLinear']
 
 # %% ../../nbs/232_layers.gates.ipynb #9b351ffc
 import math, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..checks import check_choice, check_int, check_p
+from ..checks import check_choice, check_int, check_layers, check_p
 from .dropconnect import _view_as, refuse_script
+from ..nn_utils import select_layers
 
 # %% ../../nbs/232_layers.gates.ipynb #86307575
 TEMPERATURE,LOW,HIGH = 2/3,-.1,1.1      # of Louizos et al., section 4
@@ -133,6 +134,25 @@ class HardConcreteLinear(nn.Linear):
         return res.train(self.training)
 
     def extra_repr(self) -> str: return f'{super().extra_repr()}, per={self.per!r}'
+
+# %% ../../nbs/232_layers.gates.ipynb #232conv2
+def hard_concrete_(
+    model:nn.Module, # Changed in place; it has a parent for each selected layer
+    layers:list=None, # Names of layers, or f(name, module); by default the hidden linear layers
+    per:str='weight', # As in `HardConcreteLinear`
+    p0:float=.1 # As in `HardConcreteLinear`
+) -> nn.Module: # `model`
+    "Give gates to the selected linear layers, which keep their weights and biases"
+    for name,m in select_layers(model, check_layers(layers)).items():
+        parent,_,child = name.rpartition('.')
+        setattr(model.get_submodule(parent), child, HardConcreteLinear.from_linear(m, per, p0))
+    return model
+
+def connections_open(
+    model:nn.Module # With layers that have gates
+) -> Tensor: # A number
+    "Count the connections of all gated layers that are expected to be open"
+    return sum(m.expected_open() for m in model.modules() if isinstance(m, (HardConcreteLinear,GatedLinear)))
 
 # %% ../../nbs/232_layers.gates.ipynb #692ea3be
 class GatedLinear(nn.Linear):
