@@ -9,7 +9,7 @@ DATA ?=
 OUT ?= bulldozers_out
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test mutate lint bench bench-accuracy export readme docs release-check clean
+.PHONY: demo test mutate lint bench bench-accuracy bench-sparsity export readme docs release-check clean
 
 $(VENV)/.installed: $(CONSTRAINTS) settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3,10) else 0)'
@@ -29,6 +29,11 @@ $(VENV)/.bench-accuracy: $(VENV)/.installed benchmarks/requirements.txt
 
 bench-accuracy: $(VENV)/.bench-accuracy
 	OMP_NUM_THREADS=1 python -m benchmarks.accuracy $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+# Networks that become small: MNIST and bulldozers from ../shared/data, or MNIST from ARGS='--mnist FOLDER'
+bench-sparsity: $(VENV)/.bench-accuracy
+	OMP_NUM_THREADS=1 python -m benchmarks.sparsity $(ARGS)
+	python -m benchmarks.sparsity.report
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 nbdev-test
