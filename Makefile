@@ -11,7 +11,7 @@ DATA ?=
 OUT ?= bulldozers_out
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test mutate lint bench bench-accuracy bench-arena export readme docs release-check clean bench-uncertainty
+.PHONY: demo test mutate lint bench bench-accuracy bench-arena export readme docs release-check clean bench-uncertainty bench-sparsity
 
 $(VENV)/.installed: $(CONSTRAINTS) settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3,10) else 0)'
@@ -40,9 +40,15 @@ build/arena_packages/.installed: $(VENV)/.bench-accuracy benchmarks/arena/requir
 
 bench-arena: build/arena_packages/.installed
 	PYTHONPATH='$(CURDIR)/build/arena_packages' OMP_NUM_THREADS=1 python -m benchmarks.arena $(if $(DATA),--data '$(DATA)') $(ARGS)
+
 # Intervals and probabilities of networks and trees, before and after calibration
 bench-uncertainty: $(VENV)/.bench-accuracy
 	OMP_NUM_THREADS=1 python -m benchmarks.uncertainty $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+# Networks that become small: MNIST and bulldozers from ../shared/data, or MNIST from ARGS='--mnist FOLDER'
+bench-sparsity: $(VENV)/.bench-accuracy
+	OMP_NUM_THREADS=1 python -m benchmarks.sparsity $(ARGS)
+	python -m benchmarks.sparsity.report
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 nbdev-test

@@ -124,7 +124,7 @@ def table(name, options, validate):
     from fastai_dropconnect.tabular.procs import FillMissingAnywhere, QuantileNormalize
     from benchmarks.accuracy.tables import Options, development_table, test_rows
     data = Path(options.data or BULLDOZERS)
-    if name=='bulldozers' and not data.exists(): raise Missing(f"Kaggle's {data.name} is missing: pass --data FILE")
+    if name=='bulldozers' and not data.exists(): raise Missing(f"{data} is missing: pass --data FILE, Kaggle's TrainAndValid.csv")
     try: t = development_table(name, Options(str(data) if name=='bulldozers' else None, options.wheel))
     except ValueError as e: raise Missing(str(e)) from None
     train,test = (t.train,t.valid) if validate else (t.development,test_rows(name, Options(str(data) if name=='bulldozers' else None, options.wheel)))

@@ -17,7 +17,7 @@ from fastai.basics import Callback, Learner, get_c, get_model
 from fastai.layers import LinBnDrop, SigmoidRange
 from fastai.tabular import learner as fastai_learner
 from fastai.tabular.data import TabularDataLoaders
-from fastai.tabular.model import get_emb_sz
+from fastai.tabular.model import TabularModel, get_emb_sz
 from fastcore.basics import ifnone, patch
 from fastcore.meta import delegates
 from torch import nn

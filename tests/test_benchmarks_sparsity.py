@@ -1,0 +1,41 @@
+"The benchmark of small networks runs each method, counts what is left, and draws its figure"
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+import pandas as pd, pytest, torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.sparsity import __main__ as command, report
+from benchmarks.sparsity.methods import METHODS, TARGETS
+from benchmarks.sparsity.run import COLUMNS, run
+from benchmarks.sparsity.tasks import TASKS, Missing
+
+OPTIONS = SimpleNamespace(mnist='no/such/folder', data='no/such.csv', wheel='no/such.whl')
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_each_method_makes_a_row(name):
+    row = run(TASKS['regression'](OPTIONS, False, 0), name, 35., 0, epochs=20)
+    assert set(COLUMNS) <= {*row, 'rows'} and 0 <= row['live'] <= row['weights']==105
+    if name in ('pruned','structured','regrown'): assert row['live']<=3
+    assert torch.tensor(row['error']).isfinite()
+
+
+@pytest.mark.parametrize('task', ['lenet300','lenet5','autoencoder','adult','california','bulldozers'])
+def test_missing_data_are_named(task):
+    with pytest.raises(Missing, match='no/such'): TASKS[task](OPTIONS, False, 0)
+    assert task in TARGETS
+
+
+def test_the_command_resumes_and_reports(tmp_path):
+    out = tmp_path/'r.csv'
+    def go(): command.main(tasks='regression,lenet300', methods='plain,pruned', seeds=1, epochs=2, mnist='no/such', out=str(out))
+    go()
+    first = out.read_text()
+    assert len(pd.read_csv(out))==2
+    go()
+    assert out.read_text()==first
+    table = report.summary(pd.read_csv(out))
+    assert list(table.method)==['plain','pruned'] and '| regression | pruned |' in report.markdown(table)
+    report.figure(table).savefig(tmp_path/'r.png')
+    with pytest.raises(ValueError, match="`tasks` must be 'all' or some of"): command.names('x', TASKS, 'tasks')
