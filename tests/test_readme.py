@@ -10,7 +10,6 @@ from benchmarks import readme_chart # noqa: E402
 REPO = 'fastai-dropconnect/fastai_dropconnect'
 FILES = [f'https://github.com/{REPO}/blob/main/', f'https://raw.githubusercontent.com/{REPO}/main/']
 DOCS = 'https://fastai-dropconnect.github.io/fastai_dropconnect/'
-FAMILIES = {'zero restarts': 'zero-restarts', 'vectors for numbers': 'fastai+ple', 'all three': 'masked-zero-restarts+ple'}
 
 
 @pytest.fixture(scope='module')
@@ -23,7 +22,7 @@ def results(): return pd.read_csv(ROOT/'benchmarks'/'results'/'accuracy.csv')
 def means(results): return results.groupby(['dataset','family'])[['test','seconds']].mean()
 
 
-def test_it_is_short(readme): assert len(readme.split()) <= 560
+def test_it_is_short(readme): assert len(readme.split()) <= 680
 
 def test_links_are_absolute_and_lead_somewhere(readme):
     links = re.findall(r'\]\(([^)]+)\)', readme)
@@ -42,27 +41,16 @@ def test_code_is_that_of_the_notebook(readme):
     shown = re.findall(r'```python\n(.*?)\n```', readme, re.DOTALL)
     assert shown == [c for c in cells if not c.startswith('#|')]
     lines = shown[0].split('\n')
-    assert len(lines) <= 10 and lines[:2] == ['from fastai.tabular.all import *', 'from fastai_dropconnect.all import *']
+    assert len(lines) <= 10 and lines[:2] == ['import pandas as pd', 'from fastai_dropconnect.all import *']
 
-def test_the_table_is_that_of_the_benchmark(readme, means):
-    rows = [[c.strip(' *') for c in l.strip('|').split('|')] for l in readme.split('\n') if re.match(r'\| .*0\.\d{4}', l)]
-    assert len(rows) == 3
-    for what,table,*numbers in rows:
-        dataset = 'bulldozers' if table.startswith('auctions') else 'adult'
-        want = [means.test[dataset, f] for f in ('fastai', FAMILIES[what], 'lightgbm')]
-        assert numbers == [f'{w:.4f}' for w in want], what
+def test_the_table_is_that_of_the_arena(readme):
+    board = (ROOT/'benchmarks'/'results'/'arena.md').read_text().split('\n\n')[0].split('\n')
+    shown = [l for l in readme.split('\n') if l.startswith('|')]
+    assert shown and set(shown) <= set(board), set(shown)-set(board)
 
-def test_sentences_say_what_the_benchmark_found(readme, means):
-    auctions,adult,houses = (means.loc[d] for d in ('bulldozers','adult','california'))
-    below = {o: 100*(1 - auctions.test['zero-restarts']/auctions.test[o]) for o in ('fastai','lightgbm')}
-    assert f'{below["fastai"]:.1f} % below plain fastai and {below["lightgbm"]:.1f} % below LightGBM' in readme
-    assert 'six times the training time' in readme and round(auctions.seconds['zero-restarts']/auctions.seconds['fastai']) == 6
-    assert f'the best of {len(adult)} models on adult' in readme and adult.test.idxmax() == 'masked-zero-restarts+ple'
-    assert houses.test.idxmin() == 'catboost'
-
-def test_what_does_not_help_is_named(readme, means, results):
+def test_what_does_not_help_is_named(readme, results):
     "None of these is better than plain fastai by two standard errors of the difference"
-    assert 'DropConnect itself in any mode, dropout, and zeros set once at the start clearly help on none' in readme
+    assert 'By itself it [helps on few tables]' in readme
     stats = results.groupby(['dataset','family']).test.agg(['mean','sem'])
     for dataset,sign in (('bulldozers',1), ('california',1), ('adult',-1)):
         plain = stats.loc[dataset,'fastai']
