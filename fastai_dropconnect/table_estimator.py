@@ -132,6 +132,7 @@ class TableEstimator(BaseEstimator):
         self._learn_targets(y)
         metric = self._metric()
         folds = self._folds(X, y, rows, seed, eval_set)
+        reading = clock.monotonic()-start
         higher = None if metric is None else True
         others = self._boosted(folds, score_for(folds[0].train_ds.loss_func, metric, higher), seed, start)
         refit = self.refit is True or (self.refit=='auto' and time is not None)
@@ -141,7 +142,7 @@ class TableEstimator(BaseEstimator):
         self.leaderboard_ = self.learner_.leaderboard
         self._keep_rows()
         again = vars(self.learner_).pop('again', [])
-        if refit: self._refit(again, end)
+        if refit and clock.monotonic()+reading<end: self._refit(again, end)     # rows are encoded once more
         del self._all_rows
         return self
 
