@@ -145,7 +145,7 @@ def train_candidate(
     return Candidate(name, trained, [learn.averaged_model()], preds, loss, seconds, timed_out, again)
 
 def _fit_best(learn, kind, score, most, deadline):
-    "Train for as long as the validation rows want; return the epochs, and whether the time was too short"
+    "Train while the validation rows gain; return the epochs, and whether the time was over"
     best = BestAverage(score, deadline=deadline)
     learn.fit(most, kind.lr, cbs=best)
     return best.best_step/max(1, len(learn.dls.train)),best.timed_out

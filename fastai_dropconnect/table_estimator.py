@@ -259,7 +259,7 @@ def _refit(self:TableEstimator, again, end):
 
 # %% ../nbs/528_table_estimator.ipynb #d371a70d
 def _quick_loss(dls, deadline):
-    "Return the validation loss of a small network that is trained for a short time, infinite if the time is over"
+    "Return the validation loss of a small network, infinite if the time is over"
     epochs = min(20, 3 + 300//max(1, len(dls.train)))
     recipe = RECIPES['ple' if dls.cont_names else 'fastai']
     learn = train_recipe(dls, recipe, epochs, cbs=StopAt(deadline), layers=[64,32])

@@ -46,7 +46,7 @@ def averaged_model(
 
 # %% ../../nbs/357_callback.averaging.ipynb #ccb342d0
 class BestAverage(Callback):
-    "Stop when the moving average of the weights no longer improves on validation rows, and keep the best one"
+    "Stop when the average of the weights no longer improves on validation rows; keep the best"
     order = 90
     def __init__(self,
         score:Callable=None, # Function of predictions and targets, lower is better; by default the loss
