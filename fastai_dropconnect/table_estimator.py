@@ -132,6 +132,7 @@ class TableEstimator(BaseEstimator):
         self._learn_targets(y)
         metric = self._metric()
         folds = self._folds(X, y, rows, seed, eval_set)
+        reading = clock.monotonic()-start
         higher = None if metric is None else True
         others = self._boosted(folds, score_for(folds[0].train_ds.loss_func, metric, higher), seed, start)
         refit = self.refit is True or (self.refit=='auto' and time is not None)
@@ -141,7 +142,7 @@ class TableEstimator(BaseEstimator):
         self.leaderboard_ = self.learner_.leaderboard
         self._keep_rows()
         again = vars(self.learner_).pop('again', [])
-        if refit: self._refit(again, end)
+        if refit and clock.monotonic()+reading<end: self._refit(again, end)     # rows are encoded once more
         del self._all_rows
         return self
 
@@ -258,7 +259,7 @@ def _refit(self:TableEstimator, again, end):
 
 # %% ../nbs/528_table_estimator.ipynb #d371a70d
 def _quick_loss(dls, deadline):
-    "Return the validation loss of a small network that is trained for a short time, infinite if the time is over"
+    "Return the validation loss of a small network, infinite if the time is over"
     epochs = min(20, 3 + 300//max(1, len(dls.train)))
     recipe = RECIPES['ple' if dls.cont_names else 'fastai']
     learn = train_recipe(dls, recipe, epochs, cbs=StopAt(deadline), layers=[64,32])

@@ -157,12 +157,12 @@ def test_columns_that_run_on_are_left_out_only_where_that_helps():
     assert 'day' not in regressor().fit(df, useful, time=day).reader_.dropped
 
 
-def interrupted_after(n, last):
-    "Return a function that trains `n` times after each other, and then returns or raises `last`"
-    train,calls = sklearn_checks.train_small,[]
+def every_second(train, last):
+    "Return a function that trains at each first call of two, and returns or raises `last` at each second"
+    calls = []
     def again(*args, **kw):
         calls.append(1)
-        if len(calls)%(n+1): return train(*args, **kw)
+        if len(calls)%2: return train(*args, **kw)
         if last is not None: raise last
     return again
 
@@ -175,8 +175,9 @@ def test_all_rows_are_trained_on_at_the_end_of_a_split_by_time(monkeypatch):
     score = lambda **kw: np.abs(regressor(**kw).fit(df.drop(columns='when'), y, time=np.arange(300)).predict(df[new])-100).mean()
     assert score() < score(refit=False)/2
     assert regressor(refit=True).fit(df, y).predict(df).shape==(300,)
+    train = sklearn_checks.train_small
     for last in (None, KeyboardInterrupt):      # the time is over, or the user interrupts
-        monkeypatch.setattr(sklearn_checks, 'train_small', interrupted_after(1, last))
+        monkeypatch.setattr(sklearn_checks, 'train_small', every_second(train, last))
         assert score()==score(refit=False)
     with pytest.raises(ValueError, match='`refit`'): regressor(refit='always').fit(df, y)
 
@@ -188,7 +189,8 @@ test_odd_tables = odd_tables.tables(15)
 def test_two_thousand_columns():
     r = np.random.default_rng(0)
     df = pd.DataFrame(r.normal(0, 1, (60, 2000))).astype({i: str for i in range(1000)})
-    assert np.isfinite(regressor().fit(df, r.normal(0, 1, 60)).predict(df.head(1))).all()
+    y = r.normal(0, 1, 60)
+    assert np.isfinite(regressor().fit(df, y, eval_set=(df.head(9), y[:9])).predict(df.head(1))).all()
 
 
 # --- files
