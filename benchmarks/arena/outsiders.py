@@ -16,8 +16,9 @@ def coded(
     "Return the columns with the categories of the training rows"
     x,train = t.x(split),t.part('train')
     for c in t.cats:
-        col = pd.Categorical(x[c], categories=sorted(train[c].dropna().unique()))
-        x[c] = col if categories else col.codes
+        levels = pd.Index(sorted(train[c].dropna().unique()), dtype=object)
+        codes = levels.get_indexer(x[c])
+        x[c] = pd.Categorical.from_codes(codes, levels) if categories else codes
     return x
 
 
