@@ -14,14 +14,16 @@ def title(method): return METHODS[method].title if method in METHODS else method
 def _table(header, rows):
     return '\n'.join([f'| {" | ".join(header)} |', '|---'*len(header)+'|', *(f'| {" | ".join(r)} |' for r in rows)])
 
+def _percent(x): return '' if pd.isna(x) else f'{x:+.1f} %'
+
 def _number(x, form): return '' if pd.isna(x) else format(x, form)
 
 
 def board_text(board:pd.DataFrame) -> str: # Markdown
     "Write a row for each method, the best first"
     header = ['method','Elo','mean rank','error','worst table','CPU s']
-    return _table(header, [[title(r.Index), f'{r.elo:.0f} ({r.low:.0f} to {r.high:.0f})', f'{r.rank:.1f}', _number(r.usual, '+.1f')+' %',
-                            _number(r.worst, '+.1f')+' %', f'{r.cpu_s:.1f}'] for r in board.itertuples()])
+    return _table(header, [[title(r.Index), f'{r.elo:.0f} ({r.low:.0f} to {r.high:.0f})', f'{r.rank:.1f}', _percent(r.usual),
+                            _percent(r.worst), f'{r.cpu_s:.1f}'] for r in board.itertuples()])
 
 
 def tables_text(results:pd.DataFrame) -> str: # Markdown
