@@ -71,6 +71,8 @@ def report_text(board:pd.DataFrame, results:pd.DataFrame, skipped:dict=None) -> 
     return '\n\n'.join([board_text(board), tables_text(results), '\n'.join(f'- {n}' for n in notes(results, skipped or {}))])
 
 
+def _label(method): return title(method).removeprefix('DropConnect').strip(', ') or 'DropConnect'     # of ours, the first word is said once
+
 def plot_board(board:pd.DataFrame) -> Figure: # From `board_of`
     "Plot error against time: lower left is better"
     fig = Figure(figsize=(7.2, 4.6), dpi=110, layout='constrained')
@@ -81,10 +83,11 @@ def plot_board(board:pd.DataFrame) -> Figure: # From `board_of`
     for r in board.itertuples():
         color = 'C0' if r.Index in METHODS and METHODS[r.Index].ours else 'C1'
         ax.plot(cpu_s[r.Index], r.usual, 'o', color=color)
-        ax.annotate(title(r.Index), (cpu_s[r.Index],r.usual), xytext=(6,4), textcoords='offset points', color=color, fontsize=9)
+        place = dict(xytext=(0,-6), va='top') if color=='C0' else dict(xytext=(0,5), va='bottom')
+        ax.annotate(_label(r.Index), (cpu_s[r.Index],r.usual), ha='center', textcoords='offset points', color=color, fontsize=9, **place)
     ax.axhline(0, color='.6', lw=.8)
     ax.set(xscale='log', xlabel='CPU seconds of a fit, one thread (mean over the tables)', ylabel='error relative to the best\nof three boosted models, %')
-    ax.margins(x=.18, y=.12)
+    ax.margins(x=.15, y=.15)
     ax.xaxis.set_major_formatter(lambda x, pos: f'{x:g}')
     ax.grid(alpha=.3); ax.spines[['top','right']].set_visible(False)
     return fig
