@@ -215,7 +215,10 @@ def test_methods_with_few_tables_are_not_ranked():
 def test_the_report_says_what_is_missing():
     results = as_results()
     results.loc[results.method.eq('rf') & results.table.eq('u'), ['error','note']] = np.nan,'ValueError: no'
+    assert 'AUC' not in report_text(board(results), results)
+    results.loc[results.table.eq('s'), 'auc'] = .75
     text = report_text(board(results), results, dict(tabm='no pytabkit'))
+    assert '| s | 0.7500 | 0.7500 | 0.7500 | 0.7500 |' in text
     assert 'Left out: tabm: no pytabkit.' in text and 'Failed: rf on u, seed 0: ValueError: no.' in text and 'a CPU' in text
     assert '| t | RMSE | 2.0000 | +50.0 | +0.0 | +0.0 | +100.0 |' in text      # in the order of the methods
 
@@ -297,6 +300,7 @@ def test_missing_packages_are_skipped_with_the_reason(tmp_path, monkeypatch):
     said = []
     text = run(job(tmp_path, methods=['rf','tabm'], seeds=1, say=said.append))
     assert any('left out: tabm: the package no_such_package' in s for s in said) and 'Left out: tabm' in text
+    assert set(read(tmp_path/'arena.csv').method)=={'rf'}
 
 def test_results_of_removed_packages_still_show(tmp_path, monkeypatch):
     counted(monkeypatch)

@@ -38,6 +38,13 @@ def tables_text(results:pd.DataFrame) -> str: # Markdown
     return _table(['table','metric','best boosted',*map(title, names)], rows)
 
 
+def auc_text(results:pd.DataFrame) -> str: # Markdown, '' without tables of two classes
+    "Write the area under the curve for each table of two classes, means over the seeds"
+    auc = results.dropna(subset=['auc']).groupby(['table','method']).auc.mean().unstack()
+    names = [m for m in METHODS if m in auc]
+    return _table(['AUC',*map(title, names)], [[t, *(_number(auc.loc[t,m], '.4f') for m in names)] for t in auc.index]) if len(auc) else ''
+
+
 def notes(
     results:pd.DataFrame,
     skipped:dict # Why tables and methods were left out
@@ -68,7 +75,8 @@ def board(results:pd.DataFrame) -> pd.DataFrame:
 
 def report_text(board:pd.DataFrame, results:pd.DataFrame, skipped:dict=None) -> str: # Markdown
     "Write everything"
-    return '\n\n'.join([board_text(board), tables_text(results), '\n'.join(f'- {n}' for n in notes(results, skipped or {}))])
+    parts = [board_text(board), tables_text(results), auc_text(results), '\n'.join(f'- {n}' for n in notes(results, skipped or {}))]
+    return '\n\n'.join(p for p in parts if p)
 
 
 def _label(method): return title(method).removeprefix('DropConnect').strip(', ') or 'DropConnect'     # of ours, the first word is said once
