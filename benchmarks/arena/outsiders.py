@@ -16,8 +16,9 @@ def coded(
     "Return the columns with the categories of the training rows"
     x,train = t.x(split),t.part('train')
     for c in t.cats:
-        col = pd.Categorical(x[c], categories=sorted(train[c].dropna().unique()))
-        x[c] = col if categories else col.codes
+        levels = pd.Index(sorted(train[c].dropna().unique()), dtype=object)
+        codes = levels.get_indexer(x[c])
+        x[c] = pd.Categorical.from_codes(codes, levels) if categories else codes
     return x
 
 
@@ -103,7 +104,8 @@ def _filled(t, splits):
 
 def _pytabkit(t, seed, name):
     make = getattr(import_package('pytabkit'), f'{name}_{"Regressor" if t.task=="reg" else "Classifier"}')
-    model = make(device='cpu', random_state=seed, n_cv=1, n_refit=0, verbosity=0, n_threads=1)
+    model = make(device='cpu', random_state=seed, n_cv=1, n_refit=0, verbosity=0, n_threads=1,
+                 val_metric_name='rmse' if t.task=='reg' else 'cross_entropy')      # its default for classes is the share of errors
     n,y = len(t.y('train')),np.concatenate([t.y('train'), t.y('valid')])
     y = y.astype(float if t.task=='reg' else str)
     model.fit(_filled(t, ['train','valid']), y, val_idxs=np.arange(n, len(y)))

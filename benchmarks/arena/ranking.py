@@ -2,6 +2,7 @@
 import numpy as np, pandas as pd
 
 ANCHOR,ANCHOR_ELO = 'rf',1000      # as TabArena anchors its list
+STEPS,SAMPLES = 4000,300            # Of the ratings, and of the tables for the intervals
 ENOUGH = .9                        # A method is ranked if it has so many of the tables
 
 
@@ -36,14 +37,13 @@ def wins_of(
 
 
 def elo(
-    wins:np.ndarray, # Shares of wins, (..., n_methods, n_methods)
-    steps:int=4000
+    wins:np.ndarray # Shares of wins, (..., n_methods, n_methods)
 ) -> np.ndarray: # (..., n_methods), mean 0
-    "Find the ratings that expect the given wins, by so many steps of 8 points a game: finite also for who always wins"
+    "Find the ratings that expect the given wins, in steps of 8 points; their number keeps finite who always wins"
     n = wins.shape[-1]
     others = 1-np.eye(n)
     rating = np.zeros(wins.shape[:-1])
-    for _ in range(steps):
+    for _ in range(STEPS):
         expected = 1/(1+10**((rating[...,None,:]-rating[...,:,None])/400))
         rating += 8*((wins-expected)*others).sum(-1)
     return rating
@@ -55,12 +55,11 @@ def _anchored(rating, names):
 
 def elo_table(
     errors:pd.DataFrame, # From `complete`
-    samples:int=300, # Of the tables, drawn with replacement
-    seed:int=0
+    seed:int=0 # Of the samples of tables, drawn with replacement
 ) -> pd.DataFrame: # Columns `elo`, `low`, `high`
     "Return Elo and the interval that 95 % of the samples are in; the random forest has 1000 by definition"
     wins = wins_of(errors.to_numpy())
-    drawn = np.random.default_rng(seed).integers(len(wins), size=(samples, len(wins)))
+    drawn = np.random.default_rng(seed).integers(len(wins), size=(SAMPLES, len(wins)))
     ratings = _anchored(elo(wins[drawn].mean(1)), errors.columns)
     low,high = np.percentile(ratings, [2.5,97.5], axis=0)
     return pd.DataFrame(dict(elo=_anchored(elo(wins.mean(0)), errors.columns), low=low, high=high), index=errors.columns)
@@ -72,8 +71,9 @@ def board_of(
     odd:list=() # Tables that one of the means leaves out
 ) -> pd.DataFrame: # A row for each method that is ranked, the best first
     "Summarise each method over the tables that all of them have"
-    errors = complete(errors_of(results))
-    rel,usual = relative(errors, reference),~errors.index.isin(odd)
+    every = errors_of(results)
+    errors = complete(every)
+    rel,usual = relative(every, reference).loc[errors.index, errors.columns],~errors.index.isin(odd)
     cpu = results.dropna(subset=['error']).groupby(['table','method']).cpu_s.mean().unstack().reindex_like(errors)
     board = dict(error=rel.mean(), usual=rel[usual].mean(), median=rel.median(), worst=rel[usual].max(), wins=(rel<0).sum(),
                  rank=errors.rank(axis=1).mean(), cpu_s=cpu.mean())

@@ -55,10 +55,10 @@ def take_over(
     wanted:list, # Of (Table, method, seed)
 ) -> int: # How many
     "Copy the wanted fits that are missing from results with the same splits"
-    more = pd.read_csv(baselines).dropna(subset=['error'])
+    more = pd.read_csv(baselines)
     missing = {'table','method','seed','error','cpu_s'}-set(more)
     if missing: raise ValueError(f'`baselines` must have the columns {", ".join(sorted(missing))}, but {baselines} has not')
-    known,more = done(read(path)),more.set_index(['table','method','seed'])
+    known,more = done(read(path)),more.dropna(subset=['error']).set_index(['table','method','seed'])
     n = 0
     for t,method,seed in wanted:
         if (t.name,t.rows,method,seed) in known or (t.name,method,seed) not in more.index: continue

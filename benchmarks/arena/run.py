@@ -2,9 +2,9 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from .methods import BOOSTED, METHODS
-from .ranking import board_of, complete, errors_of
-from .report import ODD, plot_board, report_text
+from .methods import METHODS
+from .ranking import complete, errors_of
+from .report import board, board_text, plot_board, report_text
 from .results import append, cpu_name, done, read, scores, take_over
 from .tables import Options, load_table
 
@@ -42,6 +42,7 @@ def methods_of(job:Job, wanted:list) -> tuple: # Names, and {name: why not} of t
 
 def fit_one(table, method:str, seed:int) -> dict: # A result
     "Fit, predict and score; what goes wrong is part of the result"
+    if METHODS[method].prepare: METHODS[method].prepare()
     about = dict(table=table.name, rows=table.rows, task=table.task, method=method, seed=seed, cpu=cpu_name())
     start = time.process_time()
     try: preds = METHODS[method].fit(table, seed)
@@ -69,9 +70,11 @@ def results_of(job:Job, tables:list):
 def report(job:Job, results, skipped:dict) -> str: # Markdown
     "Write the tables and the figure, and return the text"
     if not len(complete(errors_of(results)).columns): return '\n'.join(['nothing to compare', *(f'{k}: {v}' for k,v in skipped.items())])
-    text = report_text(results, skipped)
+    ranked = board(results)
+    text = report_text(ranked, results, skipped)
     (job.out/'arena.md').write_text(text+'\n')
-    if set(BOOSTED) & set(results.method): plot_board(board_of(results, BOOSTED, ODD)).savefig(job.out/'arena.png')
+    (job.out/'arena_short.md').write_text(board_text(ranked)+'\n')
+    if ranked.usual.notna().any(): plot_board(ranked).savefig(job.out/'arena.png')
     return text
 
 
