@@ -1,9 +1,11 @@
 "Learners with noise models and calibrations: every way to save, copy and predict keeps what they predict"
+from copy import deepcopy
 import numpy as np, pandas as pd, pytest, torch
 from fastai.tabular.all import load_learner, rmse, set_seed
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.calibrate import *
 from fastai_dropconnect.callback.distribution import DistributionMetric
+from fastai_dropconnect.serialize.export import input_columns
 from fastai_dropconnect.uncertainty.noise import *
 from conftest import make_dls, make_table
 
@@ -154,3 +156,51 @@ def test_the_fast_path_trains_the_same_network():
         with l.no_logging(): l.fit(1, 1e-2)
     for k,v in a.model.state_dict().items(): torch.testing.assert_close(v, b.model.state_dict()[k], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(b.predict(DF.iloc[0])[2], a.predict(DF.iloc[0])[2], rtol=1e-4, atol=1e-5)
+
+
+def test_an_exported_program_returns_the_means(tmp_path):
+    learn = learner('quantile', restarts=True)
+    want,_ = learn.get_preds()
+    program = torch.export.load(export_program(learn, tmp_path/'m.pt2')).module()
+    encoder = RowEncoder(*input_columns(learn))
+    rows = DF[160:].astype(object).where(DF[160:].notna(), None).to_dict('records')
+    cats,conts = [torch.from_numpy(t) for t in encoder(rows)]
+    torch.testing.assert_close(program(cats, conts), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_trained_learner_gets_a_noise_model():
+    learn = learner(None, metrics=rmse)
+    body = {k:v.clone() for k,v in learn.model.state_dict().items() if not k.startswith('layers.1')}
+    learn.set_noise('quantile')
+    for k,v in body.items(): assert torch.equal(v, learn.model.state_dict()[k]), k
+    with learn.no_logging(): learn.fit(1, 1e-2)
+    assert learn.get_preds()[0].shape==(40,1) and len(learn.validate())==2
+    learn.set_noise('gaussian')         # and another one
+    assert [type(m).__name__ for m in learn.model.layers][-1]=='NoiseHead' and len(learn.model.layers)==3
+    assert frame(learn).sd.gt(0).all()
+    snapshots = learner(None, restarts=True)
+    with pytest.raises(ValueError, match='without snapshots'): snapshots.set_noise()
+
+
+@pytest.mark.parametrize('path,value,message', [
+    (['calibration','method'], 'best', 'calibration.method'), (['calibration','level'], 2, 'calibration.level'),
+    (['calibration','temperature'], None, 'calibration.temperature'), (['calibration','half_life'], 0, 'calibration.half_life'),
+    (['calibration','last'], 0, 'calibration.last'), (['calibration','groups'], ['a'], 'calibration.groups'),
+    (['calibration','more'], 1, "unknown field 'more'"), (['network','noise','kind'], 'normal', 'network.noise.kind'),
+    (['network','noise','n_levels'], 20, 'network.out_sz'), (['network','noise'], None, 'loss.beta'),
+    (['loss','n_levels'], 2**40, 'loss.n_levels'), (['loss','n_targets'], 2, 'loss.n_targets')])
+def test_a_file_from_a_stranger_is_checked(path, value, message, saved_config):
+    from fastai_dropconnect.serialize.description import check_description
+    config = deepcopy(saved_config)
+    check_description(config)
+    place = config
+    for n in path[:-1]: place = place[n]
+    place[path[-1]] = value
+    with pytest.raises(ValueError, match=message.replace('.', r'\.')): check_description(config)
+
+@pytest.fixture(scope='module')
+def saved_config(tmp_path_factory):
+    from fastai_dropconnect.serialize.files import SavedModel
+    learn = learner(fit=False)
+    learn.calibrate()
+    return SavedModel(save_model(learn, tmp_path_factory.mktemp('m')/'model')).config

@@ -47,7 +47,8 @@ def _warn_of_masks(learn, seen):
                   'before `load`')
 
 # %% ../../nbs/371_callback.loading.ipynb #371d8451
-RESTORE = {}     # from the key of a record to a function of a Learner and what the file holds for it, or `None`
+# From the key of a record to a function of a Learner and what the file holds for it, or `None`
+RESTORE = {}
 
 _load = getattr(Learner.load, 'of_fastai', Learner.load)     # a module that is loaded twice wraps it once
 

@@ -67,7 +67,14 @@ def _masks_of(callbacks): # Names of the masks
     return kept[0] if kept and isinstance(kept[0], list) else []
 
 def _is_object(v): return isinstance(v, dict)
-def _is_number_or_none(v): return v is None or is_number(v)
+def _is_positive(v): return is_number(v) and v>0
+
+def _check_loss(loss, network): # A noise model is that of the network
+    own = loss if loss.get('class')=='NoiseLoss' else {}
+    noise = network.get('noise') or {}
+    for n in sorted({*noise} | ({*own} & {'kind','n_levels','n_parts','beta','n_targets'})):
+        if own.get(n)!=noise.get(n):
+            raise ValueError(f'`loss.{n}` must be {noise.get(n)!r} as in `network.noise`, got {own.get(n)!r:.200}')
 
 def _check_calibration(config): # From the name of each tensor to (dtype, shape)
     if config is None: return {}
@@ -76,7 +83,8 @@ def _check_calibration(config): # From the name of each tensor to (dtype, shape)
     f.p('level')
     for n in ('by','group'): f.take(n, 'be null or a name', lambda v: v is None or is_name(v))
     f.take('last', 'be null or an integer of at least 1', lambda v: v is None or is_int(v, 1))
-    for n in ('half_life','temperature'): f.take(n, 'be null or a number', _is_number_or_none)
+    f.take('half_life', 'be null or a positive number', lambda v: v is None or _is_positive(v))
+    f.take('temperature', 'be a positive number', _is_positive)
     n_rows,n_targets = f.int('n_rows'),f.int('n_targets')
     f.list('groups', 'names, one per row', is_name, n_rows if config['group'] is not None else 0)
     has_noise = f.bool('fitted')
@@ -92,12 +100,13 @@ def check_description(
 ) -> dict: # From the name of each tensor that the file must have to (dtype, shape)
     "Raise `ValueError` with the name of the first field that does not fit"
     f = Fields({k:v for k,v in config.items() if k not in ('format','version','package','tensors')}, 'model.json')
-    network,table,_,_ = [f.take(n, 'be an object', _is_object) for n in ('network','table','loss','training')]
+    network,table,loss,_ = [f.take(n, 'be an object', _is_object) for n in ('network','table','loss','training')]
     callbacks = f.list('callbacks', 'objects', _is_object)
     snapshots = f.take('snapshots', 'be null or an object', lambda v: v is None or _is_object(v))
     calibration = f.take('calibration', 'be null or an object', lambda v: v is None or _is_object(v))
     f.end()
     check_network(network)
+    _check_loss(loss, network)
     shapes = network_shapes(network)
     res = check_table(table, network) | with_prefix('model', shapes) | _check_calibration(calibration)
     if snapshots is not None:

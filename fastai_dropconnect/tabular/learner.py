@@ -14,12 +14,16 @@ import fastai.tabular.all # noqa: F401
 import fastai_dropconnect.accelerate # noqa: F401
 import pandas as pd, torch
 from fastai.basics import Callback, Learner, get_c, get_model
+from fastai.layers import LinBnDrop, SigmoidRange
 from fastai.tabular import learner as fastai_learner
 from fastai.tabular.data import TabularDataLoaders
 from fastai.tabular.model import TabularModel, get_emb_sz
 from fastcore.basics import ifnone, patch
 from fastcore.meta import delegates
+from torch import nn
 from ..ensemble.averaging import EnsembleLoss, average_for, average_members
+from ..layers.dropconnect import DropConnectLinear
+from ..layers.masked_ensemble import EnsembleLinear
 from .embeddings import num_embeddings_of
 from .model import TabularDropConnectModel, is_dropconnect_config, members_of
 from .procs import check_columns, check_no_gaps
@@ -125,6 +129,43 @@ def tabular_learner(
         learn.loss_func = EnsembleLoss(learn.loss_func)
         learn.add_cb(AverageMembers())
     return learn.accelerate() if fast else learn
+
+# %% ../../nbs/340_tabular.learner.ipynb #d9800d27
+def _last_layer(model): # Its block, its place in there, the layer
+    block = next((m for m in reversed(getattr(model, 'layers', ())) if isinstance(m, LinBnDrop)), None)
+    layers = [] if block is None else [i for i,m in enumerate(block) if isinstance(m, nn.Linear)]
+    last = block[layers[-1]] if layers else None
+    normed = layers and any(isinstance(m, nn.BatchNorm1d) for m in list(block)[layers[-1]:])
+    if last is None or normed or isinstance(last, EnsembleLinear):
+        raise TypeError('`set_noise` needs a tabular model that ends in one linear layer, but this '
+                        f'{type(model).__name__} does not: make a new Learner with `tabular_learner(noise=...)`')
+    if any(isinstance(m, SigmoidRange) for m in model.layers):
+        raise ValueError('`set_noise` needs a model without `y_range`, but this one has a final sigmoid')
+    return block,layers[-1],last
+
+def _like(last, n_out): # A layer with other outputs
+    new = nn.Linear(last.in_features, n_out, last.bias is not None, last.weight.device, last.weight.dtype)
+    if not isinstance(last, DropConnectLinear): return new
+    return type(last).from_linear(new, p=last.p, mode=last.mode, drop_bias=last.drop_bias)
+
+@patch
+def set_noise(self:Learner,
+    noise:str|NoiseModel='quantile' # 'quantile', 'mixture', 'gaussian', or settings
+) -> Learner: # This Learner, with a new last layer that wants training
+    "Let the model of a Learner predict distributions from now on"
+    if not isinstance(self.model, TabularModel):
+        raise TypeError(f'`set_noise` needs a TabularModel, got {type(self.model).__name__}')
+    if any(len(getattr(cb, 'record', ())) for cb in self.cbs if hasattr(cb, 'states_for')):
+        raise ValueError('`set_noise` needs a Learner without snapshots, as theirs have the old last layer')
+    head,loss_func,n_out = _noise_parts(self.dls, noise)
+    block,i,last = _last_layer(self.model)
+    block[i] = _like(last, n_out)
+    if isinstance(self.model.layers[-1], NoiseHead): del self.model.layers[-1]
+    self.model.layers.append(head.to(last.weight.device))
+    if hasattr(self.model, 'out_sz'): self.model.out_sz = n_out
+    self.loss_func,self.opt = loss_func,None
+    if not self._grab_cbs(PredictMeans): self.add_cb(PredictMeans())
+    return self
 
 # %% ../../nbs/340_tabular.learner.ipynb #7138c273
 @patch
