@@ -51,7 +51,7 @@ def _grouped(rows, groups): # Share inside, its error, and numbers of rows
     n = np.array([len(g) for g in groups])
     return shares,share_error(shares, n)
 
-# %% ../../nbs/392_callback.show_calibration.ipynb #56e32bb3
+# %% ../../nbs/392_callback.show_calibration.ipynb #728879d1
 _blue,_orange = '#1f77b4','#ff7f0e'
 
 def _reliability(ax, rows, level):
@@ -78,7 +78,8 @@ def _coverage(ax, rows, level, groups, labels, xlabel):
     x = np.arange(len(groups))
     ax.axhline(level, color='0.5', ls='--', lw=1)
     ax.errorbar(x, shares, errors, fmt='o', color=_blue, capsize=3)
-    ax.set_xticks(x, labels, fontsize=7)
+    long = max(map(len, labels), default=0)>6
+    ax.set_xticks(x, labels, fontsize=7, rotation=30 if long else 0, ha='right' if long else 'center')
     low = min(level-.2, (shares-errors).min()-.02)
     ax.set(ylim=(low, 1.01), xlabel=xlabel, ylabel=f'share in the {level:.0%} interval')
 
@@ -88,10 +89,10 @@ def _by_spread(ax, rows, level):
     _coverage(ax, rows, level, groups, labels, 'standard deviation, mean of the group')
     ax.set_title('coverage by spread')
 
-# %% ../../nbs/392_callback.show_calibration.ipynb #48638ec0
+# %% ../../nbs/392_callback.show_calibration.ipynb #43fe1897
 def _period_label(values) -> str: # Of a group of dates or numbers
     first = values[0]
-    if np.issubdtype(np.asarray(values).dtype, np.datetime64): return f'{pd.Timestamp(first):%Y-%m}'
+    if np.issubdtype(np.asarray(values).dtype, np.datetime64): return f'{pd.Timestamp(first):%Y-%m-%d}'
     return f'{first:.4g}' if isinstance(first, (int,float,np.number)) else str(first)
 
 def _by_period(ax, rows, level, by):
