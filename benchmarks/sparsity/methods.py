@@ -25,7 +25,7 @@ class Method:
 def has_weights(name, module): return isinstance(module, (nn.Linear,nn.Conv2d))
 sgd = partial(SGD, mom=0.)
 
-# chosen on the last 10,000 training images (benchmarks/results/README.md tells what was tried)
+# from the literature; benchmarks/results/README.md tells what was tried on validation rows
 METHODS = {
     'plain': Method(lambda target, s: [], False),
     'l1': Method(lambda target, s: [GroupLasso(0., 0., **s)], False, {None: dict(l1=1e-4, threshold=.01), 'regression': dict(l1=.02)}),
