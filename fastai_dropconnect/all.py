@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['exact_mask', 'dropconnect', 'linear_dropconnect', 'DropConnectEmbedding', 'DropConnectLinear', 'EmbeddingDropout',
-           'WeightDropout', 'EnsembleLinear', 'MaskedEnsembleLinear', 'masked_ensemble_', 'HeldWeights',
-           'AveragedModel', 'EnsembleLoss', 'average_members', 'BlendedModel', 'greedy_weights', 'FillMissingAnywhere',
-           'QuantileNormalize', 'PLE', 'Periodic', 'FrameReader', 'DataError', 'tabular_dls', 'time_split', 'FastTabDL',
-           'fast_dataloaders', 'TableSource', 'fit_procs', 'StoredTable', 'store_table', 'StoredTabDL',
-           'stored_dataloaders', 'MaskedMembers', 'TabularDropConnectModel', 'tabular_dropconnect_config',
-           'TabularLearner', 'tabular_learner', 'RecalibrateBN', 'recalibrate_bn', 'DropConnect', 'FrozenZeroInit',
-           'SnapshotEnsemble', 'ZeroRestarts', 'FusedAdam', 'init_ranks', 'Choice', 'RECIPES', 'Recipe',
-           'choose_recipe', 'train_recipe', 'fit_best', 'DropConnectClassifier', 'DropConnectRegressor', 'load_model',
-           'save_model', 'Predictor', 'RowEncoder', 'load_predictor', 'export_onnx', 'export_program',
-           'synthetic_bulldozers', 'bulldozers_dls', 'bulldozers_pandas', 'encode_sales', 'price_features',
-           'read_bulldozers', 'compare_on_bulldozers']
+           'WeightDropout', 'EnsembleLinear', 'MaskedEnsembleLinear', 'masked_ensemble_', 'DropPath', 'drop_path',
+           'VariationalDropConnectConv2d', 'VariationalDropConnectLinear', 'variational_', 'GatedLinear',
+           'HardConcreteLinear', 'hard_concrete_', 'HeldWeights', 'compact', 'sparsity_report', 'AveragedModel',
+           'EnsembleLoss', 'average_members', 'BlendedModel', 'greedy_weights', 'GaussianMixture', 'NoiseModel',
+           'QuantileDistribution', 'Calibration', 'FillMissingAnywhere', 'QuantileNormalize', 'PLE', 'Periodic',
+           'FrameReader', 'DataError', 'tabular_dls', 'time_split', 'FastTabDL', 'fast_dataloaders', 'TableSource',
+           'fit_procs', 'StoredTable', 'store_table', 'StoredTabDL', 'stored_dataloaders', 'MaskedMembers',
+           'TabularDropConnectModel', 'tabular_dropconnect_config', 'TabularResNetModel', 'tabular_resnet_config',
+           'InputGuard', 'TabularLearner', 'tabular_learner', 'RecalibrateBN', 'recalibrate_bn', 'DropConnect',
+           'FrozenZeroInit', 'SnapshotEnsemble', 'ZeroRestarts', 'BestAverage', 'GradualPruning', 'GroupLasso',
+           'FeatureGates', 'VariationalDropConnect', 'DistributionMetric', 'FusedAdam', 'init_ranks', 'Choice',
+           'RECIPES', 'Recipe', 'choose_recipe', 'train_recipe', 'fit_best', 'DropConnectClassifier',
+           'DropConnectRegressor', 'load_model', 'save_model', 'Predictor', 'RowEncoder', 'load_predictor',
+           'export_onnx', 'export_program', 'synthetic_bulldozers', 'bulldozers_dls', 'bulldozers_pandas',
+           'encode_sales', 'price_features', 'read_bulldozers', 'compare_on_bulldozers']
 
 # %% ../nbs/610_all.ipynb #0f790b06
 from .masks import exact_mask
@@ -22,17 +26,27 @@ from .functional import dropconnect, linear_dropconnect
 from .layers.dropconnect import DropConnectEmbedding, DropConnectLinear
 from .layers.weight_dropout import EmbeddingDropout, WeightDropout
 from .layers.masked_ensemble import EnsembleLinear, MaskedEnsembleLinear, masked_ensemble_
+from .layers.drop_path import DropPath, drop_path
+from .layers.variational import VariationalDropConnectConv2d, VariationalDropConnectLinear, variational_
+from .layers.gates import GatedLinear, HardConcreteLinear, hard_concrete_
 
 _all_ = [
     'exact_mask', 'dropconnect', 'linear_dropconnect', 'DropConnectEmbedding', 'DropConnectLinear', 'EmbeddingDropout',
-    'WeightDropout', 'EnsembleLinear', 'MaskedEnsembleLinear', 'masked_ensemble_']
+    'WeightDropout', 'EnsembleLinear', 'MaskedEnsembleLinear', 'masked_ensemble_', 'DropPath', 'drop_path',
+    'VariationalDropConnectConv2d', 'VariationalDropConnectLinear', 'variational_', 'GatedLinear', 'HardConcreteLinear',
+    'hard_concrete_']
 
 # %% ../nbs/610_all.ipynb #d4f4b928
 from .sparsity.core import HeldWeights
+from .sparsity.compact import compact, sparsity_report
 from .ensemble.averaging import AveragedModel, EnsembleLoss, average_members
 from .ensemble.blend import BlendedModel, greedy_weights
 
-_all_ = ['HeldWeights', 'AveragedModel', 'EnsembleLoss', 'average_members', 'BlendedModel', 'greedy_weights']
+from .uncertainty.noise import GaussianMixture, NoiseModel, QuantileDistribution
+from .uncertainty.conformal import Calibration
+
+_all_ = ['HeldWeights', 'compact', 'sparsity_report', 'AveragedModel', 'EnsembleLoss', 'average_members', 'BlendedModel',
+    'greedy_weights', 'GaussianMixture', 'NoiseModel', 'QuantileDistribution', 'Calibration']
 
 # %% ../nbs/610_all.ipynb #1e1a4609
 from .tabular.procs import FillMissingAnywhere, QuantileNormalize
@@ -45,13 +59,15 @@ from .tabular.fitting import fit_procs
 from .tabular.store import StoredTable, store_table
 from .tabular.stored import StoredTabDL, stored_dataloaders
 from .tabular.model import MaskedMembers, TabularDropConnectModel, tabular_dropconnect_config
+from .tabular.resnet import TabularResNetModel, tabular_resnet_config
+from .tabular.guard import InputGuard
 from .tabular.learner import TabularLearner, tabular_learner
 
 _all_ = [
     'FillMissingAnywhere', 'QuantileNormalize', 'PLE', 'Periodic', 'FrameReader', 'DataError', 'tabular_dls',
     'time_split', 'FastTabDL', 'fast_dataloaders', 'TableSource', 'fit_procs', 'StoredTable', 'store_table',
     'StoredTabDL', 'stored_dataloaders', 'MaskedMembers', 'TabularDropConnectModel', 'tabular_dropconnect_config',
-    'TabularLearner', 'tabular_learner']
+    'TabularResNetModel', 'tabular_resnet_config', 'InputGuard', 'TabularLearner', 'tabular_learner']
 
 # %% ../nbs/610_all.ipynb #e1a4c858
 from .callback.batchnorm import RecalibrateBN, recalibrate_bn
@@ -59,11 +75,20 @@ from .callback.dropconnect import DropConnect
 from .callback.frozen_zero import FrozenZeroInit
 from .callback.snapshots import SnapshotEnsemble
 from .callback.zero_restarts import ZeroRestarts
+from .callback.averaging import BestAverage
+from .callback.prune import GradualPruning
+from .callback.penalty import GroupLasso
+from .callback.gates import FeatureGates
+from .callback.variational import VariationalDropConnect
+from .callback.distribution import DistributionMetric
+import fastai_dropconnect.callback.mc # noqa: F401 - gives a Learner `get_mc_preds`
+import fastai_dropconnect.callback.show_calibration # noqa: F401 - and `show_calibration`
 from .optimizer import FusedAdam
 from .tabular.distributed import init_ranks
 import fastai_dropconnect.accelerate # noqa: F401 - gives a Learner `accelerate` and `decelerate`
 
 _all_ = ['RecalibrateBN', 'recalibrate_bn', 'DropConnect', 'FrozenZeroInit', 'SnapshotEnsemble', 'ZeroRestarts',
+    'BestAverage', 'GradualPruning', 'GroupLasso', 'FeatureGates', 'VariationalDropConnect', 'DistributionMetric',
     'FusedAdam', 'init_ranks']
 
 # %% ../nbs/610_all.ipynb #bd9b9c57
