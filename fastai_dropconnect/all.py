@@ -45,8 +45,8 @@ from .ensemble.blend import BlendedModel, greedy_weights
 from .uncertainty.noise import GaussianMixture, NoiseModel, QuantileDistribution
 from .uncertainty.conformal import Calibration
 
-_all_ = ['HeldWeights', 'compact', 'sparsity_report', 'AveragedModel', 'EnsembleLoss', 'average_members', 'BlendedModel',
-    'greedy_weights', 'GaussianMixture', 'NoiseModel', 'QuantileDistribution', 'Calibration']
+_all_ = ['HeldWeights', 'compact', 'sparsity_report', 'AveragedModel', 'EnsembleLoss', 'average_members',
+    'BlendedModel', 'greedy_weights', 'GaussianMixture', 'NoiseModel', 'QuantileDistribution', 'Calibration']
 
 # %% ../nbs/610_all.ipynb #1e1a4609
 from .tabular.procs import FillMissingAnywhere, QuantileNormalize
