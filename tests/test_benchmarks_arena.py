@@ -142,7 +142,9 @@ def test_methods_predict_better_than_a_constant(name, task):
 @pytest.mark.parametrize('task', ['reg','clf'])
 def test_fastai_predicts_numbers_and_classes(task):
     t = table(task=task, n=500)      # one batch
+    if task=='reg': t.df['target'] += 100
     preds = METHODS['fastai'].fit(t, 0)
+    if task=='reg': assert 90<preds.min() and preds.max()<110       # in the units of the table
     assert preds.shape==((100,) if task=='reg' else (100,2)) and np.isfinite(scores(t, preds)['error'])
     np.testing.assert_array_equal(preds, METHODS['fastai'].fit(t, 0))
 
