@@ -6,7 +6,7 @@
 __all__ = ['DATE_PARTS', 'as_frame', 'Column', 'FrameReader']
 
 # %% ../../nbs/305_tabular.frames.ipynb #e92eac7a
-import datetime, numbers, warnings
+import datetime, numbers, re, warnings
 import numpy as np, pandas as pd
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -142,6 +142,14 @@ def _is_number_text(
     return bool(pd.notna(pd.to_numeric(text, errors='coerce')))
 
 # %% ../../nbs/305_tabular.frames.ipynb #fbe2dcba
+def _is_whole(text): return text.lstrip('-').isdigit()
+def _repeats(s): return s.nunique()<=.3*len(s)
+
+_id_name = re.compile('(^|_| |[a-z])(ID|Id)$|(^|_| )id$')
+
+def _is_id(s): # Whole numbers that name something, such as `ModelID` and `store_id`
+    return pd.api.types.is_integer_dtype(s) and bool(_id_name.search(str(s.name))) and _repeats(s)
+
 def _kind_of_values(
     s:pd.Series, # Values that are not missing, of dtype `object`, `str` or `category`
     sample_size:int # Values to look at
@@ -150,8 +158,10 @@ def _kind_of_values(
     sample = s.sample(min(len(s), sample_size), random_state=0).tolist()
     if all(isinstance(v, (datetime.date,np.datetime64)) for v in sample): return 'date','ISO8601'
     texts = [t for t in map(_text, sample) if t is not None]
-    numeric = all(isinstance(v, numbers.Number) and not isinstance(v, bool) for v in sample)
-    if numeric or (texts and all(map(_is_number_text, texts))): return 'number',None
+    if all(isinstance(v, numbers.Number) and not isinstance(v, bool) for v in sample): return 'number',None
+    if texts and all(map(_is_number_text, texts)):
+        no_marks = len(texts)==len(sample)      # or somebody has made text of numbers, so that they count as names
+        return ('category' if no_marks and all(map(_is_whole, texts)) and _repeats(s) else 'number'),None
     format = _date_format(texts)
     return ('date' if format else 'category'),format
 
@@ -162,7 +172,7 @@ def _kind(
     "Decide what a column is"
     t = pd.api.types
     if t.is_complex_dtype(s): raise TypeError(f'`X` must have real numbers: Complex data not supported, see {s.name!r}')
-    if t.is_bool_dtype(s) or isinstance(s.dtype, pd.CategoricalDtype): return 'category',None
+    if t.is_bool_dtype(s) or isinstance(s.dtype, pd.CategoricalDtype) or _is_id(s): return 'category',None
     if t.is_numeric_dtype(s) or t.is_timedelta64_dtype(s): return 'number',None
     if t.is_datetime64_any_dtype(s) or isinstance(s.dtype, pd.PeriodDtype): return 'date',None
     return _kind_of_values(s, sample_size)
