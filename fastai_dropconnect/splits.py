@@ -23,10 +23,13 @@ def _merge_rare(
 
 # %% ../nbs/522_splits.ipynb #4f6235b8
 def _as_numbers(
-    time # Dates, text of dates, or numbers
+    time # Dates, text of dates, periods, durations, or numbers
 ) -> np.ndarray: # float64
     "Convert times to numbers that rise with time"
-    s = pd.Series(np.asarray(time) if not isinstance(time, pd.Series) else time.to_numpy())
+    s = time if isinstance(time, pd.Series) else pd.Series(np.asarray(time))
+    if isinstance(s.dtype, pd.PeriodDtype): s = s.dt.to_timestamp()
+    s = pd.Series(s.to_numpy())
+    if pd.api.types.is_timedelta64_dtype(s): s = s.dt.total_seconds()
     if not pd.api.types.is_numeric_dtype(s):
         s = pd.to_datetime(s, utc=True).dt.tz_localize(None) - pd.Timestamp('1970-01-01')
         s = s/pd.Timedelta(days=1)
