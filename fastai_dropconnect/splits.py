@@ -62,8 +62,11 @@ def _hold_out(n, seed, strata, groups):
     "Hold out one part of a large table"
     kind = 'Group' if groups is not None else 'Stratified' if strata is not None else ''
     if groups is not None and len(np.unique(groups))<2: raise ValueError('`groups` must have 2 different groups, got 1')
-    splitter = getattr(split, f'{kind}ShuffleSplit')(1, test_size=.2 if n<100_000 else .1, random_state=seed)
-    return splitter.split(np.zeros(n), strata, groups)
+    share = .2 if n<100_000 else .1
+    if kind=='Stratified': share = max(share, len(np.unique(strata))/n)     # a row of each class
+    splitter = getattr(split, f'{kind}ShuffleSplit')(10 if groups is not None else 1, test_size=share, random_state=seed)
+    pairs = splitter.split(np.zeros(n), strata, groups)
+    return [min(pairs, key=lambda pair: abs(len(pair[1])-share*n))]     # groups may be of any size
 
 # %% ../nbs/522_splits.ipynb #3521076e
 def splits_of(

@@ -15,6 +15,7 @@ from fastai_dropconnect.fit_best import fit_best_on
 from fastai_dropconnect.scoring import ScorerMetric
 from fastai_dropconnect.serialize.learner import load_model
 from fastai_dropconnect.serialize.predictor import load_predictor
+from fastai_dropconnect.splits import splits_of
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 has_lightgbm = importlib.util.find_spec('lightgbm') is not None
@@ -181,6 +182,13 @@ def test_validation_rows_count_as_much_as_others_in_the_end(monkeypatch):
     monkeypatch.setattr(sklearn_checks, 'train_small', again)
     regressor(refit=True).fit(df, y, sample_weight=np.full(120, 1000.), eval_set=(df[:30], y[:30]))
     assert len(seen[-1])==150 and np.allclose(seen[-1], 1/150)
+
+def test_splits_of_large_tables_with_uneven_groups_and_many_classes():
+    "The largest of five groups holds nearly all rows; a tenth of the rows is less than a row of each class"
+    sizes = np.repeat(np.arange(5), [3000, 20, 20, 20, 20])
+    assert all(len(train)>=3000 for seed in range(8) for train,_ in splits_of(3080, seed, groups=sizes))
+    [(train,valid)] = splits_of(100_000, strata=np.arange(100_000)//8)
+    assert len(np.unique(train//8))==12_500 and 12_500<=len(valid)<=12_501
 
 def test_times_of_all_types(monkeypatch):
     seen = spy(monkeypatch)
