@@ -27,8 +27,7 @@ def _as_numbers(
 ) -> np.ndarray: # float64
     "Convert times to numbers that rise with time"
     s = time if isinstance(time, pd.Series) else pd.Series(np.asarray(time))
-    if isinstance(s.dtype, pd.PeriodDtype): s = s.dt.to_timestamp()
-    s = pd.Series(s.to_numpy())
+    s = pd.Series((s.dt.to_timestamp() if isinstance(s.dtype, pd.PeriodDtype) else s).to_numpy())
     if pd.api.types.is_timedelta64_dtype(s): s = s.dt.total_seconds()
     if not pd.api.types.is_numeric_dtype(s):
         s = pd.to_datetime(s, utc=True).dt.tz_localize(None) - pd.Timestamp('1970-01-01')
@@ -64,7 +63,7 @@ def _hold_out(n, seed, strata, groups):
     if groups is not None and len(np.unique(groups))<2: raise ValueError('`groups` must have 2 different groups, got 1')
     share = .2 if n<100_000 else .1
     if kind=='Stratified': share = max(share, len(np.unique(strata))/n)     # a row of each class
-    splitter = getattr(split, f'{kind}ShuffleSplit')(10 if groups is not None else 1, test_size=share, random_state=seed)
+    splitter = getattr(split, f'{kind}ShuffleSplit')(10 if kind=='Group' else 1, test_size=share, random_state=seed)
     pairs = splitter.split(np.zeros(n), strata, groups)
     return [min(pairs, key=lambda pair: abs(len(pair[1])-share*n))]     # groups may be of any size
 
@@ -86,7 +85,7 @@ def splits_of(
             pairs = list((_folds if n<FOLDS_BELOW else _hold_out)(n, seed, strata, groups))
     pairs = [(train,valid) for train,valid in pairs if len(train)>1]    # batch norm needs two rows
     if not pairs: raise ValueError('there must be 2 rows to train on, got 1')
-    return pairs
+    return [pair for pair in pairs if len(pair[0])>.3*n] or pairs     # not on the few rows beside a huge group
 
 # %% ../nbs/522_splits.ipynb #607bb53e
 def column_or_values(

@@ -190,6 +190,11 @@ def test_splits_of_large_tables_with_uneven_groups_and_many_classes():
     [(train,valid)] = splits_of(100_000, strata=np.arange(100_000)//8)
     assert len(np.unique(train//8))==12_500 and 12_500<=len(valid)<=12_501
 
+def test_folds_of_uneven_groups():
+    groups = np.where(np.arange(300)<280, 0, np.arange(300))
+    assert [len(train)>280 for train,_ in splits_of(300, groups=groups)]==[True]*4
+    assert len(splits_of(300, groups=np.arange(300)<200))==2
+
 def test_times_of_all_types(monkeypatch):
     seen = spy(monkeypatch)
     df,y = table()
