@@ -69,6 +69,11 @@ class DropConnectRegressor(RegressorMixin, TableEstimator):
     def _strata(self, y): return None
 
 # %% ../nbs/530_estimators.ipynb #6d3c802d
+def _without_object(y):
+    "Return labels that all are numbers or booleans as such"
+    plain = pd.Series(y).infer_objects()
+    return plain.to_numpy() if plain.dtype.kind in 'biuf' else y
+
 class DropConnectClassifier(ClassifierMixin, TableEstimator):
     "Predict classes with the networks that suit a table"
     def predict_proba(self,
@@ -86,7 +91,8 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
         return self.classes_[best]
 
     def _checked_targets(self, y):
-        y = column_or_1d(_no_gaps(y, 'y'), warn=True)
+        y = column_or_1d(np.asarray(_no_gaps(y, 'y')), warn=True)
+        if y.dtype==object: y = _without_object(y)     # nullable types, and columns that once had gaps
         check_classification_targets(y)
         return y
 

@@ -363,4 +363,6 @@ def fit_best(
 ) -> TabularLearner: # Predicts with the blend; `leaderboard` says what is in it
     "Train the networks that the validation rows ask for, and blend them"
     if not len(dls.valid_ds): raise ValueError('`dls` must have validation rows to choose by, but it has none')
+    if not len(dls.train): raise ValueError(f'`dls` must have a batch to train on, got bs={dls.train.bs} for '
+                                            f'{len(dls.train_ds)} rows')
     return fit_best_on([dls], metric, budget, time_limit, seed, higher_is_better, verbose)

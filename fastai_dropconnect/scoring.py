@@ -7,6 +7,7 @@ __all__ = ['find_scorer', 'ScorerMetric']
 
 # %% ../nbs/524_scoring.ipynb #04482170
 from collections.abc import Callable
+import math
 import numpy as np, torch
 from sklearn import metrics as sk
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -54,6 +55,10 @@ class _Numbers(RegressorMixin, BaseEstimator):
     def predict(self, X): return X[:,0] if X.shape[1]==1 else X
 
 # %% ../nbs/524_scoring.ipynb #0c40930a
+def _in_range(X, y): # For metrics of positive numbers
+    "Clip predictions to the range of the targets, above 0 if these are"
+    return X.clip(np.maximum(y.min(0), 1e-3*y.mean(0)), y.max(0))
+
 def _log_score(probs, targs): return float(probs.gather(1, targs[:,None]).clamp_min(1e-9).log().mean())
 
 class ScorerMetric:
@@ -74,11 +79,16 @@ class ScorerMetric:
     ) -> float: # Higher is better
         "Measure predictions"
         if self.classes is not None: return self._of_classes(outputs.detach().double().softmax(1), targs.flatten())
-        X,y = [t.detach().cpu().double().numpy()*self.scale + self.mean for t in (outputs,targs)]
-        return float(self.scorer(_Numbers(), X, y.reshape(len(y), -1) if X.shape[1]>1 else y.flatten()))
+        if not outputs.isfinite().all(): return -math.inf     # scikit-learn would raise an error
+        X,y = [t.detach().cpu().double().numpy().reshape(len(t), -1)*self.scale + self.mean for t in (outputs,targs)]
+        try: return self._of_numbers(X, y)
+        except ValueError: return self._of_numbers(_in_range(X, y), y)     # a logarithm of a negative number
+
+    def _of_numbers(self, X, y): return float(self.scorer(_Numbers(), X, y if X.shape[1]>1 else y.flatten()))
 
     def _of_classes(self, probs, targs):
         targs = targs.long()
+        if not probs.isfinite().all(): return -math.inf
         if len(targs.unique())<len(self.classes): return _log_score(probs, targs)
         return float(self.scorer(_Classes(self.classes), probs.cpu().numpy(), self.classes[targs.cpu().numpy()]))
 
@@ -87,8 +97,10 @@ class ScorerMetric:
     ) -> 'ScorerMetric': # Itself
         "Raise `ValueError` if the metric cannot measure what such a network predicts"
         n = 2*max(n_out, 2)
-        targs = torch.arange(n)%n_out if self.classes is not None else torch.linspace(-1, 1, n*n_out).view(n, n_out)
-        try: self(torch.linspace(-.5, 1, n*n_out).view(n, n_out), targs)
+        outputs = torch.linspace(.1, 1, n*n_out).view(n, n_out)
+        try:
+            if self.classes is not None: self(outputs, torch.arange(n)%n_out)
+            else: self._of_numbers(outputs.numpy(), outputs.flip(0).numpy())     # positive: some metrics take no others
         except (ValueError,TypeError,AttributeError) as e:
             kind = 'numbers' if self.classes is None else f'{n_out} classes'
             raise ValueError(f'`metric` must be able to measure {kind}, got metric={self.__name__!r}: {e}') from e

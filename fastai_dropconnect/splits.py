@@ -23,10 +23,12 @@ def _merge_rare(
 
 # %% ../nbs/522_splits.ipynb #4f6235b8
 def _as_numbers(
-    time # Dates, text of dates, or numbers
+    time # Dates, text of dates, periods, durations, or numbers
 ) -> np.ndarray: # float64
     "Convert times to numbers that rise with time"
-    s = pd.Series(np.asarray(time) if not isinstance(time, pd.Series) else time.to_numpy())
+    s = time if isinstance(time, pd.Series) else pd.Series(np.asarray(time))
+    s = pd.Series((s.dt.to_timestamp() if isinstance(s.dtype, pd.PeriodDtype) else s).to_numpy())
+    if pd.api.types.is_timedelta64_dtype(s): s = s.dt.total_seconds()
     if not pd.api.types.is_numeric_dtype(s):
         s = pd.to_datetime(s, utc=True).dt.tz_localize(None) - pd.Timestamp('1970-01-01')
         s = s/pd.Timedelta(days=1)
@@ -59,8 +61,11 @@ def _hold_out(n, seed, strata, groups):
     "Hold out one part of a large table"
     kind = 'Group' if groups is not None else 'Stratified' if strata is not None else ''
     if groups is not None and len(np.unique(groups))<2: raise ValueError('`groups` must have 2 different groups, got 1')
-    splitter = getattr(split, f'{kind}ShuffleSplit')(1, test_size=.2 if n<100_000 else .1, random_state=seed)
-    return splitter.split(np.zeros(n), strata, groups)
+    share = .2 if n<100_000 else .1
+    if kind=='Stratified': share = max(share, len(np.unique(strata))/n)     # a row of each class
+    splitter = getattr(split, f'{kind}ShuffleSplit')(10 if kind=='Group' else 1, test_size=share, random_state=seed)
+    pairs = splitter.split(np.zeros(n), strata, groups)
+    return [min(pairs, key=lambda pair: abs(len(pair[1])-share*n))]     # groups may be of any size
 
 # %% ../nbs/522_splits.ipynb #3521076e
 def splits_of(
@@ -80,7 +85,7 @@ def splits_of(
             pairs = list((_folds if n<FOLDS_BELOW else _hold_out)(n, seed, strata, groups))
     pairs = [(train,valid) for train,valid in pairs if len(train)>1]    # batch norm needs two rows
     if not pairs: raise ValueError('there must be 2 rows to train on, got 1')
-    return pairs
+    return [pair for pair in pairs if len(pair[0])>.3*n] or pairs     # not on the few rows beside a huge group
 
 # %% ../nbs/522_splits.ipynb #607bb53e
 def column_or_values(

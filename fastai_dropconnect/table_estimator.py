@@ -190,7 +190,7 @@ def _folds(self:TableEstimator, X, y, rows, seed, eval_set):
         more_df,more_targets = self._read_more(*_pair(eval_set))
         df,targets = pd.concat([df,more_df], ignore_index=True),np.concatenate([targets,more_targets])
         splits = [(np.arange(n),np.arange(n, len(df)))]
-        if weights is not None: weights = np.concatenate([weights,np.ones(len(more_df))])
+        if weights is not None: weights = np.concatenate([weights,np.full(len(more_df), weights.mean())])
     weights = None if weights is None else np.asarray(weights)
     if eval_set is not None or rows['groups'] is not None or rows['time'] is not None:
         self._drop_drifting(df, targets, splits[0], weights)
@@ -213,6 +213,7 @@ def _read(self:TableEstimator, X):
 @patch
 def _read_more(self:TableEstimator, X, y):
     "Read rows to validate on"
+    if not len(y): raise ValueError('`eval_set` must have rows, but it has none')
     X,y = self._same_columns(X),self._checked_targets(y)
     check_consistent_length(X, y)
     return self.reader_.transform(X),self._encoded_targets(y)
@@ -254,8 +255,9 @@ def _refit(self:TableEstimator, again, end):
     if not models: return
     old = self.learner_
     model = BlendedModel(models, weights, old.model.average, old.model.temperature)
-    self.learner_ = TabularLearner(dls.new_empty(), model.to(dls.device), loss_func=old.loss_func, metrics=old.metrics)
+    self.learner_ = TabularLearner(dls, model.to(dls.device), loss_func=old.loss_func, metrics=old.metrics)
     self.learner_.leaderboard = old.leaderboard
+    self._keep_rows()     # their codes are others now
 
 # %% ../nbs/528_table_estimator.ipynb #d371a70d
 def _quick_loss(dls, deadline):

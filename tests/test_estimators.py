@@ -1,6 +1,6 @@
 """`DropConnectRegressor` and `DropConnectClassifier`: what scikit-learn asks of estimators, tables of all kinds, files"""
 import importlib.util, json, pickle, sys
-import numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, pytest, torch
 import sklearn.utils.estimator_checks as checks
 from sklearn.base import clone
 from sklearn.compose import make_column_transformer
@@ -12,8 +12,10 @@ import odd_tables, sklearn_checks
 from fastai_dropconnect import table_estimator
 from fastai_dropconnect.estimators import DropConnectClassifier, DropConnectRegressor
 from fastai_dropconnect.fit_best import fit_best_on
+from fastai_dropconnect.scoring import ScorerMetric
 from fastai_dropconnect.serialize.learner import load_model
 from fastai_dropconnect.serialize.predictor import load_predictor
+from fastai_dropconnect.splits import splits_of
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 has_lightgbm = importlib.util.find_spec('lightgbm') is not None
@@ -101,6 +103,23 @@ def test_metrics_of_classes(metric):
 @pytest.mark.parametrize('metric', ['r2', 'neg_root_mean_squared_error', 'mae', mean_absolute_error])
 def test_metrics_of_numbers(metric): assert np.isfinite(regressor(metric=metric).fit(*table()).predict(table()[0])).all()
 
+def test_metrics_of_positive_numbers():
+    "A network may predict less than 0, where these metrics are not defined"
+    df,y = table()
+    y = np.exp(y-10)
+    assert y.mean()-y.std()/2<-1
+    for metric in ('neg_root_mean_squared_log_error', 'neg_mean_poisson_deviance'):
+        assert np.isfinite(regressor(metric=metric).fit(df, y).predict(df)).all()
+        score = ScorerMetric(metric)
+        targs = torch.tensor([[0.], [2.], [4.]])
+        assert score(torch.tensor([[-2.], [2.], [4.]]), targs)==pytest.approx(score(torch.tensor([[.002], [2.], [4.]]), targs), abs=1e-3)
+    with pytest.raises(ValueError, match='Log'): ScorerMetric('neg_mean_squared_log_error')(targs, targs-3)
+
+def test_predictions_that_are_no_numbers_have_the_worst_score():
+    nan = torch.full((4, 2), torch.nan)
+    assert ScorerMetric('r2')(nan[:,:1], torch.arange(4.)[:,None])==-np.inf
+    assert ScorerMetric('roc_auc', np.array(['a', 'b']))(nan, torch.tensor([0, 1, 0, 1]))==-np.inf
+
 @pytest.mark.parametrize('make,metric', [(classifier, 'r2'), (regressor, 'accuracy'), (regressor, 'nonsense'), (classifier, len)])
 def test_metrics_that_do_not_fit(make, metric):
     df,y = table()
@@ -111,6 +130,15 @@ def test_several_targets():
     both = np.stack([y, 1e6*y], 1)
     res = regressor().fit(df, both).predict(df)
     assert res.shape==(300, 2) and np.corrcoef(res[:,0], y)[0, 1]>.5 and np.allclose(res[:,1].std()/res[:,0].std(), 1e6, rtol=.3)
+
+@pytest.mark.parametrize('dtype', [int, bool])
+def test_labels_in_columns_of_any_type(dtype):
+    "Nullable types, and columns of dtype `object` that once had gaps"
+    df,y = table()
+    y = (y>10).astype(dtype)
+    for t in ('Int64' if dtype is int else 'boolean', object, 'category'):
+        model = classifier().fit(df, y.astype(t), eval_set=(df, y.astype(t)))
+        assert model.classes_.dtype==dtype and set(model.predict(df))<={*y} and model.score(df, y)>.5
 
 def test_rows_without_weight_do_not_exist():
     df,y = table()
@@ -143,6 +171,44 @@ def test_groups_times_and_validation_rows(monkeypatch):
     for kw,match in [(dict(time='month'), '`time`'), (dict(groups=[1]), '`groups`'), (dict(eval_set=df), '`eval_set`')]:
         with pytest.raises(ValueError, match=match): regressor().fit(df, y, **kw)
     with pytest.raises(ValueError, match='`eval_set` must have the classes'): classifier().fit(df, y>10, eval_set=(df, np.full(120, 2)))
+
+def test_validation_rows_count_as_much_as_others_in_the_end(monkeypatch):
+    df,y = table()
+    seen = []
+    train = sklearn_checks.train_small
+    def again(dls, *args, **kw):
+        seen.append(np.asarray(dls.train.wgts))
+        return train(dls, *args, **kw)
+    monkeypatch.setattr(sklearn_checks, 'train_small', again)
+    regressor(refit=True).fit(df, y, sample_weight=np.full(120, 1000.), eval_set=(df[:30], y[:30]))
+    assert len(seen[-1])==150 and np.allclose(seen[-1], 1/150)
+
+def test_splits_of_large_tables_with_uneven_groups_and_many_classes():
+    "The largest of five groups holds nearly all rows; a tenth of the rows is less than a row of each class"
+    sizes = np.repeat(np.arange(5), [3000, 20, 20, 20, 20])
+    assert all(len(train)>=3000 for seed in range(8) for train,_ in splits_of(3080, seed, groups=sizes))
+    [(train,valid)] = splits_of(100_000, strata=np.arange(100_000)//8)
+    assert len(np.unique(train//8))==12_500 and 12_500<=len(valid)<=12_501
+
+def test_folds_of_uneven_groups():
+    groups = np.where(np.arange(300)<280, 0, np.arange(300))
+    assert [len(train)>280 for train,_ in splits_of(300, groups=groups)]==[True]*4
+    assert len(splits_of(300, groups=np.arange(300)<200))==2
+
+def test_times_of_all_types(monkeypatch):
+    seen = spy(monkeypatch)
+    df,y = table()
+    day = np.arange(120)
+    for time in (pd.period_range('2020-01', periods=120, freq='M'), pd.to_timedelta(day, unit='D'), pd.Series(day).astype('category'),
+                 pd.date_range('2020', periods=120, tz='Europe/Berlin'), pd.Series(day).astype('Int64').mask(day==3)):
+        for t in (time, pd.Series(time).set_axis(day[::-1])):
+            regressor().fit(df, y, time=t)
+            assert seen[-1][0][1]<=set(range(90, 120)) and len(seen[-1])==1
+
+@pytest.mark.parametrize('make', [regressor, classifier])
+def test_no_validation_rows(make):
+    df,y = table()
+    with pytest.raises(ValueError, match='`eval_set` must have rows'): make().fit(df, y>10, eval_set=(df[:0], y[:0]>10))
 
 def test_columns_that_run_on_are_left_out_only_where_that_helps():
     r = np.random.default_rng(0)
@@ -180,6 +246,18 @@ def test_all_rows_are_trained_on_at_the_end_of_a_split_by_time(monkeypatch):
         monkeypatch.setattr(sklearn_checks, 'train_small', every_second(train, last))
         assert score()==score(refit=False)
     with pytest.raises(ValueError, match='`refit`'): regressor(refit='always').fit(df, y)
+
+def test_importances_after_training_on_all_rows():
+    "The last rows bring levels and gaps, so that codes and columns are others than before"
+    r = np.random.default_rng(0)
+    n = 300
+    df = pd.DataFrame(dict(k=r.choice(list('mnop'), n), x=r.normal(0, 1, n), z=r.normal(0, 1, n)))
+    y = df.k.map(dict(m=0, n=1, o=2, p=3))*5
+    new = df.head(100).assign(k=df.k.head(100).where(np.arange(100)%5>0, 'A'), x=df.x.head(100).where(np.arange(100)>5))
+    model = regressor(refit=True).fit(df, y, eval_set=(new, y.head(100)))
+    ids = model.learner_.dls.classes['k']
+    assert 'A' in ids and set(model._valid_rows[0][:,0])=={ids.o2i[k] for k in 'Amnop'}
+    assert model.feature_importances_.argmax()==0
 
 
 # --- odd tables

@@ -108,3 +108,8 @@ def test_several_targets():
     df = table().assign(z=lambda d: -d.y)
     learn = fit_best(loaders(df, y=['y','z'], block=RegressionBlock(n_out=2)), rmse, 'quick', verbose=False)
     assert learn.get_preds()[0].shape==(40,2)
+
+
+def test_loaders_without_a_batch_are_refused():
+    dls = loaders(valid=range(30, 160))     # 30 rows, and batches of 32
+    with pytest.raises(ValueError, match='`dls` must have a batch to train on, got bs=32 for 30 rows'): fit_best(dls, verbose=False)

@@ -53,3 +53,14 @@ def test_few_long_levels_are_a_category_and_spaces_around_them_count():
     reader = FrameReader().fit(df)
     assert reader.cat_names==['a'] and reader.transform(df).a.nunique()==len(values)
     assert reader.transform(pd.DataFrame(dict(a=[' ', 'n/a '], b=[1,2]))).a.isna().all()
+
+def test_names_of_parts_do_not_hide_columns():
+    "The hours of `sold`, which are all 0, would replace `sold_hour`; fastai notes the gaps of `area` in `area_na`"
+    r = np.random.default_rng(0)
+    n = 60
+    df = pd.DataFrame(dict(sold_hour=r.integers(0, 24, n), sold=pd.date_range('2024', periods=n), area_na=r.choice(['u', 'v'], n),
+                           area=np.where(r.random(n)<.3, np.nan, r.normal(0, 1, n))))
+    reader = FrameReader().fit(df)
+    rows = reader.transform(df)
+    assert [reader.parts[c] for c in ('sold_hour', 'area_na', 'area')]==[['sold_hour_'], ['area_na_'], ['area']] and not reader.dropped
+    assert (rows.sold_hour_==df.sold_hour).all() and (rows.area_na_==df.area_na).all()

@@ -14,16 +14,23 @@ from fastcore.basics import patch
 from ..checks import check_int
 
 # %% ../../nbs/305_tabular.frames.ipynb #acf5b1d0
+DATE_PARTS = 'year','day_of_year','hour','days','month','day_of_week'
+
+def _names_of_parts(name): # Of a date, and of what fastai notes of gaps
+    return {f'{name}_{part}' for part in (*DATE_PARTS,'na')}
+
 def _free_names(
     names:list # Of any type, perhaps more than once
 ) -> list: # Of `str`
-    "Return names that differ and that fastai can use"
-    res,seen = [],{'c','x','y','target'}
-    for name in map(str, names):
-        while name in seen: name += '_'
-        seen.add(name)
-        res.append(name)
-    return res
+    "Return names that differ, also from those of parts of columns, and that fastai can use"
+    names = list(map(str, names))
+    seen = {'c','x','y','target'}.union(*map(_names_of_parts, names))
+    res = {}     # a set that keeps the order
+    for name in names:
+        while name in seen or _names_of_parts(name) & res.keys(): name += '_'
+        seen |= {name} | _names_of_parts(name)
+        res[name] = None
+    return list(res)
 
 # %% ../../nbs/305_tabular.frames.ipynb #365d36df
 def as_frame(
@@ -91,8 +98,6 @@ def _as_dates(
     if not pd.api.types.is_datetime64_any_dtype(s):
         s = pd.to_datetime(_by_value(s, str), format=format, errors='coerce', utc=True)
     return s.dt.tz_convert(None) if s.dt.tz else s
-
-DATE_PARTS = 'year','day_of_year','hour','days','month','day_of_week'
 
 def _date_parts(
     dates:pd.Series # Dates without a time zone
