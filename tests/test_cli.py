@@ -171,7 +171,7 @@ BAD = { # options (FILE: a file made of what stands in second place), and what t
     'sparsity 1': ('--sparsity 1', None, '`sparsity` must be a number with 0 <= sparsity < 1, got sparsity=1.0'),
     'sparsity -.1': ('--sparsity=-.1', None, 'sparsity=-0.1'),
     'sparsity half': ('--sparsity half', None, "argument --sparsity: invalid float value: 'half'"),
-    'unknown model': ('--models fastai,resnet', None, f"`models` must be some of {', '.join(MODELS)}, got models='fastai,resnet' ('resnet' unknown)"),
+    'unknown model': ('--models fastai,forest', None, f"`models` must be some of {', '.join(MODELS)}, got models='fastai,forest' ('forest' unknown)"),
     'no model': ('--models ,', None, '`models` must be some of'),
     'epochs 0': ('--epochs 0', None, '`epochs` must be an integer of at least 1, got epochs=0'),
     'epochs 1.5': ('--epochs 1.5', None, "argument --epochs: invalid int value: '1.5'"),

@@ -26,8 +26,8 @@ def trained(opt_func, *fits, layers=(20,10), **kwargs):
             f(learn)
     return learn
 
-def assert_same(ours, theirs):
-    for a,b in zip(ours.model.state_dict().values(), theirs.model.state_dict().values(), strict=True): torch.testing.assert_close(a, b, **CLOSE)
+def assert_same(ours, theirs, close=CLOSE):
+    for a,b in zip(ours.model.state_dict().values(), theirs.model.state_dict().values(), strict=True): torch.testing.assert_close(a, b, **close)
     for a,b in zip(ours.opt.state_dict()['state'], theirs.opt.state_dict()['state'], strict=True):
         assert a.keys()==b.keys() and a.get('step')==b.get('step') and a.get('do_wd')==b.get('do_wd')
         for k in ('grad_avg','sqr_avg'):
@@ -52,7 +52,8 @@ OPTIONS = dict(default={}, l2=dict(decouple_wd=False), strong=dict(wd=.3), no_wd
 def test_fits_end_with_the_weights_of_adam(fits):
     ours,theirs = trained(FusedAdam, *FITS[fits]),trained(Adam, *FITS[fits])
     assert type(ours.opt) is FusedAdam
-    assert_same(ours, theirs)
+    # an `eps` of 1e-6 enlarges what CPUs round differently: 2.5e-6 on an AMD EPYC
+    assert_same(ours, theirs, dict(rtol=0, atol=5e-6) if fits=='all_hypers' else CLOSE)
 
 
 @pytest.mark.parametrize('options', OPTIONS)
