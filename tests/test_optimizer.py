@@ -31,7 +31,7 @@ def assert_same(ours, theirs, close=CLOSE):
     for a,b in zip(ours.opt.state_dict()['state'], theirs.opt.state_dict()['state'], strict=True):
         assert a.keys()==b.keys() and a.get('step')==b.get('step') and a.get('do_wd')==b.get('do_wd')
         for k in ('grad_avg','sqr_avg'):
-            if k in a: torch.testing.assert_close(a[k], b[k], **CLOSE)
+            if k in a: torch.testing.assert_close(a[k], b[k], **close)
 
 def schedule_of_all(learn):
     "Change every hyperparameter in each step"
@@ -52,8 +52,8 @@ OPTIONS = dict(default={}, l2=dict(decouple_wd=False), strong=dict(wd=.3), no_wd
 def test_fits_end_with_the_weights_of_adam(fits):
     ours,theirs = trained(FusedAdam, *FITS[fits]),trained(Adam, *FITS[fits])
     assert type(ours.opt) is FusedAdam
-    # an `eps` of 1e-6 enlarges what CPUs round differently: 2.5e-6 on an AMD EPYC
-    assert_same(ours, theirs, dict(rtol=0, atol=5e-6) if fits=='all_hypers' else CLOSE)
+    # an `eps` of 1e-6 enlarges what CPUs round differently: 2.5e-6 in weights, 6.6e-6 in momentum on an AMD EPYC
+    assert_same(ours, theirs, dict(rtol=0, atol=2e-5) if fits=='all_hypers' else CLOSE)
 
 
 @pytest.mark.parametrize('options', OPTIONS)
