@@ -104,18 +104,18 @@ def calibration_of(
     learn:Learner
 ) -> Calibration|None:
     "Return the calibration of a Learner, if it has one"
-    cbs = learn._grab_cbs(KeepCalibration)
-    return cbs[0].record.value if cbs else None
+    cb = getattr(learn, 'keep_calibration', None)       # fastai's name for the callback
+    return cb.record.value if cb else None
 
 def set_calibration(
     learn:Learner,
     value:Calibration|None
 ):
     "Give a Learner a calibration"
-    if not learn._grab_cbs(KeepCalibration):
+    if not hasattr(learn, 'keep_calibration'):
         if value is None: return
         learn.add_cb(KeepCalibration())
-    learn._grab_cbs(KeepCalibration)[0].record.value = value
+    learn.keep_calibration.record.value = value
 
 def _restore(learn, saved): # After `learn.load`
     if saved is not None or calibration_of(learn): set_calibration(learn, saved and Calibration(**saved))
