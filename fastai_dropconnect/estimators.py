@@ -128,6 +128,7 @@ _saved = 'metric','time_limit','budget','with_gbm','refit','random_state','verbo
 def _plain_settings(estimator):
     "Return the settings that JSON can hold"
     values = {n: getattr(estimator, n) for n in _saved}
+    values = {n: v.item() if isinstance(v, np.generic) else v for n,v in values.items()}
     return {n: v if v is None or isinstance(v, (str,bool,int,float)) else None for n,v in values.items()}
 
 @patch

@@ -290,6 +290,12 @@ def test_saved_numbers(names, tmp_path):
 
 LABELS = dict(text=np.array(['b', 'a']), objects=np.array(['b', 'a'], object), bools=np.array([True, False]), numbers=np.array([7, 3]), floats=np.array([1., 0.]))
 
+def test_saved_settings_of_numpy(tmp_path):
+    model = regressor(random_state=np.int64(3), time_limit=np.float32(8)).fit(*table())
+    again = DropConnectRegressor.load(model.save(tmp_path/'model'))
+    assert (again.random_state,again.time_limit)==(3,8.) and type(again.random_state) is int
+
+
 @pytest.mark.parametrize('labels', LABELS.values(), ids=LABELS)
 def test_saved_classes(labels, tmp_path):
     df,y = table()
