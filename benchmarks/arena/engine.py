@@ -5,8 +5,9 @@ import csv, sys, warnings
 from argparse import ArgumentParser
 from pathlib import Path
 import numpy as np, torch
-from fastai_dropconnect import estimators, fit_best
+from fastai_dropconnect import fit_best
 from fastai_dropconnect.ensemble.blend import BlendedModel
+from .ours import fitted
 from .outsiders import outputs
 from .results import cpu_name, scores
 from .tables import TABLES, Options, Table, load_table
@@ -33,14 +34,11 @@ class _KeptSearch(fit_best.Search):
         return super().run()
 
 
-def fitted(t:Table, seed:int, budget:str):
-    "Fit the estimator; return it and the candidates that it has tried"
-    make = estimators.DropConnectRegressor if t.task=='reg' else estimators.DropConnectClassifier
-    y = lambda split: t.y(split).astype(float) if t.task=='reg' else t.y(split).astype(str)
+def searched(t:Table, seed:int, budget:str):
+    "Fit the estimator; return it and the search with the candidates that it has tried"
     before,fit_best.Search = fit_best.Search,_KeptSearch
-    try: model = make(budget=budget, random_state=seed, verbose=0, device='cpu').fit(t.x('train'), y('train'), eval_set=(t.x('valid'),y('valid')))
+    try: return fitted(t, seed, budget=budget),_KeptSearch.last
     finally: fit_best.Search = before
-    return model,_KeptSearch.last
 
 
 def error_of(t, model, network): # Of the test rows
@@ -52,7 +50,7 @@ def error_of(t, model, network): # Of the test rows
 
 def rows_of(t:Table, seed:int, budget:str):
     "Yield the error of the blend, of each candidate alone, and of the blend without it"
-    model,search = fitted(t, seed, budget)
+    model,search = searched(t, seed, budget)
     whole = error_of(t, model, model.learner_.model)
     yield dict(what='blend', error=whole, change=0., seconds=sum(c.seconds for c in search.candidates))
     average,candidates = model.learner_.model.average,list(search.candidates)

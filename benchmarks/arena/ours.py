@@ -58,10 +58,14 @@ def takes(argument:str) -> bool:
     "Do the estimators have this argument?"
     return argument in inspect.signature(estimators.DropConnectRegressor).parameters
 
-def one_call(t:Table, seed:int, **settings) -> np.ndarray:
+def fitted(t:Table, seed:int, **settings):
     "Fit the estimator, with the validation rows as `eval_set`"
     make = estimators.DropConnectRegressor if t.task=='reg' else estimators.DropConnectClassifier
     y = lambda split: t.y(split).astype(float) if t.task=='reg' else t.y(split).astype(str)
     model = make(random_state=seed, verbose=0, device='cpu', **settings)
     model.fit(t.x('train'), y('train'), eval_set=(t.x('valid'),y('valid')))
-    return outputs(model, t, t.x('test'))
+    return model
+
+def one_call(t:Table, seed:int, **settings) -> np.ndarray:
+    "Fit the estimator and predict the test rows"
+    return outputs(fitted(t, seed, **settings), t, t.x('test'))
