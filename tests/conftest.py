@@ -1,10 +1,11 @@
 import os, subprocess, sys, textwrap, torch
 from pathlib import Path
+from types import SimpleNamespace
 os.environ.setdefault('MPLBACKEND', 'Agg')
 if not torch.cuda.is_available(): os.environ.setdefault('TRITON_INTERPRET', '1')    # kernels for CUDA, run by Triton's interpreter
 torch.set_num_threads(1)     # small models: two threads on a busy machine wait for each other
 import numpy as np, pandas as pd, pytest
-from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, set_seed
+from fastai.tabular.all import Callback, Categorify, FillMissing, Normalize, TabularDataLoaders, set_seed
 
 
 def make_table(n=600, seed=0):
@@ -78,3 +79,13 @@ def pytest_collection_modifyitems(items):
         backend = getattr(item, 'callspec', None) and item.callspec.params.get('_backend')
         return backend in ('torch','triton') and any(word in item.name for word in ('batch','gaussian','embedding'))
     items[:] = [i for i in items if not needless(i)]
+
+
+class Scaled(Callback):
+    "Scale the loss and its gradients as mixed precision does"
+    order = 10
+    def before_fit(self): self.learn.scaler = SimpleNamespace(get_scale=lambda: 1024.)
+    def before_backward(self): self.learn.loss_grad = self.learn.loss_grad*1024
+    def before_step(self):
+        for p in self.learn.model.parameters(): p.grad /= 1024
+    def after_fit(self): del self.learn.scaler

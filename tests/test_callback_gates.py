@@ -9,6 +9,7 @@ from fastai.tabular.all import (Callback, CancelFitException, Categorify, FillMi
                                 SGD, TabularDataLoaders, load_learner, noop, ranger, set_seed)
 from torch import nn
 from torch.nn import functional as F
+from conftest import Scaled
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.gates import FeatureGates, column_sizes, input_layer, nats_per_loss
 from fastai_dropconnect.layers.gates import mean_gates
@@ -208,13 +209,6 @@ def test_weights_that_were_loaded_between_epochs_are_taken_as_they_are():
 
 
 def test_the_scale_of_mixed_precision_is_taken_out_of_the_gates_gradients():
-    class Scaled(Callback):
-        order = 10
-        def before_fit(self): self.learn.scaler = SimpleNamespace(get_scale=lambda: 1024.)
-        def before_backward(self): self.learn.loss_grad = self.learn.loss_grad*1024
-        def before_step(self):
-            for p in self.learn.model.parameters(): p.grad /= 1024
-        def after_fit(self): del self.learn.scaler
     a,b = [fit(make_learn(FeatureGates(20)), cbs=cbs) for cbs in (None, Scaled())]
     assert torch.equal(*[l.feature_gates.record.state['log_alpha'] for l in (a,b)]) and torch.equal(preds(a), preds(b))
 

@@ -1,8 +1,7 @@
-from types import SimpleNamespace
 import pytest, torch
 from fastai.callback.training import GradientAccumulation
-from fastai.tabular.all import Callback
 from torch.nn import functional as F
+from conftest import Scaled
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.variational import VariationalDropConnect, kl_gradients
 from ensemble_learners import make_learn
@@ -63,13 +62,6 @@ def test_gradients_are_those_of_the_divergence_at_the_end_of_the_warm_up():
 
 
 def test_the_scale_of_mixed_precision_is_taken_into_account():
-    class Scaled(Callback):
-        order = 10
-        def before_fit(self): self.learn.scaler = SimpleNamespace(get_scale=lambda: 1024.)
-        def before_backward(self): self.learn.loss_grad = self.learn.loss_grad*1024
-        def before_step(self):
-            for p in self.learn.model.parameters(): p.grad /= 1024
-        def after_fit(self): del self.learn.scaler
     a,b = [fit(make_learn(eager()), 3, cbs=cbs) for cbs in (None, Scaled())]
     assert all(torch.equal(v, w) for v,w in zip(hidden(a), hidden(b)))
 
