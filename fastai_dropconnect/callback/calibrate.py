@@ -14,8 +14,7 @@ import numpy as np, pandas as pd, torch
 from fastai.basics import DataLoader, Learner, patch
 from fastcore.basics import noop
 from torch import Tensor
-from .core import RecordingCallback
-from .loading import RESTORE
+from .core import RESTORE, RecordingCallback
 from .members import without_metrics
 from .snapshots import SnapshotEnsemble
 from ..checks import check_choice
