@@ -90,7 +90,7 @@ class TableEstimator(BaseEstimator):
         time_limit:float=None, # Seconds; `None`: as long as `budget` takes
         budget:str='default', # 'quick', 'default' or 'best'
         with_gbm:bool=False, # Blend LightGBM with the networks? Needs the extra `gbm`
-        refit:bool|str='auto', # Train once more on all rows at the end? 'auto': if the latest rows were held out
+        refit:bool|str='auto', # Train on held-out rows, too, at the end? 'auto': not with `eval_set` or 'quick'
         random_state:int=None, # Seed
         device:str=None, # Such as 'cuda'; by default the GPU if there is one
         verbose:int=1 # Say what is trained?
@@ -135,14 +135,14 @@ class TableEstimator(BaseEstimator):
         reading = clock.monotonic()-start
         higher = None if metric is None else True
         others = self._boosted(folds, score_for(folds[0].train_ds.loss_func, metric, higher), seed, start)
-        refit = self.refit is True or (self.refit=='auto' and time is not None)
+        refit = self._refit_kind(eval_set, time, len(folds))
         end = start + limit if limit else math.inf
-        if limit: limit = max(limit/20, (end-clock.monotonic())/(2.3 if refit else 1))    # all rows are more
+        if limit: limit = max(limit/20, (end-clock.monotonic())/dict(replace=2.3, join=1.8).get(refit, 1))    # all rows are more
         self.learner_ = fit_best_on(folds, metric, self.budget, limit, seed, higher, bool(self.verbose), others)
         self.leaderboard_ = self.learner_.leaderboard
         self._keep_rows()
         again = vars(self.learner_).pop('again', [])
-        if refit and clock.monotonic()+reading<end: self._refit(again, end)     # rows are encoded once more
+        if refit and clock.monotonic()+reading<end: self._refit(again, refit, end)     # rows are encoded once more
         del self._all_rows
         return self
 
@@ -241,23 +241,46 @@ def _keep_rows(self:TableEstimator):
 
 # %% ../nbs/528_table_estimator.ipynb #ec719a41
 @patch
-def _refit(self:TableEstimator, again, end):
-    "Train the networks of the blend on all rows"
+def _refit_kind(self:TableEstimator, eval_set, time, n_folds):
+    "Return what networks that are trained on all rows do: 'replace', 'join', or `None`"
+    if self.refit is False: return None
+    if time is not None: return 'replace'
+    if eval_set is not None: return 'replace' if self.refit is True else None
+    return 'join' if self.refit is True or (n_folds==1 and self.budget!='quick') else None
+
+def _heaviest(again, share=2/3): # Pairs of a function and a weight
+    "Return those that hold a share of the weights, the heaviest first"
+    ranked = sorted(again, key=lambda pair: -pair[1])
+    before = np.cumsum([0, *(weight for _,weight in ranked)])
+    return [pair for pair,b in zip(ranked, before, strict=False) if b<share*before[-1]]
+
+@patch
+def _refit(self:TableEstimator, again, kind, end):
+    "Train networks of the blend on all rows"
     [dls] = self._all_rows()
-    models,weights = [],[]
+    again = _heaviest(again) if kind=='join' else again
+    models = []
     try:
-        for train,weight in again:
-            if self.verbose: print(f'training on all rows: {len(models)+1} of {len(again)}')
-            models.append(train(dls, end))
-            weights.append(weight)
-            if models[-1] is None: return
-    except KeyboardInterrupt: return
-    if not models: return
+        for i,(train,_) in enumerate(again):
+            if self.verbose: print(f'training on all rows: {i+1} of {len(again)}')
+            model = train(dls, end)
+            if model is None: break     # the time is over
+            models.append(model)
+    except KeyboardInterrupt: pass
+    if models and (kind=='join' or len(models)==len(again)): self._blend_in(models, [w for _,w in again], kind, dls)
+
+@patch
+def _blend_in(self:TableEstimator, models, weights, kind, dls):
+    "Let models that were trained on all rows replace the others, or join them"
     old = self.learner_
+    weights = weights[:len(models)]
+    if kind=='join':
+        models,weights = [*old.model.models, *models],[w/2 for w in weights]
+        weights = [*(old.model.weights*(1-sum(weights))).tolist(), *weights]
     model = BlendedModel(models, weights, old.model.average, old.model.temperature)
     self.learner_ = TabularLearner(dls, model.to(dls.device), loss_func=old.loss_func, metrics=old.metrics)
     self.learner_.leaderboard = old.leaderboard
-    self._keep_rows()     # their codes are others now
+    self._keep_rows()     # where there was `eval_set`, their codes are others now
 
 # %% ../nbs/528_table_estimator.ipynb #d371a70d
 def _quick_loss(dls, deadline):

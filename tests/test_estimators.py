@@ -9,7 +9,7 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 import odd_tables, sklearn_checks
-from fastai_dropconnect import table_estimator
+from fastai_dropconnect import splits, table_estimator
 from fastai_dropconnect.estimators import DropConnectClassifier, DropConnectRegressor
 from fastai_dropconnect.fit_best import fit_best_on
 from fastai_dropconnect.scoring import ScorerMetric
@@ -246,6 +246,18 @@ def test_all_rows_are_trained_on_at_the_end_of_a_split_by_time(monkeypatch):
         monkeypatch.setattr(sklearn_checks, 'train_small', every_second(train, last))
         assert score()==score(refit=False)
     with pytest.raises(ValueError, match='`refit`'): regressor(refit='always').fit(df, y)
+
+def test_networks_that_see_all_rows_join_those_of_a_random_split(monkeypatch):
+    df,y = table(300)
+    model_of = lambda **kw: regressor(**kw).fit(df, y).learner_.model
+    assert len(model_of().models)==1 and len(model_of(refit=True).models)==2      # folds leave nothing out
+    monkeypatch.setattr(splits, 'FOLDS_BELOW', 100)
+    assert len(model_of(refit=False).models)==len(model_of(budget='quick').models)==1
+    joined = model_of()
+    assert joined.weights.tolist()==[.5,.5]
+    assert not torch.equal(*[next(m.parameters()) for m in joined.models])
+    monkeypatch.setattr(sklearn_checks, 'train_small', every_second(sklearn_checks.train_small, KeyboardInterrupt))
+    assert len(model_of().models)==1
 
 def test_importances_after_training_on_all_rows():
     "The last rows bring levels and gaps, so that codes and columns are others than before"
