@@ -10,15 +10,16 @@ __all__ = ['LEAST_EPOCHS', 'STEP_WORK', 'KINDS', 'MANY_ROWS', 'VARIATIONS', 'BUD
 # %% ../nbs/410_fit_best.ipynb #ece213d3
 import math, time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner, Metric, mk_metric
 from fastai.tabular.data import TabularDataLoaders
 from fastai.torch_core import no_random, to_detach
 from torch import Tensor
+from .blended_learner import blended_learner, predict_cdfs
 from .callback import members as _    # noqa: F401, adds `Learner.averaged_model`
 from .callback.averaging import BestAverage
 from .checks import check_choice, check_int, check_positive
@@ -28,6 +29,8 @@ from .progress import SearchProgress
 from .recipes import RECIPES, Recipe, fresh_loaders, is_higher_better
 from .tabular.embeddings import PLE
 from .tabular.learner import TabularLearner
+from .uncertainty.grid import GridScore
+from .uncertainty.noise import NoiseModel, noise_of
 
 # %% ../nbs/410_fit_best.ipynb #1c72028c
 _to_outputs = {'mean': lambda p: p, 'softmax': lambda p: p.clamp_min(1e-7).log(), 'sigmoid': lambda p: p.logit(1e-7)}
@@ -120,7 +123,8 @@ def learner_for(
 ) -> TabularLearner: # Not trained
     "Make the Learner of a kind of network"
     dls = fresh_loaders(dls)
-    return kind.recipe.learner(dls, y_range=_y_range(dls), **kind.kwargs)
+    y_range = None if kind.kwargs.get('noise') else _y_range(dls)
+    return kind.recipe.learner(dls, y_range=y_range, **kind.kwargs)
 
 # %% ../nbs/410_fit_best.ipynb #37e70b6b
 def train_candidate(
@@ -137,6 +141,7 @@ def train_candidate(
     start = time.monotonic()
     with no_random(seed):
         learn = learner_for(dls, kind)
+        predict_cdfs(learn, score)
         with learn.no_bar(), learn.no_logging():
             trained,timed_out = (_fit(learn, kind, epochs, deadline) if epochs else
                                  _fit_best(learn, kind, score, epochs_for(learn, work), deadline))
@@ -238,9 +243,12 @@ class Search:
         budget:str='default', # 'quick', 'default' or 'best'
         time_limit:float=None, # Seconds; `None`: as long as `budget` takes
         seed:int=0, # Of the first candidate; the next ones count on
-        verbose:bool=True # Say what is trained?
+        verbose:bool=True, # Say what is trained?
+        noise:NoiseModel=None, # As in `fit_best`
+        train:Callable=None # In place of `train_candidate`, which it calls: it may keep what was trained
     ):
-        self.folds,self.score,self.seed = folds,score,seed
+        self.folds,self.score,self.seed,self.noise = folds,score,seed,noise
+        self.train = train or train_candidate
         self.work,self.variations = BUDGETS[check_choice(budget, 'budget', BUDGETS)]
         limit = math.inf if time_limit is None else check_positive(time_limit, 'time_limit')
         self.start = time.monotonic()
@@ -285,11 +293,12 @@ class Search:
         if self.candidates and time.monotonic()>=self.end: raise _TimeIsOver
         end,seed = self._share(),self.seed + len(self.candidates)
         self.progress.start(name, self.best.loss if self.candidates else None)
+        if self.noise is not None: kind = replace(kind, kwargs=kind.kwargs | dict(noise=self.noise))
         parts = []
         for i,dls in enumerate(self.folds):
             now = time.monotonic()
             deadline = now + (end-now)/(len(self.folds)-i)
-            parts.append(train_candidate(dls, name, kind, self.score, epochs, self.work, deadline, seed))
+            parts.append(self.train(dls, name, kind, self.score, epochs, self.work, deadline, seed))
         self.candidates.append(_merge(parts, self.targs, self.score))
         self.n_left -= 1
         return self.candidates[-1]
@@ -304,7 +313,7 @@ PRIOR_ROWS = 100    # equal weights, and a temperature of 1, count as much as so
 
 def _blend(
     search:Search, # With candidates
-    average:str # 'softmax' for classes, else 'mean'
+    average:str # 'softmax' for classes, 'mixture' for distributions, else 'mean'
 ) -> tuple: # `BlendedModel`, weights of the candidates
     "Find the weights of the candidates, and the temperature of classes"
     finite = [c for c in search.candidates if c.preds.isfinite().all()]
@@ -330,6 +339,15 @@ def _leaderboard(search, weights):
     rows = [dict(name=c.name, epochs=c.epochs, loss=c.loss, seconds=c.seconds) for c in search.candidates]
     return pd.DataFrame(rows).assign(weight=weights)
 
+def _measure(folds, metric, higher_is_better, noise):
+    "Return how members are averaged, and the function to minimize"
+    loss_func = folds[0].train_ds.loss_func
+    average = average_for(loss_func)[0]
+    if noise is None: return average,score_for(loss_func, metric, higher_is_better)
+    if average!='mean': raise ValueError(f'`noise` must be None for classes, which have probabilities, got {noise.kind!r}')
+    if metric is not None: return 'mixture',score_for(loss_func, metric, higher_is_better)
+    return 'mixture',GridScore(np.concatenate([dls.train_ds.ys.to_numpy() for dls in folds]))
+
 def fit_best_on(
     folds:list, # `TabularDataLoaders` with validation rows, one per fold; the Learner gets the first one
     metric:Callable|Metric=None, # As in `fit_best`
@@ -338,16 +356,17 @@ def fit_best_on(
     seed:int=0, # As in `fit_best`
     higher_is_better:bool=None, # As in `fit_best`
     verbose:bool=True, # As in `fit_best`
-    others:list=() # More candidates for the blend, which were trained on the same folds
+    others:list=(), # More candidates for the blend, which were trained on the same folds
+    noise:str|NoiseModel=None, # As in `fit_best`
+    train:Callable=None # As in `Search`
 ) -> TabularLearner: # As from `fit_best`
     "Do what `fit_best` does, on several folds of one table"
-    loss_func = folds[0].train_ds.loss_func
-    average = average_for(loss_func)[0]
-    score = score_for(loss_func, metric, higher_is_better)
-    search = Search(folds, score, budget, time_limit, check_int(seed, 'seed', 0), verbose).run()
+    noise = noise_of(noise)
+    average,score = _measure(folds, metric, higher_is_better, noise)
+    search = Search(folds, score, budget, time_limit, check_int(seed, 'seed', 0), verbose, noise, train).run()
     search.candidates += list(others)
     model,weights = _blend(search, average)
-    learn = TabularLearner(folds[0], model, loss_func=loss_func, metrics=metric)
+    learn = blended_learner(folds[0], model, metric, noise)
     learn.leaderboard = _leaderboard(search, weights)
     learn.again = [(c.again,w) for c,w in zip(search.candidates, weights, strict=True) if w and c.again]
     return learn
@@ -359,10 +378,11 @@ def fit_best(
     time_limit:float=None, # Seconds; `None`: as long as `budget` takes
     seed:int=0, # Of everything random
     higher_is_better:bool=None, # Is a higher `metric` better? Only needed for metrics that are not well known
-    verbose:bool=True # Say what is trained?
+    verbose:bool=True, # Say what is trained?
+    noise:str|NoiseModel=None # Predict distributions of numbers: 'quantile', 'mixture', 'gaussian', or settings
 ) -> TabularLearner: # Predicts with the blend; `leaderboard` says what is in it
     "Train the networks that the validation rows ask for, and blend them"
     if not len(dls.valid_ds): raise ValueError('`dls` must have validation rows to choose by, but it has none')
     if not len(dls.train): raise ValueError(f'`dls` must have a batch to train on, got bs={dls.train.bs} for '
                                             f'{len(dls.train_ds)} rows')
-    return fit_best_on([dls], metric, budget, time_limit, seed, higher_is_better, verbose)
+    return fit_best_on([dls], metric, budget, time_limit, seed, higher_is_better, verbose, noise=noise)

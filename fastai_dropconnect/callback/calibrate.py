@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Predicted', 'is_ensemble', 'predicted', 'CalibrationRecord', 'KeepCalibration', 'calibration_of', 'set_calibration',
-           'total_sd', 'calibrated_interval']
+           'total_sd', 'distribution_of', 'new_calibration', 'scores_of', 'calibrated_interval']
 
 # %% ../../nbs/388_callback.calibrate.ipynb #594f9904
 import warnings
@@ -15,17 +15,17 @@ from fastai.basics import DataLoader, Learner, patch
 from fastcore.basics import noop
 from torch import Tensor
 from .core import RESTORE, RecordingCallback
-from .members import without_metrics
+from .members import weighted_members, without_metrics
 from .snapshots import SnapshotEnsemble
 from ..checks import check_choice
 from ..ensemble.averaging import average_for
-from ..ensemble.blend import best_temperature
+from ..ensemble.blend import BlendedModel, best_temperature
 from ..nn_utils import ModelRecord, inner_model
 from ..tabular.learner import PredictMeans
 from ..tabular.procs import check_columns
 from ..uncertainty.conformal import (METHODS, Calibration, conformal_interval, conformal_scores,
-                                                      fit_spread)
-from ..uncertainty.noise import Distribution
+                                                      fit_spread, quantiles_at)
+from ..uncertainty.noise import Distribution, GaussianMixture
 
 # %% ../../nbs/388_callback.calibrate.ipynb #4b8a7c6c
 @dataclass
@@ -57,6 +57,15 @@ def is_ensemble(
     masked = getattr(inner_model(learn.model), 'n_members', None) is not None
     return masked or any(cb.use=='average' for cb in learn._grab_cbs(SnapshotEnsemble))
 
+@torch.no_grad()
+def _blend_spread(learn, dl): # Standard deviation over all members of all models, `(n_rows, n_out)`
+    model,res = inner_model(learn.model),[]
+    for b in dl:
+        outs,shares = weighted_members(model, *b[:learn.dls.n_inp])
+        mean = torch.einsum('nko,k->no', outs, shares)
+        res.append(torch.einsum('nko,k->no', (outs-mean[:,None]).square(), shares).sqrt().cpu())
+    return torch.cat(res)
+
 def predicted(
     learn:Learner, # Of a table
     dl:DataLoader # Rows, not shuffled
@@ -68,7 +77,8 @@ def predicted(
         dist = loss.distribution(out)
         return Predicted(dist.mean, dist),_two_dims(targs)
     spread = None
-    if is_ensemble(learn):
+    if isinstance(inner_model(learn.model), BlendedModel) and average_for(loss)[0]=='mean': spread = _blend_spread(learn, dl)
+    elif is_ensemble(learn):
         with learn.no_bar(): spread = learn.get_member_preds(dl=dl)[0].std(1, correction=0)
     average,_ = average_for(loss, tuple(out.shape[1:]))
     if average=='softmax': return Predicted(out.softmax(-1), spread=spread, logits=out),targs
@@ -153,7 +163,8 @@ def _check_targets(targs, n):
 # %% ../../nbs/388_callback.calibrate.ipynb #a48a03fb
 def _method_for(pred, method):
     usual = dict(noise='cqr', classes='temperature', numbers='split' if pred.spread is None else 'local')[pred.kind]
-    options = dict(noise=METHODS, classes=('temperature',), numbers=('split',) if pred.spread is None else METHODS[:2])
+    numbers = ('split','pit') if pred.spread is None else ('split','local','pit')
+    options = dict(noise=METHODS, classes=('temperature',), numbers=numbers)
     return usual if method is None else check_choice(method, 'method', options[pred.kind])
 
 def _inputs(pred, cal): # For `conformal_scores` and `conformal_interval`
@@ -168,22 +179,40 @@ def total_sd(
     "Return the standard deviation of what may happen"
     if pred.distribution is not None: return pred.distribution.sd
     if cal is None: return None
-    if cal.method=='local': return (cal.noise+cal.factor*pred.spread.double().square()).sqrt()
+    if cal.noise is not None:
+        spread = torch.zeros_like(pred.mean) if pred.spread is None else pred.spread
+        return (cal.noise+cal.factor*spread.double().square()).sqrt()
     return cal.scores.square().mean(0).sqrt().expand(len(pred.mean), -1)
 
-def _new_calibration(pred, targs, method, **settings):
+def distribution_of(
+    pred:Predicted, # Of numbers
+    cal:Calibration # Of the Learner, with the method 'pit'
+) -> Distribution:
+    "Return the distribution of a noise model, or else the Gaussian with the standard deviation of the calibration"
+    if pred.distribution is not None: return pred.distribution
+    mean,sd = [t.double()[...,None,None] for t in (pred.mean, total_sd(pred, cal))]
+    return GaussianMixture(torch.zeros_like(mean), mean, sd.clamp(min=1e-9))
+
+def new_calibration(
+    pred:Predicted,
+    targs:Tensor, # (n_rows, n_targets), or a class for each row
+    method:str, # As in `learn.calibrate`
+    **settings # More fields of `Calibration`
+) -> Calibration: # Without scores
+    "Fit what a calibration needs before it can score rows"
     if method=='temperature':
         return Calibration(method, temperature=best_temperature(pred.logits, targs.long()), **settings)
     res = Calibration(method, **settings)
-    if method=='local' and pred.spread is not None:
-        fits = [fit_spread(e, s) for e,s in zip((targs-pred.mean).T, pred.spread.T)]
+    if method in ('local','pit') and pred.distribution is None:
+        spread = torch.zeros_like(pred.mean) if pred.spread is None else pred.spread
+        fits = [fit_spread(e, s) for e,s in zip((targs-pred.mean).T, spread.T)]
         res.noise,res.factor = torch.tensor(fits, dtype=torch.float64).T.contiguous()
     return res
 
 @patch
 def calibrate(self:Learner,
     level:float=.9, # Share of targets that intervals should hold
-    method:str=None, # 'cqr', 'local', 'split' or 'temperature', by default the one that fits the Learner
+    method:str=None, # 'cqr', 'local', 'split', 'pit' or 'temperature', by default the one that fits the Learner
     last:int=None, # Use the latest rows only: how many
     by:str=None, # Column that says when a row happened, a date or a number
     group:str=None, # Column of groups that get a correction each
@@ -196,13 +225,20 @@ def calibrate(self:Learner,
     pred,targs = predicted(self, dl)
     _check_targets(targs, len(pred.mean))
     method = _method_for(pred, method)
-    res = _new_calibration(pred, targs, method, level=level, by=by, group=group, last=last, half_life=half_life)
-    if method!='temperature': res.add(*_scores(pred, targs, res, columns))
+    res = new_calibration(pred, targs, method, level=level, by=by, group=group, last=last, half_life=half_life)
+    if method!='temperature': res.add(*scores_of(pred, targs, res, columns))
     set_calibration(self, res)
     return res
 
-def _scores(pred, targs, cal, columns): # Scores, times, groups
-    scores = conformal_scores(targs, cal.method, **_inputs(pred, cal))
+def scores_of(
+    pred:Predicted, # Of numbers
+    targs:Tensor, # (n_rows, n_targets)
+    cal:Calibration,
+    columns:dict=None # Values of the columns that the calibration names
+) -> tuple: # Scores `(n_rows, n_targets)`, times, groups
+    "Score rows for a calibration"
+    inputs = dict(cdf=distribution_of(pred, cal).cdf(targs)) if cal.method=='pit' else _inputs(pred, cal)
+    scores = conformal_scores(targs, cal.method, **inputs)
     times = None if cal.by is None else _times(columns[cal.by])
     return scores,times,None if cal.group is None else columns[cal.group].tolist()
 
@@ -214,6 +250,9 @@ def calibrated_interval(
     "Return corrected intervals, or those of the noise model if the Learner is not calibrated"
     cal = calibration_of(learn)
     if cal is None: return None if pred.distribution is None else pred.distribution.interval(.9)
+    if cal.method=='pit':
+        tail = round((1-cal.level)/2, 12)
+        return quantiles_at(distribution_of(pred, cal), cal.levels_for([tail,1-tail])).unbind(-1)
     groups = None if cal.group is None or df is None else df[cal.group].tolist()
     return conformal_interval(cal.quantiles_for(len(pred.mean), groups), cal.method, **_inputs(pred, cal))
 
@@ -230,5 +269,5 @@ def update_calibration(self:Learner,
     dl,columns = _rows(self, df, 1, (cal.by,cal.group))
     pred,targs = predicted(self, dl)
     _check_targets(targs, len(df))
-    cal.add(*_scores(pred, targs, cal, columns))
+    cal.add(*scores_of(pred, targs, cal, columns))
     return cal

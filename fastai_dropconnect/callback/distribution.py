@@ -8,9 +8,10 @@ __all__ = ['LEVELS', 'DistributionMetric']
 # %% ../../nbs/389_callback.distribution.ipynb #ba5fff92
 import pandas as pd, torch
 from fastai.basics import Learner, Metric, patch
-from .calibrate import calibrated_interval, calibration_of, predicted, total_sd
+from .calibrate import calibrated_interval, calibration_of, distribution_of, predicted, total_sd
 from ..checks import check_choice, check_p
 from ..tabular.procs import check_columns
+from ..uncertainty.conformal import quantiles_at
 from ..uncertainty.metrics import (brier_score, crps_mixture, crps_quantiles, expected_calibration_error,
                                                     interval_coverage, interval_width, winkler_score)
 from ..uncertainty.noise import GaussianMixture
@@ -18,16 +19,20 @@ from ..uncertainty.noise import GaussianMixture
 # %% ../../nbs/389_callback.distribution.ipynb #b79b250a
 LEVELS = tuple(range(5, 100, 5))     # percent
 
+def _quantiles(pred, cal): # `(n_rows, n_targets, n_levels)`, corrected if the calibration can, or `None`
+    levels = [v/100 for v in LEVELS]
+    if cal is not None and cal.method=='pit': return quantiles_at(distribution_of(pred, cal), cal.levels_for(levels))
+    return None if pred.distribution is None else pred.distribution.quantiles(levels)
+
 def _numbers(learn, pred, df): # From the name of a column to `(n_rows, n_targets)`
     cal,dist = calibration_of(learn),pred.distribution
     res,sd = dict(mean=pred.mean),total_sd(pred, cal)
     if sd is not None: res['sd'] = sd
     interval = calibrated_interval(learn, pred, df)
     if interval is not None: res |= dict(zip(('lower','upper'), interval))
-    if dist is not None:
-        q = dist.quantiles([v/100 for v in LEVELS])
-        res |= {f'q{v:02}':q[...,i] for i,v in enumerate(LEVELS)}
-        return res | dict(sd_noise=dist.sd_noise, sd_members=dist.sd_members)
+    q = _quantiles(pred, cal)
+    if q is not None: res |= {f'q{v:02}':q[...,i] for i,v in enumerate(LEVELS)}
+    if dist is not None: return res | dict(sd_noise=dist.sd_noise, sd_members=dist.sd_members)
     return res if pred.spread is None else res | dict(sd_members=pred.spread)
 
 def _classes(learn, pred): # From the name of a column to values

@@ -83,19 +83,21 @@ class BlendedModel(nn.Module):
     def __init__(self,
         models:list, # Members, at least one; they are not copied
         weights:list=None, # One per member, at least 0; by default equal
-        average:str='mean', # 'mean' of the outputs, or of the probabilities that 'softmax' or 'sigmoid' makes of them
+        average:str='mean', # 'mean' of the outputs or of probabilities ('softmax', 'sigmoid'); 'mixture': side by side
         temperature:float=1. # Divides the logits of the average
     ):
         super().__init__()
         if not len(models): raise ValueError('`models` must have at least one model, got models=[]')
         self.models = nn.ModuleList(models)
         self.register_buffer('weights', _shares([1.]*len(models) if weights is None else weights, len(models)))
-        self.average = check_choice(average, 'average', ('mean','softmax','sigmoid'))
+        self.average = check_choice(average, 'average', ('mean','softmax','sigmoid','mixture'))
         self.temperature = check_positive(temperature, 'temperature')
         self.eval()
 
     def forward(self, *args, **kwargs) -> Tensor: # (n_rows, n_out), logits if probabilities were averaged
-        outs = torch.stack([model(*args, **kwargs) for model in self.models])
+        outs = [model(*args, **kwargs) for model in self.models]
+        if self.average=='mixture': return torch.cat(outs, -1)      # the loss knows the shares
+        outs = torch.stack(outs)
         weights = self.weights.view(-1, *[1]*(outs.ndim-1))
         if self.average=='mean': return (outs*weights).sum(0)
         if self.average=='softmax': res = _log_mean(outs.log_softmax(-1), weights)
@@ -107,5 +109,12 @@ class BlendedModel(nn.Module):
         super().train(mode)
         for model in self.models: model.eval()
         return self
+
+    def shares(self,
+        n_members:list # Of each model
+    ) -> Tensor: # (sum of `n_members`,), sum 1
+        "Return the weight of each member of each model"
+        n = torch.tensor(n_members, device=self.weights.device)
+        return (self.weights/n).repeat_interleave(n)
 
     def extra_repr(self) -> str: return f'average={self.average!r}, temperature={self.temperature:.3g}'

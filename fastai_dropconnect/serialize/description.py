@@ -8,7 +8,7 @@ __all__ = ['OTHERS', 'check_table', 'packed_shape', 'with_prefix', 'check_descri
 # %% ../../nbs/425_serialize.description.ipynb #425fc5d7
 import math
 from .fields import Fields, is_int, is_name, is_number
-from .network import AVERAGES, check_network, input_sizes, network_shapes
+from .network import AVERAGES, check_network, distributions, input_sizes, network_shapes
 
 # %% ../../nbs/425_serialize.description.ipynb #425eb7b3
 def check_table(
@@ -69,15 +69,19 @@ def _is_positive(v): return is_number(v) and v>0
 
 def _check_loss(loss, network): # A noise model is that of the network
     own = loss if loss.get('class')=='NoiseLoss' else {}
-    noise = network.get('noise') or {}
+    noise,n_members = distributions(network)
+    noise = noise or {}
     for n in sorted({*noise} | ({*own} & {'kind','n_levels','n_parts','beta','n_targets'})):
         if own.get(n)!=noise.get(n):
             raise ValueError(f'`loss.{n}` must be {noise.get(n)!r} as in `network.noise`, got {own.get(n)!r:.200}')
+    shares = own.get('shares')
+    if isinstance(shares, list) and len(shares)!=n_members:
+        raise ValueError(f'`loss.shares` must be {n_members} numbers, one per member, got {len(shares)}')
 
 def _check_calibration(config): # From the name of each tensor to (dtype, shape)
     if config is None: return {}
     f = Fields(config, 'calibration')
-    f.choice('method', ('split','local','cqr','temperature'))
+    f.choice('method', ('split','local','cqr','pit','temperature'))
     f.p('level')
     for n in ('by','group'): f.take(n, 'be null or a name', lambda v: v is None or is_name(v))
     f.take('last', 'be null or an integer of at least 1', lambda v: v is None or is_int(v, 1))

@@ -200,6 +200,7 @@ def describe_loss(
     name,flat = getattr(own, '__name__', type(own).__name__),None
     if type(own) is NoiseLoss:
         res = {'class': 'NoiseLoss'} | _describe_settings(own.noise, own.n_targets)
+        if own.shares is not None: res['shares'] = own.shares.tolist()
         return res | dict(sd=own.sd.tolist(), reduction=own.reduction, members=isinstance(loss, EnsembleLoss))
     if isinstance(own, losses.BaseLoss): flat = _flat_name(own)
     if flat:
@@ -246,11 +247,13 @@ def build_loss(
 def _build_noise_loss(f):
     sd = f.list('sd', 'positive numbers', lambda v: is_number(v) and v>0)
     reduction = f.choice('reduction', ('none','mean','sum'))
+    has_shares = 'shares' in f.left      # of a blend
+    shares = f.list('shares', 'numbers of at least 0', lambda v: is_number(v) and v>=0) if has_shares else None
     settings = dict(f.left)
     check_noise(f)
     n = settings['n_targets']
     if len(sd)!=n: raise ValueError(f'`loss.sd` must have {n} numbers, got {len(sd)}')
-    return NoiseLoss(_noise_model(settings), sd, reduction)
+    return NoiseLoss(_noise_model(settings), sd, reduction, shares)
 
 def _arguments(name, settings, own): # fastai has a `pos_weight` only together with `flatten=False`
     return settings | dict(flatten=own.get('flatten', True)) if name in _flat else settings

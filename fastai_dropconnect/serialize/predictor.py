@@ -204,14 +204,15 @@ def _head(config, state): # As `NoiseHead`
     return run
 
 def _means(noise): # Function from the outputs to `(n_rows, n_targets)`
-    k = noise['n_parts']
+    k,shares = noise['n_parts'],noise.get('shares')
+    def mix(x): return x.mean(1) if shares is None else np.einsum('nmt,m->nt', x, np.array(shares, dtype='float32'))
     def run(out):
         x = _per_target(out, noise)
-        if noise['kind']=='gaussian': return x[...,0].mean(1)
-        if noise['kind']=='mixture': return (np.exp(x[...,:k])*x[...,k:2*k]).sum(-1).mean(1)
+        if noise['kind']=='gaussian': return mix(x[...,0])
+        if noise['kind']=='mixture': return mix((np.exp(x[...,:k])*x[...,k:2*k]).sum(-1))
         least = (x[...,-1]-x[...,0])/50
         low,high = [np.maximum((x[...,i]-x[...,i-1])/math.log(2), least) for i in (1,-1)]
-        return ((x.sum(-1)+(x[...,0]+x[...,-1])/2+high-low)/(x.shape[-1]+1)).mean(1)
+        return mix((x.sum(-1)+(x[...,0]+x[...,-1])/2+high-low)/(x.shape[-1]+1))
     return run
 
 # %% ../../nbs/429_serialize.predictor.ipynb #42972ee8
@@ -229,7 +230,9 @@ def _container(config, state):
     def part(i): return {n.removeprefix(f'models.{i}.'): t for n,t in state.items() if n.startswith(f'models.{i}.')}
     models = [_network(c, part(i)) for i,c in enumerate(config['models'])]
     def run(codes, x):
-        outs = np.stack([f(codes, x) for f in models], 1)
+        outs = [f(codes, x) for f in models]
+        if config['average']=='mixture': return np.concatenate(outs, -1)
+        outs = np.stack(outs, 1)
         if config['class']=='BlendedModel': return _weighted(outs, state['weights'], config)
         return _average(outs, config['average'])
     return run

@@ -95,6 +95,7 @@ def _noise_parts(dls, noise, **free): # Head, loss, number of outputs
         raise ValueError(f'`noise` must be None for classes, which have probabilities, got noise={noise.kind!r}')
     y = torch.as_tensor(dls.train_ds.ys.to_numpy('float64'))
     mean,sd = y.mean(0),y.std(0)
+    sd = torch.where(sd>0, sd, 1.)      # equal targets have no spread to learn
     return NoiseHead(noise, mean, sd),NoiseLoss(noise, sd),len(sd)*noise.n_params
 
 # %% ../../nbs/340_tabular.learner.ipynb #a5f19cf2

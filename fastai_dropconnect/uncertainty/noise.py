@@ -44,16 +44,23 @@ def _solve(
 def _log(x): return x.clamp(min=torch.finfo(x.dtype).tiny).log()
 
 class Distribution:
-    "Equal mixture of the distributions of members, for a batch `(*)` of numbers, such as `(n_rows, n_targets)`"
+    "Mixture of the distributions of members, for a batch `(*)` of numbers, such as `(n_rows, n_targets)`"
     # a subclass has: `shape`, `member_means` and `member_vars` `(*, n_members)`, and on flat rows `_cdf_pdf`, `_ends`
-    @property
-    def mean(self) -> Tensor: return self.member_means.mean(-1)     # (*)
+    shares = None       # of the members, `(n_members,)`, sum 1; `None`: equal ones
+    def _mix(self, x, dim=-1): # The mean over the members
+        if self.shares is None: return x.mean(dim)
+        return (x.movedim(dim, -1)*self.shares.to(x)).sum(-1)
 
     @property
-    def sd_noise(self) -> Tensor: return self.member_vars.mean(-1).sqrt()     # (*)
+    def mean(self) -> Tensor: return self._mix(self.member_means)     # (*)
 
     @property
-    def sd_members(self) -> Tensor: return self.member_means.std(-1, correction=0)     # (*)
+    def sd_noise(self) -> Tensor: return self._mix(self.member_vars).sqrt()     # (*)
+
+    @property
+    def sd_members(self) -> Tensor: # (*)
+        if self.shares is None: return self.member_means.std(-1, correction=0)
+        return self._mix((self.member_means-self.mean.unsqueeze(-1)).square()).sqrt()
 
     @property
     def sd(self) -> Tensor: return (self.sd_noise.square()+self.sd_members.square()).sqrt()     # (*)
@@ -105,6 +112,7 @@ class Distribution:
 class QuantileDistribution(Distribution):
     "Mixture of members, each given by its quantiles at even levels, with exponential tails"
     knots:Tensor # `(*, n_members, n_levels)`, ascending, at `1/(n_levels+1)`, `2/(n_levels+1)`, ...
+    shares:Tensor=None # Of the members, `(n_members,)`, sum 1; by default equal
 
     @property
     def shape(self) -> tuple: return tuple(self.knots.shape[:-2])
@@ -133,8 +141,8 @@ class QuantileDistribution(Distribution):
         ends = (q[...,0]-low).square()+low.square() + (q[...,-1]+high).square()+high.square()
         return h*(middle+ends)
 
-    def _flat(self): return QuantileDistribution(self.knots.double().reshape(-1, *self.knots.shape[-2:]))
-    def __getitem__(self, rows): return QuantileDistribution(self.knots[rows])
+    def _flat(self): return QuantileDistribution(self.knots.double().reshape(-1, *self.knots.shape[-2:]), self.shares)
+    def __getitem__(self, rows): return QuantileDistribution(self.knots[rows], self.shares)
 
     def member_quantiles(self,
         u:Tensor # `(*, n)` or `(n,)`, levels
@@ -168,7 +176,12 @@ class QuantileDistribution(Distribution):
         under,over = x<q[...,:1],x>=q[...,-1:]
         cdf = torch.where(under, below, torch.where(over, n+1-above, cdf))
         pdf = torch.where(under, below/low, torch.where(over, above/high, pdf))
-        return cdf.mean(1)/(n+1),pdf.mean(1)/(n+1)
+        return self._mix(cdf, 1)/(n+1),self._mix(pdf, 1)/(n+1)
+
+    def _draw_members(self, size, generator):
+        if self.shares is None: return torch.randint(self.knots.shape[-2], size, generator=generator)
+        drawn = torch.multinomial(self.shares.cpu(), max(1, math.prod(size)), True, generator=generator)
+        return drawn[:math.prod(size)].view(size)
 
     def sample(self,
         n:int=1, # Numbers to draw
@@ -177,7 +190,7 @@ class QuantileDistribution(Distribution):
         "Draw numbers"
         size = *self.shape,check_int(n, 'n')
         u = torch.rand(size, generator=generator, dtype=torch.float64).clamp(1e-12, 1-1e-12).to(self.knots.device)
-        member = torch.randint(self.knots.shape[-2], size, generator=generator).to(self.knots.device)
+        member = self._draw_members(size, generator).to(self.knots.device)
         return self.member_quantiles(u).gather(-2, member.unsqueeze(-2)).squeeze(-2)
 
 # %% ../../nbs/282_uncertainty.noise.ipynb #ed79c7eb
@@ -187,12 +200,15 @@ class GaussianMixture(Distribution):
     log_weights:Tensor # `(*, n_members, n_parts)`, of each member's parts: their exponentials have the sum 1
     means:Tensor # `(*, n_members, n_parts)`
     sds:Tensor # `(*, n_members, n_parts)`, above 0
+    shares:Tensor=None # Of the members, `(n_members,)`, sum 1; by default equal
 
     @property
     def shape(self) -> tuple: return tuple(self.means.shape[:-2])
 
     @property
-    def weights(self) -> Tensor: return self.log_weights.exp()/self.means.shape[-2]     # sum 1 over members and parts
+    def weights(self) -> Tensor: # `(*, n_members, n_parts)`, sum 1 over members and parts
+        w = self.log_weights.exp()
+        return w/self.means.shape[-2] if self.shares is None else w*self.shares.to(w)[:,None]
 
     @property
     def member_means(self) -> Tensor: return (self.log_weights.exp()*self.means).sum(-1)
@@ -207,8 +223,8 @@ class GaussianMixture(Distribution):
         return tuple(t.flatten(-2) for t in (self.weights, self.means, self.sds))
 
     def _tensors(self): return self.log_weights,self.means,self.sds
-    def _flat(self): return GaussianMixture(*[t.double().reshape(-1, *t.shape[-2:]) for t in self._tensors()])
-    def __getitem__(self, rows): return GaussianMixture(*[t[rows] for t in self._tensors()])
+    def _flat(self): return GaussianMixture(*[t.double().reshape(-1, *t.shape[-2:]) for t in self._tensors()], self.shares)
+    def __getitem__(self, rows): return GaussianMixture(*[t[rows] for t in self._tensors()], self.shares)
 
     def _ends(self, levels):
         _,mean,sd = self.parts()
@@ -227,8 +243,9 @@ class GaussianMixture(Distribution):
         one = x.ndim==len(self.shape)
         x = (x.unsqueeze(-1) if one else x)[...,None,None]
         log_w,mean,sd = [t.unsqueeze(-3) for t in self._tensors()]      # weights of 0 would have no gradient
-        res = (log_w-sd.log()-.5*((x-mean)/sd).square()).flatten(-2).logsumexp(-1)
-        res = res - math.log(self.means.shape[-2]) - .5*math.log(2*math.pi)
+        n = self.means.shape[-2]
+        share = -math.log(n) if self.shares is None else self.shares.to(mean).log()[:,None]
+        res = (log_w+share-sd.log()-.5*((x-mean)/sd).square()).flatten(-2).logsumexp(-1) - .5*math.log(2*math.pi)
         return res.squeeze(-1) if one else res
 
     def sample(self,
@@ -265,14 +282,15 @@ class NoiseModel:
 
     def distribution(self,
         out:Tensor, # `(n_rows, n_members*n_targets*n_params)` from a `NoiseHead`, members side by side
-        n_targets:int=1
+        n_targets:int=1,
+        shares:Tensor=None # Of the members, `(n_members,)`, sum 1; by default equal
     ) -> Distribution: # For a batch `(n_rows, n_targets)`
         "Return the distribution that the outputs describe"
         out = out.unflatten(-1, (-1, n_targets, self.n_params)).transpose(-2, -3)
-        if self.kind=='quantile': return QuantileDistribution(out)
+        if self.kind=='quantile': return QuantileDistribution(out, shares)
         if self.kind=='gaussian': mean,sd = out.split(1, -1)
         else: log_w,mean,sd = out.split(self.n_parts, -1)
-        return GaussianMixture(log_w if self.kind=='mixture' else torch.zeros_like(mean), mean, sd)
+        return GaussianMixture(log_w if self.kind=='mixture' else torch.zeros_like(mean), mean, sd, shares)
 
 def noise_of(
     value:str|NoiseModel|None # 'quantile', 'mixture', 'gaussian', or settings
@@ -323,11 +341,13 @@ class NoiseLoss(nn.modules.loss._Loss):
     def __init__(self,
         noise:str|NoiseModel, # As in `NoiseHead`
         sd:Tensor, # Of the training targets, `(n_targets,)`, above 0
-        reduction:str='mean' # 'mean', 'sum', or 'none': one number per row
+        reduction:str='mean', # 'mean', 'sum', or 'none': one number per row
+        shares:Tensor=None # Of the members, `(n_members,)`, sum 1; by default equal
     ):
         super().__init__(reduction=check_choice(reduction, 'reduction', ('mean','sum','none')))
         self.noise = noise_of(noise)
         self.register_buffer('sd', _per_target(sd, 'sd', True))
+        self.register_buffer('shares', None if shares is None else torch.as_tensor(shares, dtype=torch.float32))
 
     @property
     def n_targets(self) -> int: return len(self.sd)
@@ -336,7 +356,7 @@ class NoiseLoss(nn.modules.loss._Loss):
         out:Tensor # Of the model, `(n_rows, n_members*n_targets*n_params)`
     ) -> Distribution: # For a batch `(n_rows, n_targets)`
         "Return the distribution that the outputs describe"
-        return self.noise.distribution(out, self.n_targets)
+        return self.noise.distribution(out, self.n_targets, self.shares)
 
     def forward(self,
         pred:Tensor, # `(n_rows, n_members*n_targets*n_params)`
