@@ -7,7 +7,7 @@ __all__ = ['Predicted', 'is_ensemble', 'predicted', 'CalibrationRecord', 'KeepCa
            'total_sd', 'calibrated_interval']
 
 # %% ../../nbs/388_callback.calibrate.ipynb #594f9904
-import warnings
+import math, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
@@ -126,16 +126,25 @@ RESTORE[CalibrationRecord.key] = _restore
 def _column(learn, ds, name): # Of encoded rows, as it was before
     items = ds.items
     if name not in items: raise ValueError(f'`df` must be given, as the rows of the Learner have no column {name!r}')
+    if name in ds.cont_names: return ds.new(items.copy()).decode().items[name]
     if name not in ds.cat_names: return items[name]
     vocab = ds.procs.categorify.classes[name]
     return pd.Series([vocab[int(c)] for c in items[name]], items.index)
+
+def _check_classes(learn, df):
+    vocab,ys = getattr(learn.dls, 'vocab', None),learn.dls.y_names
+    unknown = 0 if vocab is None or len(ys)!=1 else (~df[ys[0]].isin(list(vocab))).sum()
+    if unknown: raise ValueError(f'targets must be classes of the training rows, but {unknown} are not')
 
 def _rows(learn, df, ds_idx, names): # Loader, and a dictionary of columns
     names = [n for n in names if n is not None]
     if df is None:
         dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False)
+        if not len(dl.dataset): raise ValueError(f'`df` must be given, as the Learner has no rows with ds_idx={ds_idx}')
         return dl,{n:_column(learn, dl.dataset, n) for n in names}
     check_columns(df.columns, [*names, *learn.dls.y_names], 'df')
+    if not len(df): raise ValueError('`df` must have rows, got none')
+    _check_classes(learn, df)
     return learn.dls.test_dl(df),{n:df[n] for n in names}
 
 def _times(column): # As float64
@@ -146,16 +155,28 @@ def _times(column): # As float64
     if missing.any(): raise ValueError(f'`by` must have a date or number in each row, but {missing.sum()} are missing')
     return torch.from_numpy(x.astype('float64'))
 
-def _check_targets(targs, n):
+def _check_finite(values, name):
+    bad = (~values.isfinite()).sum().item() if values.is_floating_point() else 0
+    if bad: raise ValueError(f'{name} must be finite numbers, but {bad} are not')
+
+def _check_rows(pred, targs):
     if targs is None or not len(targs): raise ValueError('`calibrate` needs rows with targets, got none')
-    bad = (~targs.isfinite()).sum().item() if targs.is_floating_point() else 0
-    if bad: raise ValueError(f'targets must be finite numbers, but {bad} are not')
+    _check_finite(targs, 'targets')
+    _check_finite(pred.mean, 'predictions')
 
 # %% ../../nbs/388_callback.calibrate.ipynb #a48a03fb
 def _method_for(pred, method):
     usual = dict(noise='cqr', classes='temperature', numbers='split' if pred.spread is None else 'local')[pred.kind]
     options = dict(noise=METHODS, classes=('temperature',), numbers=('split',) if pred.spread is None else METHODS[:2])
     return usual if method is None else check_choice(method, 'method', options[pred.kind])
+
+def _check_fits(pred, cal): # The Learner may have got another loss, or predict without members
+    if cal is None: return
+    missing = dict(cqr=pred.distribution is None, temperature=pred.logits is None,
+                   local=pred.distribution is None and pred.spread is None, split=pred.logits is not None)
+    if missing[cal.method]:
+        raise ValueError(f'the calibration {cal.method!r} does not fit what the Learner predicts now: '
+                         'call `learn.calibrate` again')
 
 def _inputs(pred, cal): # For `conformal_scores` and `conformal_interval`
     if cal.method=='split': return dict(mean=pred.mean)
@@ -167,20 +188,45 @@ def total_sd(
     cal:Calibration=None # Of the Learner
 ) -> Tensor|None: # `(n_rows, n_targets)`, or `None` if nothing is known
     "Return the standard deviation of what may happen"
+    _check_fits(pred, cal)
     if pred.distribution is not None: return pred.distribution.sd
     if cal is None: return None
     if cal.method=='local': return (cal.noise+cal.factor*pred.spread.double().square()).sqrt()
     return cal.scores.square().mean(0).sqrt().expand(len(pred.mean), -1)
 
-def _new_calibration(pred, targs, method, **settings):
-    if method=='temperature':
-        return Calibration(method, temperature=best_temperature(pred.logits, targs.long()), **settings)
-    res = Calibration(method, **settings)
-    if method=='local' and pred.spread is not None:
-        fits = [fit_spread(e, s) for e,s in zip((targs-pred.mean).T, pred.spread.T)]
-        res.noise,res.factor = torch.tensor(fits, dtype=torch.float64).T.contiguous()
-    return res
 
+# %% ../../nbs/388_callback.calibrate.ipynb #ea6b7bfe
+def _latest(columns, n, by=None, last=None): # Positions of the rows to use, in the order of time
+    order = torch.arange(n) if by is None else torch.argsort(_times(columns[by]), stable=True)
+    return order[n-last:] if last and last<n else order
+
+def _temperature(pred, targs, columns, group=None, half_life=None, **settings):
+    for name,value in dict(group=group, half_life=half_life).items():
+        if value is not None: raise ValueError(f'`{name}` must be None for classes, got {name}={value!r}')
+    cal = Calibration('temperature', **settings)
+    rows = _latest(columns, len(targs), cal.by, cal.last)
+    cal.temperature = best_temperature(pred.logits[rows], targs[rows].long())
+    return cal
+
+def _fitted_spread(pred, targs): # Noise and factor, `(n_targets,)` each
+    fits = [fit_spread(e, s) for e,s in zip((targs-pred.mean).T, pred.spread.T)]
+    return torch.tensor(fits, dtype=torch.float64).T.contiguous()
+
+def _intervals(pred, targs, columns, method, **settings):
+    cal = Calibration(method, **settings)
+    if method=='local' and pred.spread is not None: cal.noise,cal.factor = _fitted_spread(pred, targs)
+    cal.add(*_scores(pred, targs, cal, columns))
+    return cal
+
+def _warn_if_endless(cal):
+    if cal.scores is None or all(q.isfinite().all() for q in (cal.q, *cal.group_q.values())): return
+    least = math.ceil(round(cal.level/(1-cal.level), 9))
+    given = f'{len(cal.scores)}' + (f' with half_life={cal.half_life}' if cal.half_life else '')
+    warnings.warn(f'intervals are infinite: level={cal.level} needs at least {least} rows to calibrate with, got {given}'
+                  + (f', or fewer in a group of {cal.group!r}' if cal.group_q else ''))
+
+
+# %% ../../nbs/388_callback.calibrate.ipynb #65efaf0a
 @patch
 def calibrate(self:Learner,
     level:float=.9, # Share of targets that intervals should hold
@@ -195,17 +241,24 @@ def calibrate(self:Learner,
     "Correct intervals or probabilities on rows that took no part in training"
     dl,columns = _rows(self, df, ds_idx, (by,group))
     pred,targs = predicted(self, dl)
-    _check_targets(targs, len(pred.mean))
+    _check_rows(pred, targs)
+    settings = dict(level=level, by=by, group=group, last=last, half_life=half_life)
     method = _method_for(pred, method)
-    res = _new_calibration(pred, targs, method, level=level, by=by, group=group, last=last, half_life=half_life)
-    if method!='temperature': res.add(*_scores(pred, targs, res, columns))
+    if method=='temperature': res = _temperature(pred, targs, columns, **settings)
+    else: res = _intervals(pred, targs, columns, method, **settings)
+    _warn_if_endless(res)
     set_calibration(self, res)
     return res
 
 def _scores(pred, targs, cal, columns): # Scores, times, groups
     scores = conformal_scores(targs, cal.method, **_inputs(pred, cal))
     times = None if cal.by is None else _times(columns[cal.by])
-    return scores,times,None if cal.group is None else columns[cal.group].tolist()
+    return scores,times,_groups(cal, columns)
+
+def _groups(cal, columns): # Of each row, or `None`
+    if cal.group is None: return None
+    column = columns[cal.group]
+    return column.astype(object).where(column.notna().to_numpy(), '#na#').tolist()      # fastai's level of a gap
 
 def calibrated_interval(
     learn:Learner,
@@ -215,7 +268,8 @@ def calibrated_interval(
     "Return corrected intervals, or those of the noise model if the Learner is not calibrated"
     cal = calibration_of(learn)
     if cal is None: return None if pred.distribution is None else pred.distribution.interval(.9)
-    groups = None if cal.group is None or df is None else df[cal.group].tolist()
+    _check_fits(pred, cal)
+    groups = None if df is None else _groups(cal, df)
     return conformal_interval(cal.quantiles_for(len(pred.mean), groups), cal.method, **_inputs(pred, cal))
 
 # %% ../../nbs/388_callback.calibrate.ipynb #4cef14d0
@@ -230,6 +284,7 @@ def update_calibration(self:Learner,
         raise ValueError('`update_calibration` is for intervals: call `learn.calibrate(df=...)` for a new temperature')
     dl,columns = _rows(self, df, 1, (cal.by,cal.group))
     pred,targs = predicted(self, dl)
-    _check_targets(targs, len(df))
+    _check_rows(pred, targs)
     cal.add(*_scores(pred, targs, cal, columns))
+    _warn_if_endless(cal)
     return cal

@@ -130,7 +130,8 @@ def cv_plus_interval(
     return -conformal_quantile((errors-centers).T, level),upper
 
 # %% ../../nbs/286_uncertainty.conformal.ipynb #3322244b
-def _as_key(value): return str(value)     # of a group; text survives any file
+def _as_key(value): # Of a group; text survives any file, and a column with gaps has 2.0 for 2
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 @dataclass
 class Calibration:

@@ -50,13 +50,15 @@ class Distribution:
     def mean(self) -> Tensor: return self.member_means.mean(-1)     # (*)
 
     @property
-    def sd_noise(self) -> Tensor: return self.member_vars.mean(-1).sqrt()     # (*)
+    def sd_noise(self) -> Tensor: return self._as_here(self._flat().member_vars.mean(-1).sqrt())     # (*)
 
     @property
-    def sd_members(self) -> Tensor: return self.member_means.std(-1, correction=0)     # (*)
+    def sd_members(self) -> Tensor: return self._as_here(self._flat().member_means.std(-1, correction=0))     # (*)
 
     @property
-    def sd(self) -> Tensor: return (self.sd_noise.square()+self.sd_members.square()).sqrt()     # (*)
+    def sd(self) -> Tensor: return torch.hypot(self.sd_noise, self.sd_members)     # (*)
+
+    def _as_here(self, x): return x.to(self.member_means.dtype).view(self.shape)    # float32 has no square of 1e20
 
     def _levels(self, levels):
         levels = torch.as_tensor(levels, dtype=torch.float64).flatten()
