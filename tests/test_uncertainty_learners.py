@@ -128,6 +128,30 @@ def test_numbers_without_a_noise_model():
     assert list(got) == ['mean','sd','lower','upper','sd_members','warnings'] and (got.sd>=got.sd_members*0).all()
 
 
+def test_the_spread_of_noisy_passes_sets_the_width(tmp_path):
+    learn = learner(None, config=dict(weight_p=.1), path=tmp_path)
+    assert learn.calibrate(method='split').passes==0
+    cal = learn.calibrate()
+    assert (cal.method,cal.passes,cal.p) == ('local',50,None)
+    want = frame(learn)
+    width = want.upper-want.lower
+    samples,_ = learn.get_mc_preds(50, dl=learn.dls.test_dl(DF[:20]), seed=0)
+    sd = (cal.noise+cal.factor*samples.std(1).double().square()).sqrt()[:,0].numpy()
+    np.testing.assert_allclose(width, 2*cal.q.item()*sd, rtol=1e-5)
+    assert_same(frame(learn), want)                 # it repeats
+    np.testing.assert_allclose((want.lower+want.upper)/2, learn.get_preds(dl=learn.dls.test_dl(DF[:20]))[0][:,0], rtol=1e-5, atol=1e-6)
+    learn.export()
+    assert_same(frame(load_learner(tmp_path/'export.pkl')), want)
+    save_model(learn, tmp_path/'model')
+    assert_same(frame(load_model(tmp_path/'model')), want)
+    learn.update_calibration(DF[:10])
+    assert len(cal.scores)==50
+    plain = learner(None)
+    assert plain.calibrate(p=.1, passes=8).method=='local' and calibration_of(plain).p==.1
+    for other,kw in ((learner(),dict(passes=5)),(learner(None, config=dict(members=2)),dict(p=.1)),(learn,dict(passes=5, method='split'))):
+        with pytest.raises(ValueError, match=f"`{list(kw)[0]}` is for method 'local'"): other.calibrate(**kw)
+
+
 def test_groups_and_times_from_the_rows_of_the_learner():
     df = DF.assign(day=pd.date_range('2020-01-01', periods=len(DF)))
     learn = learner(dls=make_dls(df))
@@ -273,6 +297,7 @@ def test_a_trained_learner_gets_a_noise_model():
 @pytest.mark.parametrize('path,value,message', [
     (['calibration','method'], 'best', 'calibration.method'), (['calibration','level'], 2, 'calibration.level'),
     (['calibration','temperature'], None, 'calibration.temperature'), (['calibration','half_life'], 0, 'calibration.half_life'),
+    (['calibration','passes'], -1, 'calibration.passes'), (['calibration','p'], 1, 'calibration.p'),
     (['calibration','last'], 0, 'calibration.last'), (['calibration','groups'], ['a'], 'calibration.groups'),
     (['calibration','more'], 1, "unknown field 'more'"), (['network','noise','kind'], 'normal', 'network.noise.kind'),
     (['network','noise','n_levels'], 20, 'network.out_sz'), (['network','noise'], None, 'loss.beta'),

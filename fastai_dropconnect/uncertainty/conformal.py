@@ -148,12 +148,16 @@ class Calibration:
     noise:Tensor=None # `(n_targets,)`, of `fit_spread`
     factor:Tensor=None # `(n_targets,)`, of `fit_spread`
     temperature:float=1. # Divides logits
+    passes:int=0 # Noisy passes that the spread of 'local' comes from; 0: from members, or a distribution
+    p:float=None # Of the passes, as in `mc_noise`
 
     def __post_init__(self):
         check_choice(self.method, 'method', (*METHODS,'temperature'))
         self.level = check_p(self.level, 'level')
         if self.last is not None: check_int(self.last, 'last')
         if self.half_life is not None: check_positive(self.half_life, 'half_life')
+        check_int(self.passes, 'passes', 0)
+        if self.p is not None: check_p(self.p)
         if self.scores is not None: self._set(self.scores, self.times, self.groups)
 
     def _set(self, scores, times, groups):
