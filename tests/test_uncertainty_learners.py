@@ -1,7 +1,9 @@
 "Learners with noise models and calibrations: every way to save, copy and predict keeps what they predict"
 from copy import deepcopy
+import warnings
 import numpy as np, pandas as pd, pytest, torch
-from fastai.tabular.all import load_learner, rmse, set_seed
+from fastai.tabular.all import (Categorify, FillMissing, MSELossFlat, Normalize, TabularDataLoaders, load_learner, rmse,
+                                set_seed)
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.calibrate import *
 from fastai_dropconnect.callback.distribution import DistributionMetric
@@ -126,6 +128,30 @@ def test_numbers_without_a_noise_model():
     assert list(got) == ['mean','sd','lower','upper','sd_members','warnings'] and (got.sd>=got.sd_members*0).all()
 
 
+def test_the_spread_of_noisy_passes_sets_the_width(tmp_path):
+    learn = learner(None, config=dict(weight_p=.1), path=tmp_path)
+    assert learn.calibrate(method='split').passes==0
+    cal = learn.calibrate()
+    assert (cal.method,cal.passes,cal.p) == ('local',50,None)
+    want = frame(learn)
+    width = want.upper-want.lower
+    samples,_ = learn.get_mc_preds(50, dl=learn.dls.test_dl(DF[:20]), seed=0)
+    sd = (cal.noise+cal.factor*samples.std(1).double().square()).sqrt()[:,0].numpy()
+    np.testing.assert_allclose(width, 2*cal.q.item()*sd, rtol=1e-5)
+    assert_same(frame(learn), want)                 # it repeats
+    np.testing.assert_allclose((want.lower+want.upper)/2, learn.get_preds(dl=learn.dls.test_dl(DF[:20]))[0][:,0], rtol=1e-5, atol=1e-6)
+    learn.export()
+    assert_same(frame(load_learner(tmp_path/'export.pkl')), want)
+    save_model(learn, tmp_path/'model')
+    assert_same(frame(load_model(tmp_path/'model')), want)
+    learn.update_calibration(DF[:10])
+    assert len(cal.scores)==50
+    plain = learner(None)
+    assert plain.calibrate(p=.1, passes=8).method=='local' and calibration_of(plain).p==.1
+    for other,kw in ((learner(),dict(passes=5)),(learner(None, config=dict(members=2)),dict(p=.1)),(learn,dict(passes=5, method='split'))):
+        with pytest.raises(ValueError, match=f"`{list(kw)[0]}` is for method 'local'"): other.calibrate(**kw)
+
+
 def test_groups_and_times_from_the_rows_of_the_learner():
     df = DF.assign(day=pd.date_range('2020-01-01', periods=len(DF)))
     learn = learner(dls=make_dls(df))
@@ -145,7 +171,93 @@ def test_what_a_noise_model_decides_cannot_be_given(kw, name):
 
 def test_no_noise_model_for_classes_and_constant_targets():
     with pytest.raises(ValueError, match='for classes'): learner(fit=False, dls=make_dls(DF.assign(y=np.where(DF.y>0, 'a', 'b'))))
-    with pytest.raises(ValueError, match='`sd` must be positive'): learner(fit=False, dls=make_dls(DF.assign(y=1.)))
+    for y in (1., DF.y.where(DF.index%5>0), DF.y.where(DF.index%5>0, np.inf)):      # constant, with gaps, infinite
+        with pytest.raises(ValueError, match=r"finite targets that differ in the training rows, but those of \['y'\]"):
+            learner(fit=False, dls=make_dls(DF.assign(y=y)))
+
+
+def test_too_few_rows_give_infinite_intervals_and_say_so():
+    learn = learner()
+    with pytest.warns(UserWarning, match=r'level=0.999 needs at least 999 rows to calibrate with, got 40'): learn.calibrate(.999)
+    got = learn.predict_distribution(DF[:3])
+    assert (got.lower==-np.inf).all() and (got.upper==np.inf).all()
+    with pytest.warns(UserWarning, match='needs at least 9 rows to calibrate with, got 8'): learn.calibrate(last=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        assert learn.calibrate(last=9).q.isfinite().all()
+        learn.update_calibration(DF[:2])
+    with pytest.warns(UserWarning, match='got 40 with half_life=2'): learn.calibrate(half_life=2)
+
+
+def test_a_calibration_that_does_not_fit_is_refused():
+    learn = learner()
+    learn.calibrate()
+    learn.loss_func = MSELossFlat()
+    with pytest.raises(ValueError, match="calibration 'cqr' does not fit"): learn.predict_distribution(DF[:2])
+    ens = learner(None, restarts=True)
+    ens.calibrate()
+    ens.snapshot_ensemble.use = 'last'
+    with pytest.raises(ValueError, match="calibration 'local' does not fit"): ens.predict_distribution(DF[:2])
+    plain = learner(None)
+    plain.calibrate()
+    assert calibration_of(plain.set_noise('quantile')) is None
+
+
+def test_no_rows_to_calibrate_with_are_named(tmp_path):
+    learn = learner(path=tmp_path)
+    learn.export()
+    loaded = load_learner(tmp_path/'export.pkl')
+    for f in (loaded.calibrate,loaded.show_calibration):
+        with pytest.raises(ValueError, match='`df` must be given'): f()
+        with pytest.raises(ValueError, match='`df` must have rows'): f(df=DF[:0])
+    assert loaded.calibrate(df=DF).q.isfinite().all()
+    with torch.no_grad(): next(learn.model.parameters()).fill_(np.nan)
+    with pytest.raises(ValueError, match='predictions must be finite'): learn.calibrate()
+
+
+def test_temperatures_take_the_latest_rows_and_known_classes():
+    df = DF.assign(y=np.where(DF.y>0, 'a', 'b'), day=pd.date_range('2020-01-01', periods=len(DF))[::-1])
+    learn = learner(None, dls=make_dls(df))
+    first = learn.calibrate(df=df[:60]).temperature
+    assert learn.calibrate(df=df, by='day', last=60).temperature == pytest.approx(first, rel=1e-3) != learn.calibrate(df=df).temperature
+    with pytest.raises(ValueError, match='but 5 are not'): learn.calibrate(df=df[:5].assign(y='c'))
+    for kw in (dict(group='color'), dict(half_life=3.)):
+        with pytest.raises(ValueError, match=f'`{list(kw)[0]}` must be None for classes'): learn.calibrate(**kw)
+
+
+@pytest.mark.parametrize('noise', ['quantile','mixture'])
+@pytest.mark.parametrize('scale', [1e-25,1e12,1e25])
+def test_targets_of_any_scale(noise, scale):
+    df = DF.assign(y=DF.y.astype('float64')*scale)
+    learn = learner(noise, dls=make_dls(df), config=dict(members=2))
+    learn.calibrate()
+    got = learn.predict_distribution(df[160:])
+    assert np.isfinite(got[['sd','sd_noise','sd_members','lower','upper']]).all(axis=None) and (got[['sd_noise','sd_members']]>0).all(axis=None)
+    assert ((got.lower<=df.y[160:]) & (df.y[160:]<=got.upper)).mean() >= .9
+
+
+def test_groups_and_times_are_those_of_the_rows_as_they_were():
+    df = DF.assign(year=np.arange(len(DF))+2000.)
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify,FillMissing,Normalize], cat_names=['color','code'], cont_names=['a','year'],
+                                     y_names='y', valid_idx=list(range(80, 200)), bs=32)
+    learn = learner(dls=dls)
+    cal = learn.calibrate(.5, by='year', group='code')
+    np.testing.assert_allclose(cal.times, df.year[80:], atol=.1)        # not the normalized numbers
+    cal.group_q['2'] = torch.tensor([100.]).double()
+    rows = df[df.code==2][:3]
+    for code in (2, 2., np.float32(2)): assert (learn.predict_distribution(rows.assign(code=code)).upper>50).all()
+    assert cal.quantiles_for(1, [2.])==100
+    by_color = learn.calibrate(.5, group='color')
+    by_color.group_q['#na#'] = torch.tensor([100.]).double()
+    assert (learn.predict_distribution(df[df.color.isna()][:3]).upper>50).all()
+
+
+def test_unseen_levels_are_told_without_a_guard(tmp_path):
+    learn = learner(path=tmp_path)
+    learn.export()
+    odd = DF[:3].assign(color=['violet',None,'red'], code=[1,77,2])
+    for l in (learn,load_learner(tmp_path/'export.pkl')):
+        assert l.predict_distribution(odd).warnings.tolist() == ["color: 'violet' is new",'code: 77 is new','']
 
 
 def test_the_fast_path_trains_the_same_network():
@@ -185,6 +297,7 @@ def test_a_trained_learner_gets_a_noise_model():
 @pytest.mark.parametrize('path,value,message', [
     (['calibration','method'], 'best', 'calibration.method'), (['calibration','level'], 2, 'calibration.level'),
     (['calibration','temperature'], None, 'calibration.temperature'), (['calibration','half_life'], 0, 'calibration.half_life'),
+    (['calibration','passes'], -1, 'calibration.passes'), (['calibration','p'], 1, 'calibration.p'),
     (['calibration','last'], 0, 'calibration.last'), (['calibration','groups'], ['a'], 'calibration.groups'),
     (['calibration','more'], 1, "unknown field 'more'"), (['network','noise','kind'], 'normal', 'network.noise.kind'),
     (['network','noise','n_levels'], 20, 'network.out_sz'), (['network','noise'], None, 'loss.beta'),

@@ -10,6 +10,7 @@ import pandas as pd, torch
 from fastai.basics import Learner, Metric, patch
 from .calibrate import calibrated_interval, calibration_of, distribution_of, predicted, total_sd
 from ..checks import check_choice, check_p
+from ..tabular.guard import guard_of_levels, input_guard_of
 from ..tabular.procs import check_columns
 from ..uncertainty.conformal import quantiles_at
 from ..uncertainty.metrics import (brier_score, crps_mixture, crps_quantiles, expected_calibration_error,
@@ -45,9 +46,7 @@ def _classes(learn, pred): # From the name of a column to values
     return res
 
 def _warnings_for(learn, df): # A text for each row, empty where nothing is odd
-    procs = getattr(getattr(learn.dls.train_ds, 'procs', None), 'fs', ())
-    guard = next((p for p in procs if callable(getattr(p, 'warnings', None))), None)
-    return ['']*len(df) if guard is None else list(guard.warnings(df))
+    return list((input_guard_of(learn.dls) or guard_of_levels(learn.dls)).warnings(df))
 
 @patch
 def predict_distribution(self:Learner,

@@ -7,7 +7,7 @@ __all__ = ['OTHERS', 'check_table', 'packed_shape', 'with_prefix', 'check_descri
 
 # %% ../../nbs/425_serialize.description.ipynb #425fc5d7
 import math
-from .fields import Fields, is_int, is_name, is_number
+from .fields import Fields, is_int, is_name, is_number, is_p
 from .network import AVERAGES, check_network, distributions, input_sizes, network_shapes
 
 # %% ../../nbs/425_serialize.description.ipynb #425eb7b3
@@ -87,6 +87,8 @@ def _check_calibration(config): # From the name of each tensor to (dtype, shape)
     f.take('last', 'be null or an integer of at least 1', lambda v: v is None or is_int(v, 1))
     f.take('half_life', 'be null or a positive number', lambda v: v is None or _is_positive(v))
     f.take('temperature', 'be a positive number', _is_positive)
+    f.int('passes')
+    f.take('p', 'be null or a number with 0 <= p < 1', lambda v: v is None or is_p(v) and v<1)
     n_rows,n_targets = f.int('n_rows'),f.int('n_targets')
     f.list('groups', 'names, one per row', is_name, n_rows if config['group'] is not None else 0)
     has_noise = f.bool('fitted')

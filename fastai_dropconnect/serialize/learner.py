@@ -110,7 +110,7 @@ def _restore_snapshots(record, config, tensors):
     record.use = config['use']
 
 # %% ../../nbs/428_serialize.learner.ipynb #42853e9a
-_plain_fields = 'method','level','by','group','last','half_life','temperature'
+_plain_fields = 'method','level','by','group','last','half_life','temperature','passes','p'
 _tensor_fields = 'scores','times','noise','factor'
 
 def _describe_calibration(cal): # JSON and tensors

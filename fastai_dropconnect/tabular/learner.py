@@ -95,6 +95,8 @@ def _noise_parts(dls, noise, **free): # Head, loss, number of outputs
         raise ValueError(f'`noise` must be None for classes, which have probabilities, got noise={noise.kind!r}')
     y = torch.as_tensor(dls.train_ds.ys.to_numpy('float64'))
     mean,sd = y.mean(0),y.std(0)
+    wrong = [n for n,v in zip(dls.y_names, sd.tolist()) if not v<float('inf')]
+    if wrong: raise ValueError(f'`noise` needs finite targets in the training rows, but those of {wrong} are not')
     sd = torch.where(sd>0, sd, 1.)      # equal targets have no spread to learn
     return NoiseHead(noise, mean, sd),NoiseLoss(noise, sd),len(sd)*noise.n_params
 
@@ -166,6 +168,7 @@ def set_noise(self:Learner,
     self.model.layers.append(head.to(last.weight.device))
     if hasattr(self.model, 'out_sz'): self.model.out_sz = n_out
     self.loss_func,self.opt = loss_func,None
+    if hasattr(self, 'keep_calibration'): self.keep_calibration.record.value = None      # of the old outputs
     if not self._grab_cbs(PredictMeans): self.add_cb(PredictMeans())
     return self
 

@@ -155,7 +155,8 @@ def cv_plus_interval(
     return -conformal_quantile((errors-centers).T, level),upper
 
 # %% ../../nbs/286_uncertainty.conformal.ipynb #3322244b
-def _as_key(value): return str(value)     # of a group; text survives any file
+def _as_key(value): # Of a group; text survives any file, and a column with gaps has 2.0 for 2
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 @dataclass
 class Calibration:
@@ -172,6 +173,8 @@ class Calibration:
     noise:Tensor=None # `(n_targets,)`, of `fit_spread`
     factor:Tensor=None # `(n_targets,)`, of `fit_spread`
     temperature:float=1. # Divides logits
+    passes:int=0 # Noisy passes that the spread of 'local' comes from; 0: from members, or a distribution
+    p:float=None # Of the passes, as in `mc_noise`
 
     def __post_init__(self):
         check_choice(self.method, 'method', (*METHODS,'temperature'))
@@ -180,6 +183,8 @@ class Calibration:
         if self.half_life is not None: check_positive(self.half_life, 'half_life')
         if self.method=='pit' and self.group is not None:
             raise ValueError(f"`group` must be None for the method 'pit', got group={self.group!r}")
+        check_int(self.passes, 'passes', 0)
+        if self.p is not None: check_p(self.p)
         if self.scores is not None: self._set(self.scores, self.times, self.groups)
 
     def _set(self, scores, times, groups):

@@ -55,15 +55,18 @@ class Distribution:
     def mean(self) -> Tensor: return self._mix(self.member_means)     # (*)
 
     @property
-    def sd_noise(self) -> Tensor: return self._mix(self.member_vars).sqrt()     # (*)
+    def sd_noise(self) -> Tensor: return self._as_here(self._mix(self._flat().member_vars).sqrt())     # (*)
 
     @property
     def sd_members(self) -> Tensor: # (*)
-        if self.shares is None: return self.member_means.std(-1, correction=0)
-        return self._mix((self.member_means-self.mean.unsqueeze(-1)).square()).sqrt()
+        means = self._flat().member_means
+        if self.shares is None: return self._as_here(means.std(-1, correction=0))
+        return self._as_here(self._mix((means-self._mix(means)[...,None]).square()).sqrt())
 
     @property
-    def sd(self) -> Tensor: return (self.sd_noise.square()+self.sd_members.square()).sqrt()     # (*)
+    def sd(self) -> Tensor: return torch.hypot(self.sd_noise, self.sd_members)     # (*)
+
+    def _as_here(self, x): return x.to(self.member_means.dtype).view(self.shape)    # float32 has no square of 1e20
 
     def _levels(self, levels):
         levels = torch.as_tensor(levels, dtype=torch.float64).flatten()
