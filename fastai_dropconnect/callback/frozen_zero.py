@@ -15,7 +15,7 @@ from .core import RecordingCallback, fit_is_running
 from ..checks import check_choice, check_layers, check_seed, check_values
 from ..masks import draw_seed, exact_mask
 from ..nn_utils import from_rank0, inner_model, layer_values, select_weights
-from ..sparsity.core import HeldWeights, MaskRecord, as_bits, bit_mask, zeros_as_mask
+from ..sparsity.core import HeldWeights, MaskRecord, acts_by_element, as_bits, bit_mask, zeros_as_mask
 
 # %% ../../nbs/365_callback.frozen_zero.ipynb #f6e0a63f
 def draw_masks(
@@ -134,7 +134,15 @@ def _hold(self:FrozenZeroInit) -> HeldWeights: # Empty if all weights train free
 
 # %% ../../nbs/365_callback.frozen_zero.ipynb #b7cccea6
 @patch
+def _reads_grads(self:FrozenZeroInit) -> bool:
+    "Tell whether gradients of held weights could change how the others train"
+    others = [type(cb) for cb in self.learn.cbs if not isinstance(cb, FrozenZeroInit)]
+    events = 'after_backward','before_step'
+    return not acts_by_element(self.learn.opt) or any(hasattr(cb, e) for cb in others for e in events)
+
+@patch
 def before_train(self:FrozenZeroInit):
+    self._masks_grads = self._reads_grads()
     if self._held is not None: return
     self._init_masks()
     self._held = self._hold()
@@ -142,7 +150,7 @@ def before_train(self:FrozenZeroInit):
 # %% ../../nbs/365_callback.frozen_zero.ipynb #0fb16d14
 @patch
 def after_backward(self:FrozenZeroInit):
-    if self._held: self._held.mask_grads()
+    if self._held and self._masks_grads: self._held.mask_grads()
 
 # %% ../../nbs/365_callback.frozen_zero.ipynb #fc16895b
 @patch

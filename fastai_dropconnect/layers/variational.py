@@ -82,7 +82,15 @@ THRESHOLD = 3.      # of `log_alpha`: a drop rate above .95
 
 class _Variational:
     "What both layers have in common"
+    __prepare_scriptable__ = refuse_script
+
     def _add_variances(self): self.log_sigma2 = nn.Parameter(torch.full_like(self.weight, -10).detach())
+
+    @classmethod
+    def _from(cls, layer, name, plain): # With the same parameters
+        res = _view_as(cls, layer, name, plain, _parameters=dict(layer._parameters))
+        res._add_variances()
+        return res
 
     def log_alpha(self) -> Tensor: # Of the shape of the weight
         "Return the logarithm of each weight's variance over its square"
@@ -119,8 +127,6 @@ class VariationalDropConnectLinear(_Variational, nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._add_variances()
 
-    __prepare_scriptable__ = refuse_script
-
     def forward(self, x:Tensor) -> Tensor:
         if not self.training: return F.linear(x, self.eval_weight(), self.bias)
         return linear_variational(x, self.weight, self.log_sigma2, self.bias)
@@ -130,9 +136,7 @@ class VariationalDropConnectLinear(_Variational, nn.Linear):
         linear:nn.Linear # Layer to share weight and bias with
     ) -> 'VariationalDropConnectLinear': # Raises `TypeError` if `linear` is not a plain `nn.Linear`
         "Return `linear` with variances, and with the same parameters"
-        res = _view_as(cls, linear, 'linear', nn.Linear, _parameters=dict(linear._parameters))
-        res._add_variances()
-        return res
+        return cls._from(linear, 'linear', nn.Linear)
 
     def to_linear(self) -> nn.Linear: # A copy
         "Return a plain layer that does what this one does in eval"
@@ -145,8 +149,6 @@ class VariationalDropConnectConv2d(_Variational, nn.Conv2d):
         super().__init__(*args, **kwargs)
         self._add_variances()
 
-    __prepare_scriptable__ = refuse_script
-
     def forward(self, x:Tensor) -> Tensor:
         if not self.training: return self._conv_forward(x, self.eval_weight(), self.bias)
         y = self._conv_forward(x, self.weight, self.bias)
@@ -157,9 +159,7 @@ class VariationalDropConnectConv2d(_Variational, nn.Conv2d):
         conv:nn.Conv2d # Layer to share weight and bias with
     ) -> 'VariationalDropConnectConv2d': # Raises `TypeError` if `conv` is not a plain `nn.Conv2d`
         "Return `conv` with variances, and with the same parameters"
-        res = _view_as(cls, conv, 'conv', nn.Conv2d, _parameters=dict(conv._parameters))
-        res._add_variances()
-        return res
+        return cls._from(conv, 'conv', nn.Conv2d)
 
     def to_conv(self) -> nn.Conv2d: # A copy
         "Return a plain layer that does what this one does in eval"

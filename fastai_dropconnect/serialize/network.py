@@ -55,6 +55,7 @@ def check_noise(f): # The settings of a noise model, and its targets
 
 # %% ../../nbs/424_serialize.network.ipynb #42458373
 def _is_size(pair): return isinstance(pair, list) and len(pair)==2 and all(is_int(n, 1) for n in pair)
+def _is_flag(v): return v is True or v is False
 def _is_range(v): return v is None or isinstance(v, list) and len(v)==2 and all(map(is_number, v))
 
 def _check_tabular(config):
@@ -84,10 +85,51 @@ def _check_tabular(config):
         want = noise['n_targets']*noise_params(noise)
         if n_out!=want: raise ValueError(f'`network.out_sz` must be {want} for the noise model, got {n_out}')
         if config['y_range']: raise ValueError('`network.y_range` must be null with a noise model')
+    if 'bias' in f.left: f.list('bias', 'true or false, one per linear layer', _is_flag, n+1)     # of smaller networks
     f.end()
-    if n_cont: return
+    _check_columns(config)
+
+def _check_columns(config):
+    if config['n_cont']: return
     if not config['emb_szs']: raise ValueError('`network` must have embeddings or continuous columns')
     if config['num_embeddings']: raise ValueError('`network.num_embeddings` must be null without continuous columns')
+
+# %% ../../nbs/424_serialize.network.ipynb #852bce41
+def _check_resnet(config):
+    "Check a residual network"
+    f = Fields(config, 'network')
+    f.choice('class', ('TabularResNetModel',))
+    f.list('emb_szs', 'pairs of integers of at least 1', _is_size)
+    n_cont = f.int('n_cont')
+    for name in ('out_sz','width'): f.int(name, 1)
+    f.list('layers', 'integers of at least 1', _is_positive)
+    for name in ('weight_p','path_p','dropout','embed_p','embed_weight_p'): f.p(name)
+    f.choice('mode', ('example','batch','gaussian'))
+    f.bool('bn_cont')
+    f.take('y_range', 'be null or two numbers', _is_range)
+    f.take('members', 'be null for a TabularResNetModel', lambda v: v is None)
+    if f.left.get('num_embeddings', ...) is None: del f.left['num_embeddings']
+    else: _check_vectors(f.fields('num_embeddings'), n_cont)
+    f.end()
+    _check_columns(config)
+
+def _is_columns(v): # `None` for all, or numbers that rise
+    return v is None or isinstance(v, list) and all(map(is_int, v)) and v==sorted(set(v))
+
+def _check_compact(config, depth):
+    "Check a network that reads some columns"
+    f = Fields(config, 'network')
+    f.choice('class', ('CompactModel',))
+    total = f.list('n_columns', 'integers', is_int, 2)
+    columns = f.list('columns', 'null or rising integers', _is_columns, 2)
+    inner = f.take('model', 'be a network for tables', lambda v: isinstance(v, dict) and v.get('class') in _tables)
+    f.end()
+    check_network(inner, depth)
+    levels,n_cont,_ = input_sizes(inner)
+    for n,c,want in zip(total, columns, (len(levels),n_cont)):
+        got = n if c is None else len(c)
+        if got!=want or (c and c[-1]>=n):
+            raise ValueError(f'`network.columns` must be {want} numbers below {n} for the model, got {c!r:.200}')
 
 # %% ../../nbs/424_serialize.network.ipynb #34fece3b
 def _check_boosted(config):
@@ -121,8 +163,15 @@ def _check_container(config, depth):
     f.end()
     if not models or depth>2: raise ValueError('`network.models` must be networks, at least one, 3 levels deep at most')
     for m in models: check_network(m, depth+1)
-    sizes = [(input_sizes(m),distributions(m)[0]) for m in models]
-    if any(s!=sizes[0] for s in sizes): raise ValueError('`network.models` must take the same columns, but they differ')
+    sizes = [input_sizes(m) for m in models]
+    same = all(_same_columns(s, t) for s in sizes for t in sizes) and len({repr(distributions(m)[0]) for m in models})==1
+    if not same: raise ValueError('`network.models` must take the same columns, but they differ')
+
+_tables = 'TabularModel','TabularDropConnectModel','TabularResNetModel'
+
+def _same_columns(a, b): # A network that does not read a column does not say how many categories that has
+    fits = len(a[0])==len(b[0]) and all(m==n or math.inf in (m,n) for m,n in zip(a[0], b[0]))
+    return fits and a[1:]==b[1:]
 
 def check_network(
     config:dict, # The field `network` of a description
@@ -132,13 +181,21 @@ def check_network(
     kind = config.get('class') if isinstance(config, dict) else None
     if kind in CONTAINERS: _check_container(config, depth)
     elif kind=='BoostedModel': _check_boosted(config)
+    elif kind=='TabularResNetModel': _check_resnet(config)
+    elif kind=='CompactModel': _check_compact(config, depth)
     else: _check_tabular(config)
 
 def input_sizes(
     config:dict # From `check_network`
-) -> tuple: # Codes of each category, continuous columns, outputs
+) -> tuple: # Codes of each category, infinite where it is not read; continuous columns; outputs
     "Tell which columns a network takes and what it gives"
-    if config['class'] in CONTAINERS: return input_sizes(config['models'][0])
+    if config['class'] in CONTAINERS:
+        sizes = [input_sizes(m) for m in config['models']]
+        return [min(n) for n in zip(*[s[0] for s in sizes])],*sizes[0][1:]
+    if config['class']=='CompactModel':
+        levels,_,n_out = input_sizes(config['model'])
+        (n_cat,n_cont),read = config['n_columns'],dict(zip(config['columns'][0] or range(len(levels)), levels))
+        return [read.get(i, math.inf) for i in range(n_cat)],n_cont,n_out
     levels = config['n_levels'] if config['class']=='BoostedModel' else [n for n,_ in config['emb_szs']]
     return levels,config['n_cont'],config['out_sz']
 
@@ -146,7 +203,7 @@ def input_sizes(
 @dataclass(frozen=True)
 class Layer:
     "A layer that does something in eval"
-    kind:str # 'linear', 'act' or 'bn'
+    kind:str # 'linear', 'act', 'bn', or 'fork' and 'join' around the branch of a residual block
     name:str # Of the module
     n_in:int=0
     n_out:int=0
@@ -168,19 +225,33 @@ def _block(config, i): # Kinds of its modules in their order
     if not last and config['ps'][i]: rest.append('dropout')
     return linear+rest if config['lin_first'] else rest+linear
 
+def _residual_layers(config):
+    width,n = config['width'],len(config['layers'])
+    n_in = sum(n for _,n in config['emb_szs']) + n_numbers(config)
+    res = [Layer('linear', 'layers.0', n_in, width, True)]
+    for i,hidden in enumerate(config['layers'], 1):
+        name = f'layers.{i}'
+        res += [Layer('fork', name), Layer('bn', f'{name}.norm', width, width),
+                Layer('linear', f'{name}.first', width, hidden, True), Layer('act', f'{name}.act'),
+                Layer('linear', f'{name}.second', hidden, width, True), Layer('join', name)]
+    last = Layer('linear', f'layers.{n+3}', width, config['out_sz'], True)
+    return [*res, Layer('bn', f'layers.{n+1}', width, width), Layer('act', f'layers.{n+2}'), last]
+
 def network_layers(
     config:dict # From `check_network`
 ) -> list: # Of `Layer`
     "List the layers behind embeddings and batch norm of the continuous columns, in their order"
+    if config['class']=='TabularResNetModel': return _residual_layers(config)
     sizes = [sum(n for _,n in config['emb_szs']) + n_numbers(config), *config['layers'], config['out_sz']]
     k,last = (config['members'] or dict(n=0))['n'],len(config['layers'])
-    res = []
+    res,biases = [],config.get('bias')
     for i in range(last+1):
         block = _block(config, i)
+        bias = biases[i] if biases else 'bn' not in block
         for j,kind in enumerate(block):
             name,n_in,n_out = f'layers.{i}.{j}',sizes[i],sizes[i+1]
             if kind=='linear':
-                res.append(Layer(kind, name, n_in, n_out, 'bn' not in block, k, k>0 and i<last, k>0 and i==0))
+                res.append(Layer(kind, name, n_in, n_out, bias, k, k>0 and i<last, k>0 and i==0))
             if kind=='act': res.append(Layer(kind, name))
             if kind=='bn':
                 width = n_out if config['lin_first'] else n_in
@@ -225,6 +296,9 @@ def network_shapes(
 ) -> dict: # From the name of each tensor to (dtype, shape), as in safetensors
     "List the parameters and buffers of the model"
     if config['class'] in CONTAINERS: return _container_shapes(config)
+    if config['class']=='CompactModel':
+        columns = {f'columns_{i}': ('I64', (len(c),)) for i,c in enumerate(config['columns']) if c is not None}
+        return {f'model.{n}': s for n,s in network_shapes(config['model']).items()} | columns
     if config['class']=='BoostedModel': return {f'text{i}': ('U8', (n,)) for i,n in enumerate(config['n_bytes'])}
     res = {f'embeds.{i}.weight':('F32', tuple(size)) for i,size in enumerate(config['emb_szs'])}
     if config['bn_cont']: res |= _norm('bn_cont', n_numbers(config))

@@ -21,12 +21,14 @@ from ..ensemble.blend import BlendedModel
 from ..ensemble.boosted import BoostedModel
 from ..layers.masked_ensemble import MaskedEnsembleLinear
 from ..optimizer import FusedAdam
+from ..sparsity.compact import CompactModel
 from .fields import Fields, is_number
 from .network import (ACTIVATIONS, check_network, check_noise, compare_shapes,
                                                   network_shapes)
 from ..tabular.embeddings import PLE, Clamp, Periodic
 from ..tabular.model import MaskedMembers, TabularDropConnectModel
 from ..tabular.one_pass import OnePassTabularModel
+from ..tabular.resnet import ResidualBlock, TabularResNetModel
 from ..uncertainty.noise import NoiseHead, NoiseLoss, NoiseModel
 
 # %% ../../nbs/426_serialize.parts.ipynb #42650b72
@@ -79,18 +81,38 @@ def _describe_head(model):
 
 def _plain(number): return number if type(number) in (int,float) else float(number)
 
-def _described(model):
-    blocks = [b for b in model.layers if isinstance(b, LinBnDrop)]
-    linears,limits = [_first(b, nn.Linear) for b in blocks],_first(model.layers, SigmoidRange)
+def _describe_sides(model, out_sz): # What is in front of the layers and behind them
+    limits = _first(model.layers, SigmoidRange)
     return {'class': type(model).__name__} | dict(
         emb_szs=[[e.num_embeddings, e.embedding_dim] for e in model.embeds], n_cont=model.n_cont,
-        out_sz=getattr(model, 'out_sz', linears[-1].out_features), embed_p=float(model.emb_drop.p),
-        y_range=[_plain(limits.low), _plain(limits.high)] if limits else None,
-        bn_cont=model.bn_cont is not None) | (
-            _describe_blocks(blocks) | _describe_noise(model, linears) | _describe_head(model))
+        out_sz=getattr(model, 'out_sz', out_sz), embed_p=float(model.emb_drop.p),
+        y_range=[_plain(limits.low), _plain(limits.high)] if limits else None, bn_cont=model.bn_cont is not None)
+
+def _describe_biases(blocks, linears): # Batch norm needs none, but `compact` may add one
+    biases = [m.bias is not None for m in linears]
+    usual = [_first(b, nn.BatchNorm1d) is None for b in blocks]
+    return {} if biases==usual else dict(bias=biases)
+
+def _described(model):
+    if isinstance(model, TabularResNetModel): return _described_resnet(model)
+    blocks = [b for b in model.layers if isinstance(b, LinBnDrop)]
+    linears = [_first(b, nn.Linear) for b in blocks]
+    return (_describe_sides(model, linears[-1].out_features) | _describe_blocks(blocks)
+            | _describe_noise(model, linears) | _describe_biases(blocks, linears) | _describe_head(model))
+
+def _described_resnet(model):
+    blocks = [b for b in model.layers if isinstance(b, ResidualBlock)]
+    res = _describe_sides(model, model.out_sz) | dict(
+        layers=[b.first.out_features for b in blocks], width=model.layers[0].out_features, members=None,
+        num_embeddings=_describe_vectors(model.num_embeds), embed_weight_p=model.embeds[0].p if len(model.embeds) else 0.)
+    ps = dict(weight_p=0., mode='example', path_p=0., dropout=0.)
+    if blocks: ps = dict(weight_p=blocks[0].first.p, mode=blocks[0].first.mode, path_p=blocks[-1].drop_path.p,
+                         dropout=float(blocks[0].dropout.p))
+    return res | ps
 
 # %% ../../nbs/426_serialize.parts.ipynb #42610266
-MODELS = dict(TabularModel=TabularModel, TabularDropConnectModel=TabularDropConnectModel)
+MODELS = dict(TabularModel=TabularModel, TabularDropConnectModel=TabularDropConnectModel,
+              TabularResNetModel=TabularResNetModel)
 _dtypes = {torch.float32: 'F32', torch.int64: 'I64', torch.uint8: 'U8', torch.bool: 'BOOL'}
 
 def _model_shapes(model):
@@ -125,8 +147,24 @@ def _build_vectors(config):
     edges = [torch.arange(n+1.) for n in config['n_bins']]      # the real ones are among the tensors
     return PLE(config['dim'], edges, config['weight_p'])
 
+def _build_resnet(config):
+    names = 'width','weight_p','mode','path_p','dropout','embed_p','embed_weight_p','bn_cont'
+    with no_random(0):
+        return TabularResNetModel(
+            [tuple(size) for size in config['emb_szs']], config['n_cont'], config['out_sz'], list(config['layers']),
+            num_embeddings=_build_vectors(config['num_embeddings']), y_range=config['y_range'],
+            **{k:config[k] for k in names})
+
+def _add_biases_(model, biases): # Batch norm needs none, but `compact` may have added one
+    linears = [_first(b, nn.Linear) for b in model.layers if isinstance(b, LinBnDrop)]
+    for m,has_bias in zip(linears, biases):
+        if not has_bias or m.bias is not None: continue
+        n = len(m.weight)*(m.n_members if isinstance(m, MaskedEnsembleLinear) else 1)
+        m.bias = nn.Parameter(torch.zeros(n))
+
 def _build_tabular(config):
     "Build a network for tables; random numbers of the process do not change"
+    if config['class']=='TabularResNetModel': return _build_resnet(config)
     act = {k:v for k,v in config['act'].items() if k!='class'}
     limits,members = config['y_range'],config['members']
     kw = {k:config[k] for k in ('ps','embed_p','use_bn','bn_final','bn_cont','lin_first')}
@@ -138,6 +176,7 @@ def _build_tabular(config):
         res = MODELS[config['class']](
             [tuple(size) for size in config['emb_szs']], config['n_cont'], config['out_sz'], list(config['layers']),
             y_range=tuple(limits) if limits else None, act_cls=getattr(nn, config['act']['class'])(**act), **kw)
+    _add_biases_(res, config.get('bias', ()))
     noise = config.get('noise')
     if noise: res.layers.append(NoiseHead(_noise_model(noise), [0.]*noise['n_targets'], [1.]*noise['n_targets']))
     return res
@@ -149,11 +188,24 @@ _other_networks = {AveragedModel: ('average','class_dim'), BlendedModel: ('avera
                    BoostedModel: ('n_levels','n_cont','out_sz','average')}
 _other_names = {cls.__name__: cls for cls in _other_networks}
 
+def _describe_compact(model):
+    if len(model.columns)!=2 or None in model.n_columns:
+        raise TypeError('the model inside a CompactModel must be one for tables to be saved, '
+                        f'got {type(model.model).__name__}')
+    columns = [None if c is None else c.tolist() for c in model.columns]
+    return {'class': 'CompactModel'} | dict(n_columns=list(model.n_columns), columns=columns,
+                                            model=_describe_tabular(model.model))
+
+def _build_compact(config):
+    columns = [None if c is None else torch.tensor(c, dtype=torch.long) for c in config['columns']]
+    return CompactModel(_build_tabular(config['model']), columns, config['n_columns'])
+
 def describe_network(
-    model:nn.Module # `TabularModel` or `TabularDropConnectModel`, or an average or blend of such models
+    model:nn.Module # A model for tables, a `CompactModel` of one, or an average or blend of such models
 ) -> dict: # For `build_network`
     "Describe a model, or raise `TypeError` if it cannot be built from a description"
     cls = type(model)
+    if cls is CompactModel: return _describe_compact(model)
     if cls not in _other_networks: return _describe_tabular(model)
     res = {'class': cls.__name__} | {n: getattr(model, n) for n in _other_networks[cls]}
     if cls is BoostedModel: return res | dict(n_bytes=[len(t) for t in model.texts])
@@ -164,6 +216,7 @@ def build_network(
 ) -> nn.Module: # With random weights
     "Build a model"
     cls = _other_names.get(config['class'])
+    if config['class']=='CompactModel': return _build_compact(config)
     if not cls: return _build_tabular(config)
     settings = {n: config[n] for n in _other_networks[cls]}
     if cls is BoostedModel: return BoostedModel(config['n_bytes'], **settings).eval()

@@ -237,21 +237,46 @@ def _container(config, state):
         return _average(outs, config['average'])
     return run
 
+def _compact(config, state):
+    "Return the function of a network that reads some columns"
+    run = _network(config['model'], {n.removeprefix('model.'): t for n,t in state.items() if n.startswith('model.')})
+    cats,conts = [slice(None) if c is None else c for c in config['columns']]
+    return lambda codes, x: run(codes[:,cats], x[:,conts])
+
+def _chain(steps): # One function after the other
+    def run(x):
+        for f in steps: x = f(x)
+        return x
+    return run
+
+def _around(branch): return lambda x: x+branch(x)
+
+def _layer_steps(config, state): # Functions; the branch of a residual block is one
+    make = dict(linear=_linear, bn=lambda s,l: _norm(s, l.name), act=lambda s,l: _act(config.get('act', _relu)))
+    stack = [[]]
+    for l in network_layers(config):
+        if l.kind=='fork': stack.append([])
+        elif l.kind=='join': stack[-2].append(_around(_chain(stack.pop())))
+        else: stack[-1].append(make[l.kind](state, l))
+    return stack[0]
+
+_relu = {'class': 'ReLU'}
+
 def _network(config, state):
     "Return the function from codes and numbers to outputs"
     if config['class'] in CONTAINERS: return _container(config, state)
+    if config['class']=='CompactModel': return _compact(config, state)
     if config['class']=='BoostedModel': raise ValueError('boosted trees need PyTorch: use `load_model`')
     embed = _embeddings(config, state)
     vectors,members,limits = config['num_embeddings'],config['members'],config['y_range']
     numbers = [(_ple if vectors['class']=='PLE' else _periodic)(state, vectors)] if vectors else []
     if config['bn_cont'] and config['n_cont']: numbers.append(_norm(state, 'bn_cont'))
-    make = dict(linear=_linear, bn=lambda s,l: _norm(s, l.name), act=lambda s,l: _act(config['act']))
-    steps = [make[l.kind](state, l) for l in network_layers(config)]
+    steps = _layer_steps(config, state)
     if config.get('noise'): steps.append(_head(config, state))
+    behind = _chain(steps)
     def run(codes, x):
         for f in numbers: x = f(x)
-        x = np.concatenate([embed(codes), x], 1)
-        for f in steps: x = f(x)
+        x = behind(np.concatenate([embed(codes), x], 1))
         if limits: x = _sigmoid(x)*(limits[1]-limits[0])+limits[0]
         return _average(x.reshape(-1, members['n'], config['out_sz']), members['average']) if members else x
     return run

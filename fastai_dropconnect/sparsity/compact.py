@@ -90,10 +90,12 @@ class CompactModel(nn.Module):
     "A model that reads some columns of its arguments: `(n_rows, n_columns, *)` each"
     def __init__(self,
         model:nn.Module, # Its arguments have only these columns
-        columns:list # For each argument: the numbers of its columns, or `None` for all
+        columns:list, # For each argument: the numbers of its columns, or `None` for all
+        n_columns:list=None # For each argument: how many columns it has, or `None` if that is not known
     ):
         super().__init__()
         self.model = model
+        self.n_columns = n_columns or [None]*len(columns)
         for i,c in enumerate(columns): self.register_buffer(f'columns_{i}', c)
 
     @property
@@ -167,10 +169,10 @@ def _graph_of(model:nn.Module) -> ChannelGraph|None:
 def _compact_again(model:CompactModel) -> CompactModel:
     "Compact a model that reads some columns already"
     inner = compact(model.model)
-    if not isinstance(inner, CompactModel): return CompactModel(inner, model.columns)
+    if not isinstance(inner, CompactModel): return CompactModel(inner, model.columns, model.n_columns)
     def both(old, new): return old if new is None else new if old is None else old[new]
     columns = [both(old, new) for old,new in zip(model.columns, inner.columns)]
-    return CompactModel(inner.model, columns).train(model.training)
+    return CompactModel(inner.model, columns, model.n_columns).train(model.training)
 
 def compact(
     model:nn.Module # Not changed; sequences, `TabularModel`, ensembles, any `forward` that `torch.fx` can follow
@@ -185,12 +187,14 @@ def compact(
     graph = _graph_of(model)
     if graph is None: return model
     stays = graph.keep()
+    n_columns = [None if c.units is None else len(c) for c in graph.inputs.values()]
+    if _is_tabular(model): n_columns[0] = len(model.embeds)
     for step in graph.layers(): _cut_layer_(step, stays)
     _cut_rest_(graph, stays)
     columns = _columns_(model, graph, stays)
     if all(c is None for c in columns): return model
     device = next((p.device for p in model.parameters()), None)
-    res = CompactModel(model, [c if c is None else c.to(device) for c in columns])
+    res = CompactModel(model, [c if c is None else c.to(device) for c in columns], n_columns)
     return res.train(model.training)
 
 # %% ../../nbs/246_sparsity.compact.ipynb #40af07e1

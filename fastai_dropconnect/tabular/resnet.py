@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_int, check_p
 from ..functional import MODES
 from ..layers.drop_path import DropPath, drop_path_rates
-from ..layers.dropconnect import DropConnectEmbedding, DropConnectLinear
+from ..layers.dropconnect import DropConnectLinear
 from .embeddings import PLE, Periodic, num_embeddings_of
-from .model import DropConnectConfig, TabularDropConnectModel, is_dropconnect_config
-from .one_pass import OnePassTabularModel
+from .model import DropConnectConfig, InputsModel, TabularDropConnectModel, is_dropconnect_config
 
 # %% ../../nbs/332_tabular.resnet.ipynb #b8be4c73
 class ResidualBlock(nn.Module):
@@ -42,7 +41,7 @@ class ResidualBlock(nn.Module):
         return x + self.drop_path(self.second(hidden))
 
 # %% ../../nbs/332_tabular.resnet.ipynb #a55d545c
-class TabularResNetModel(OnePassTabularModel):
+class TabularResNetModel(InputsModel):
     "Residual network: `(n, n_cat)` codes and `(n, n_cont)` numbers to `(n, out_sz)`"
     def __init__(self,
         emb_szs:list, # Sequence of (num_embeddings, embedding_dim) for each categorical variable
@@ -64,25 +63,13 @@ class TabularResNetModel(OnePassTabularModel):
         check_int(width, 'width')
         settings = dict(weight_p=check_p(weight_p, 'weight_p'), mode=check_choice(mode, 'mode', MODES),
                         dropout=check_p(dropout, 'dropout'))
-        vectors = num_embeddings_of(num_embeddings) if n_cont else None
-        n_numbers = n_cont*vectors.dim if vectors else n_cont
-        super().__init__(emb_szs, n_numbers, out_sz, [], embed_p=check_p(embed_p, 'embed_p'), bn_cont=bn_cont)
-        embed_weight_p = check_p(embed_weight_p, 'embed_weight_p')
-        self.embeds = nn.ModuleList([DropConnectEmbedding.from_embedding(e, p=embed_weight_p) for e in self.embeds])
-        self.num_embeds = vectors.layer(n_cont) if vectors else None
-        self.n_cont,self.out_sz = n_cont,out_sz
+        super().__init__(emb_szs, n_cont, out_sz, [], embed_weight_p=embed_weight_p, num_embeddings=num_embeddings,
+                         embed_p=check_p(embed_p, 'embed_p'), bn_cont=bn_cont)
         rates = drop_path_rates(check_p(path_p, 'path_p'), max(1, len(layers)))
         blocks = [ResidualBlock(width, n, path_p=p, **settings) for n,p in zip(layers, rates)]
         last = [nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, out_sz)]
         if y_range is not None: last.append(SigmoidRange(*y_range))
-        self.layers = nn.Sequential(nn.Linear(self.n_emb+n_numbers, width), *blocks, *last)
-
-    def forward(self,
-        x_cat:Tensor, # Category codes, (n_rows, n_cat)
-        x_cont:Tensor=None # Numbers, (n_rows, n_cont)
-    ) -> Tensor: # (n_rows, out_sz)
-        if self.num_embeds is not None: x_cont = self.num_embeds(x_cont)
-        return super().forward(x_cat, x_cont)
+        self.layers = nn.Sequential(nn.Linear(self.n_emb+self.n_numbers, width), *blocks, *last)
 
 # %% ../../nbs/332_tabular.resnet.ipynb #09649534
 class ResNetConfig(DropConnectConfig):
