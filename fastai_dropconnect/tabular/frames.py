@@ -65,12 +65,18 @@ def _level(
     text = _text(value)
     return text if text is None or not isinstance(value, str) else value.replace('\0', '')
 
+def _hashable_or_nan(value):
+    try: hash(value)
+    except TypeError: return np.nan
+    return value
+
 def _by_value(
-    s:pd.Series, # Values that can be hashed
+    s:pd.Series, # What cannot be hashed, such as a list, counts as missing
     f:Callable # Function of one value that is not missing; may return `None`
 ) -> pd.Series: # Of dtype `object`, NaN where `s` or the result is missing
     "Apply `f` once to each different value"
-    codes,values = pd.factorize(s)
+    try: codes,values = pd.factorize(s)
+    except TypeError: codes,values = pd.factorize(s.map(_hashable_or_nan))
     done = [np.nan if v is None else v for v in map(f, values)]
     done = np.array([*done, np.nan], dtype=object)     # the last one is for code -1, a missing value
     return pd.Series(done[codes], index=s.index, dtype=object)
