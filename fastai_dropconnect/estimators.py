@@ -209,7 +209,8 @@ def load(cls:TableEstimator,
         f = Fields(config, 'estimator')
         f.choice('class', [cls.__name__])
         settings = f.fields('settings')
-        res = cls(**{n: settings.take(n, 'be null, text or a number', _is_plain) for n in _saved(cls)}, device=str(device))
+        names = [n for n in _saved(cls) if n!='noise' or n in settings.left]     # older files have no `noise`
+        res = cls(**{n: settings.take(n, 'be null, text or a number', _is_plain) for n in names}, device=str(device))
         settings.end()
         res._restore(f)
     except ValueError as e: raise ValueError(f'{path}: {e}') from e

@@ -50,7 +50,8 @@ def _read_about(path): # `None` if there is no manifest
 
 def _claim(path, about):
     "Make the folder one of this fit, or raise `ValueError` if it is one of something else"
-    path.mkdir(parents=True, exist_ok=True)
+    try: path.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise ValueError(f'`folder` must be a folder that can be written to, got {path}: {e.strerror}') from e
     there = _read_about(path)
     if there is not None:
         other = [k for k in about if there.get(k)!=about[k]]

@@ -62,6 +62,7 @@ class Intervals:
         check_is_fitted(self)
         learn,res = self.learner_,[]
         cal = calibration_of(learn)
+        if cal is None: raise ValueError('the estimator must have held-out rows, but was saved by an older version: fit again')
         at = cal.levels_for(levels)
         for df in self._parts(X):
             if not len(df): return np.zeros((0, len(np.ravel(self._mean)), len(levels)))
