@@ -62,6 +62,8 @@ class DropConnectRegressor(Intervals, RegressorMixin, TableEstimator):
         return res if self._has_columns else res[:,0]
 
     def _checked_targets(self, y):
+        kinds = {t.kind for t in (y.dtypes if isinstance(y, pd.DataFrame) else [np.asarray(y).dtype])}
+        if kinds & {'m','M'}: raise TypeError('`y` must hold numbers, got dates or durations: convert them first')
         y = check_array(_no_gaps(y, 'y'), dtype='float64', ensure_2d=False, input_name='y')
         if y.ndim<3 and y.size: return y
         raise ValueError(f'`y` must have the shape (n_rows,) or (n_rows, n_targets), got {y.shape}')
@@ -124,6 +126,8 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
     def _checked_targets(self, y):
         y = column_or_1d(np.asarray(_no_gaps(y, 'y')), warn=True)
         if y.dtype==object: y = _without_object(y)     # nullable types, and columns that once had gaps
+        kinds = {'text' if isinstance(v, str) else type(v).__name__ for v in y} if y.dtype==object else set()
+        if len(kinds)>1: raise TypeError(f'`y` must have labels of one type, such as text, got {", ".join(sorted(kinds))}')
         check_classification_targets(y)
         return y
 

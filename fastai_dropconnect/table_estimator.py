@@ -73,6 +73,8 @@ def _pair(eval_set):
     if isinstance(pair, tuple) and len(pair)==2: return pair
     raise ValueError(f'`eval_set` must be a pair (X, y), got {type(eval_set).__name__}')
 
+def _is_records(X): return isinstance(X, list) and bool(X) and isinstance(X[0], dict)
+
 def _plain_names(X):
     "Return a table whose names scikit-learn takes: it wants all or none to be text"
     if not isinstance(X, pd.DataFrame) or len({isinstance(c, str) for c in X})<2: return X
@@ -181,7 +183,7 @@ def _checked(self:TableEstimator, X, y):
     "Return the rows as a frame, and the targets as an array"
     if y is None: raise ValueError(f'{type(self).__name__} requires y to be passed, but the target y is None')
     df = as_frame(X)
-    validate_data(self, _plain_names(X), skip_check_array=True)
+    validate_data(self, _plain_names(df if _is_records(X) else X), skip_check_array=True)
     self._columns = list(df)
     y = self._checked_targets(y)
     check_consistent_length(df, y)
@@ -203,6 +205,7 @@ def _with_weight(self:TableEstimator, X, y, rows):
 def _same_columns(self:TableEstimator, X):
     "Return rows with the columns of the training rows, found by name if they have names"
     df = as_frame(X)
+    if _is_records(X): X = df
     named = hasattr(X, 'columns') or hasattr(X, 'to_pandas') or isinstance(X, dict)     # no array
     if named and all(c in df for c in self._columns): X = df = df[self._columns]
     validate_data(self, _plain_names(X), skip_check_array=True, reset=False)

@@ -286,6 +286,20 @@ def test_lists_and_dictionaries_at_predict():
         res,want = model.predict(odd),model.predict(df.head(4).assign(**{c: df[c].head(4).where(np.arange(4)==2)}))
         assert np.allclose(res, want), c
 
+def test_records_and_flags_from_elsewhere():
+    df,y = table()
+    model = regressor().fit(df, y)
+    want = model.predict(df)
+    assert (model.predict(df.to_dict('records'))==want).all() and (regressor().fit(df.to_dict('records'), y).predict(df)==want).all()
+    for flag in (df.flag.astype(int), df.flag.astype(str).str.lower(), df.flag.astype(float), df.flag.astype('boolean')):
+        assert (model.predict(df.assign(flag=flag))==want).all()
+
+def test_targets_of_wrong_types():
+    df,y = table()
+    for wrong in (df.when, df.when-df.when[0], df[['when']]):
+        with pytest.raises(TypeError, match='`y` must hold numbers'): regressor().fit(df, wrong)
+    with pytest.raises(TypeError, match='one type, such as text, got int, text'): classifier().fit(df, pd.Series([1, 'a']*60))
+
 def test_search_an_outlier_does_not_hide_the_other_targets():
     r = np.random.default_rng(0)
     x = r.normal(0, 1, (400, 2))
