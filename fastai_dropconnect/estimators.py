@@ -6,6 +6,7 @@
 __all__ = ['DropConnectRegressor', 'DropConnectClassifier']
 
 # %% ../nbs/530_estimators.ipynb #288613ae
+from collections.abc import Callable
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.data.block import CategoryBlock, RegressionBlock
@@ -14,16 +15,40 @@ from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.utils import check_array, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
+from .checks import check_choice
+from .intervals import Intervals
 from .scoring import ScorerMetric
 from .serialize.fields import Fields, decode_values, encode_values, is_number
 from .serialize.files import SavedModel
 from .serialize.learner import load_model, save_model
 from .serialize.reader import build_frame, build_reader, describe_frame, describe_reader
 from .table_estimator import TableEstimator, _no_gaps
+from .uncertainty.noise import NOISES
 
 # %% ../nbs/530_estimators.ipynb #e61a6046
-class DropConnectRegressor(RegressorMixin, TableEstimator):
+def _usual_range(y): # (2, ...), from the lowest to the highest target that is learned
+    "Return how far targets may lie from 99 % of them: 20 times the width of these"
+    low,high = np.quantile(y, .005, axis=0, method='higher'),np.quantile(y, .995, axis=0, method='lower')
+    wide = np.where(high>low, 20*(high-low), np.inf)
+    return np.stack([low-wide,high+wide])
+
+class DropConnectRegressor(Intervals, RegressorMixin, TableEstimator):
     "Predict numbers with the networks that suit a table"
+    def __init__(self,
+        metric:str|Callable=None, # As in `TableEstimator`, as all that is not described
+        time_limit:float=None,
+        budget:str='default',
+        with_gbm:bool=False,
+        refit:bool|str='auto',
+        noise:str=None, # Predict distributions: 'quantile', 'mixture' or 'gaussian'; `None`: numbers
+        random_state:int=None,
+        device:str=None,
+        verbose:int=1,
+        folder:str=None
+    ):
+        super().__init__(metric, time_limit, budget, with_gbm, refit, random_state, device, verbose, folder)
+        self.noise = noise
+
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
@@ -37,20 +62,28 @@ class DropConnectRegressor(RegressorMixin, TableEstimator):
         return res if self._has_columns else res[:,0]
 
     def _checked_targets(self, y):
+        kinds = {t.kind for t in (y.dtypes if isinstance(y, pd.DataFrame) else [np.asarray(y).dtype])}
+        if kinds & {'m','M'}: raise TypeError('`y` must hold numbers, got dates or durations: convert them first')
         y = check_array(_no_gaps(y, 'y'), dtype='float64', ensure_2d=False, input_name='y')
         if y.ndim<3 and y.size: return y
         raise ValueError(f'`y` must have the shape (n_rows,) or (n_rows, n_targets), got {y.shape}')
 
     def _learn_targets(self, y):
-        "Note the mean and the scale of the targets"
+        "Note the mean and the scale of the targets, and how far they may lie away"
+        check_choice(self.noise, 'noise', (None,*NOISES))
+        if self.noise is not None and self.with_gbm:
+            raise ValueError(f'`with_gbm` must be False with `noise`: trees predict no distributions, got {self.noise!r}')
         self._has_columns = y.ndim==2
         largest = np.maximum(np.abs(y).max(0), np.finfo('float64').tiny)
-        self._mean,scale = (y/largest).mean(0)*largest,(y/largest).std(0)*largest     # no overflow
+        self._limits = _usual_range(y/largest)
+        small = (y/largest).clip(*self._limits)     # no overflow
+        self._mean,scale = small.mean(0)*largest,small.std(0)*largest
+        self._limits = self._limits*largest
         self._scale = np.where(scale>0, scale, 1)
 
     def _encoded_targets(self, y):
         if np.ndim(y)!=1+self._has_columns: raise ValueError('`eval_set` must have targets of the same shape as `y`')
-        return ((y-self._mean)/self._scale).clip(-1e30, 1e30).astype('float32').reshape(len(y), -1)
+        return ((y.clip(*self._limits)-self._mean)/self._scale).clip(-1e30, 1e30).astype('float32').reshape(len(y), -1)
 
     def _metric(self):
         if self.metric is None: return None
@@ -93,6 +126,8 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
     def _checked_targets(self, y):
         y = column_or_1d(np.asarray(_no_gaps(y, 'y')), warn=True)
         if y.dtype==object: y = _without_object(y)     # nullable types, and columns that once had gaps
+        kinds = {'text' if isinstance(v, str) else type(v).__name__ for v in y} if y.dtype==object else set()
+        if len(kinds)>1: raise TypeError(f'`y` must have labels of one type, such as text, got {", ".join(sorted(kinds))}')
         check_classification_targets(y)
         return y
 
@@ -105,7 +140,8 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
     def _encoded_targets(self, y):
         codes = pd.Index(self.classes_).get_indexer(y)
         if (codes<0).any():
-            raise ValueError(f'`eval_set` must have the classes of `y`, got {y[codes<0][0]!r}')
+            raise ValueError(f'`eval_set` must have the classes of `y` (of its rows with a weight above 0), '
+                             f'got {y[codes<0][0]!r}')
         return codes[:,None]
 
     def _metric(self):
@@ -123,11 +159,12 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
     def _strata(self, y): return self._encoded_targets(y)[:,0]
 
 # %% ../nbs/530_estimators.ipynb #aef850d6
-_saved = 'metric','time_limit','budget','with_gbm','refit','random_state','verbose'     # settings
+def _saved(cls): # Names of settings
+    return [n for n in cls._get_param_names() if n not in ('device','folder')]
 
 def _plain_settings(estimator):
     "Return the settings that JSON can hold"
-    values = {n: getattr(estimator, n) for n in _saved}
+    values = {n: getattr(estimator, n) for n in _saved(type(estimator))}
     values = {n: v.item() if isinstance(v, np.generic) else v for n,v in values.items()}
     return {n: v if v is None or isinstance(v, (str,bool,int,float)) else None for n,v in values.items()}
 
@@ -176,7 +213,8 @@ def load(cls:TableEstimator,
         f = Fields(config, 'estimator')
         f.choice('class', [cls.__name__])
         settings = f.fields('settings')
-        res = cls(**{n: settings.take(n, 'be null, text or a number', _is_plain) for n in _saved}, device=str(device))
+        names = [n for n in _saved(cls) if n!='noise' or n in settings.left]     # older files have no `noise`
+        res = cls(**{n: settings.take(n, 'be null, text or a number', _is_plain) for n in names}, device=str(device))
         settings.end()
         res._restore(f)
     except ValueError as e: raise ValueError(f'{path}: {e}') from e

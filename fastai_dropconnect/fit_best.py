@@ -250,6 +250,7 @@ class Search:
         self.folds,self.score,self.seed,self.noise = folds,score,seed,noise
         self.train = train or train_candidate
         self.work,self.variations = BUDGETS[check_choice(budget, 'budget', BUDGETS)]
+        if budget=='quick': self.work /= len(folds)      # seconds, also for small tables
         limit = math.inf if time_limit is None else check_positive(time_limit, 'time_limit')
         self.start = time.monotonic()
         self.end = self.start + .95*limit       # the blend takes time, too

@@ -49,9 +49,9 @@ def _latest(
 # %% ../nbs/522_splits.ipynb #e382c93f
 FOLDS_BELOW = 3000    # rows; larger tables have enough validation rows in one split
 
-def _folds(n, seed, strata, groups):
+def _folds(n, seed, strata, groups, n_folds):
     "Cut a small table into folds"
-    n_folds = min(5, n if groups is None else len(np.unique(groups)))
+    n_folds = min(n_folds, n if groups is None else len(np.unique(groups)))
     if n_folds<2: raise ValueError(f'`groups` must have 2 different groups, got {n_folds}')
     if groups is not None: splitter,strata = split.StratifiedGroupKFold,(np.zeros(n) if strata is None else strata)
     else: splitter = split.KFold if strata is None else split.StratifiedKFold
@@ -73,7 +73,8 @@ def splits_of(
     seed:int=0,
     strata:np.ndarray=None, # Class of each row, as numbers from 0; each part gets its share of each
     groups:np.ndarray=None, # Group of each row, which stays together
-    time:np.ndarray=None # Time of each row; the latest ones validate
+    time:np.ndarray=None, # Time of each row; the latest ones validate
+    n_folds:int=5 # Of a small table
 ) -> list: # Pairs of positions: (training rows, validation rows)
     "Decide which rows validate"
     if time is not None: pairs = [_latest(time)]
@@ -82,7 +83,7 @@ def splits_of(
         if strata is not None and len(np.unique(strata))==1: strata = None
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')     # that a class has fewer rows than there are folds
-            pairs = list((_folds if n<FOLDS_BELOW else _hold_out)(n, seed, strata, groups))
+            pairs = list(_folds(n, seed, strata, groups, n_folds) if n<FOLDS_BELOW else _hold_out(n, seed, strata, groups))
     pairs = [(train,valid) for train,valid in pairs if len(train)>1]    # batch norm needs two rows
     if not pairs: raise ValueError('there must be 2 rows to train on, got 1')
     return [pair for pair in pairs if len(pair[0])>.3*n] or pairs     # not on the few rows beside a huge group

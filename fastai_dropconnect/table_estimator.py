@@ -6,7 +6,7 @@
 __all__ = ['MOST_ROWS', 'MOST_DRIFTING', 'TableEstimator']
 
 # %% ../nbs/528_table_estimator.ipynb #bd9d9342
-import math, time as clock
+import math, re, time as clock
 from collections.abc import Callable
 import numpy as np, pandas as pd, torch
 from fastai.tabular.core import Categorify, TabularPandas
@@ -16,15 +16,17 @@ from functools import partial
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_consistent_length, check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from .blended_learner import blended_learner
 from .boosting import boosted_candidate
+from .callback.calibrate import calibration_of, set_calibration
 from .checks import check_choice, check_positive
 from .drift import beyond_range, leave_out
 from .ensemble.blend import BlendedModel
+from .fit_folder import FitFolder, rows_digest
 from .fit_best import BUDGETS, StopAt, fit_best_on, score_for
 from .recipes import RECIPES, train_recipe
 from .splits import column_or_values, splits_of
 from .tabular.frames import FrameReader, as_frame
-from .tabular.learner import TabularLearner
 from .tabular.loader import FastTabDL
 from .tabular.procs import FillMissingAnywhere, QuantileNormalize
 
@@ -72,6 +74,13 @@ def _pair(eval_set):
     if isinstance(pair, tuple) and len(pair)==2: return pair
     raise ValueError(f'`eval_set` must be a pair (X, y), got {type(eval_set).__name__}')
 
+def _is_records(X): return isinstance(X, list) and bool(X) and isinstance(X[0], dict)
+
+def _plain_names(X):
+    "Return a table whose names scikit-learn takes: it wants all or none to be text"
+    if not isinstance(X, pd.DataFrame) or len({isinstance(c, str) for c in X})<2: return X
+    return X.set_axis([str(c) for c in X], axis=1)
+
 def _new_names(n, df):
     "Return names of columns that `df` does not have"
     return [c for c in (f'target {i}' for i in range(n + df.shape[1])) if c not in df][:n]
@@ -94,7 +103,8 @@ class TableEstimator(BaseEstimator):
         refit:bool|str='auto', # Train on held-out rows, too, at the end? 'auto': not with `eval_set` or 'quick'
         random_state:int=None, # Seed
         device:str=None, # Such as 'cuda'; by default the GPU if there is one
-        verbose:int=1 # Say what is trained?
+        verbose:int=1, # Say what is trained?
+        folder:str=None # Keeps what is trained: a fit that was broken off goes on there; without `random_state` it is 0
     ):
         self.metric = metric
         self.time_limit = time_limit
@@ -104,6 +114,7 @@ class TableEstimator(BaseEstimator):
         self.random_state = random_state
         self.device = device
         self.verbose = verbose
+        self.folder = folder
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -126,26 +137,46 @@ class TableEstimator(BaseEstimator):
         check_choice(self.budget, 'budget', BUDGETS)
         check_choice(self.refit, 'refit', (True,False,'auto'))
         limit = None if self.time_limit is None else check_positive(self.time_limit, 'time_limit')
+        vars(self).pop('learner_', None)     # a fit that fails leaves no model of other columns
         X,y = self._checked(X, y)
         rows = dict(weights=sample_weight, groups=groups, time=time)
         X,y,rows = self._with_weight(X, y, {k: column_or_values(v, X, k) for k,v in rows.items()})
-        seed = int(check_random_state(self.random_state).randint(2**20))
+        seed = self._seed()
         self._learn_targets(y)
-        metric = self._metric()
+        try: return self._search(X, y, rows, seed, eval_set, start, limit)
+        finally: vars(self).pop('_all_rows', None)
+
+    def _seed(self):
+        state = 0 if self.random_state is None and self.folder is not None else self.random_state
+        return int(check_random_state(state).randint(2**20))
+
+    def _search(self, X, y, rows, seed, eval_set, start, limit):
+        "Search for the best networks, and train them on all rows if they should be"
+        metric,noise = self._metric(),getattr(self, 'noise', None)
         folds = self._folds(X, y, rows, seed, eval_set)
         reading = clock.monotonic()-start
         higher = None if metric is None else True
         others = self._boosted(folds, score_for(folds[0].train_ds.loss_func, metric, higher), seed, start)
-        refit = self._refit_kind(eval_set, time, len(folds))
+        refit = self._refit_kind(eval_set, rows['time'], len(folds))
         end = start + limit if limit else math.inf
         if limit: limit = max(limit/20, (end-clock.monotonic())/_ALL_TIME[refit])
-        self.learner_ = fit_best_on(folds, metric, self.budget, limit, seed, higher, bool(self.verbose), others)
+        self.learner_ = fit_best_on(folds, metric, self.budget, limit, seed, higher, bool(self.verbose), others, noise,
+                                    self._kept(folds, seed))
         self.leaderboard_ = self.learner_.leaderboard
+        self._calibrate(folds)
         self._keep_rows()
         again = vars(self.learner_).pop('again', [])
         if refit and clock.monotonic()+reading<end: self._refit(again, refit, end)     # rows are encoded once more
-        del self._all_rows
         return self
+
+    def _calibrate(self, folds): "Do nothing: probabilities are calibrated by the search"
+
+    def _kept(self, folds, seed):
+        "Return what trains candidates and keeps them in the folder, or `None`"
+        if self.folder is None: return None
+        settings = {k: repr(v) for k,v in self.get_params().items() if k not in ('folder','device','verbose','random_state')}
+        settings = {k: re.sub(' at 0x[0-9a-f]+', '', v) for k,v in settings.items()}
+        return FitFolder(self.folder, rows=rows_digest(folds), seed=seed, estimator=type(self).__name__, **settings)
 
 # %% ../nbs/528_table_estimator.ipynb #99e548a5
 @patch
@@ -153,7 +184,7 @@ def _checked(self:TableEstimator, X, y):
     "Return the rows as a frame, and the targets as an array"
     if y is None: raise ValueError(f'{type(self).__name__} requires y to be passed, but the target y is None')
     df = as_frame(X)
-    validate_data(self, X, skip_check_array=True)
+    validate_data(self, _plain_names(df if _is_records(X) else X), skip_check_array=True)
     self._columns = list(df)
     y = self._checked_targets(y)
     check_consistent_length(df, y)
@@ -175,9 +206,10 @@ def _with_weight(self:TableEstimator, X, y, rows):
 def _same_columns(self:TableEstimator, X):
     "Return rows with the columns of the training rows, found by name if they have names"
     df = as_frame(X)
+    if _is_records(X): X = df
     named = hasattr(X, 'columns') or hasattr(X, 'to_pandas') or isinstance(X, dict)     # no array
     if named and all(c in df for c in self._columns): X = df = df[self._columns]
-    validate_data(self, X, skip_check_array=True, reset=False)
+    validate_data(self, _plain_names(X), skip_check_array=True, reset=False)
     return df.set_axis(self._columns, axis=1).reset_index(drop=True)
 
 # %% ../nbs/528_table_estimator.ipynb #73fa9b60
@@ -203,7 +235,7 @@ def _splits(self:TableEstimator, n, y, rows, seed):
     "Return the rows to train on and to validate on"
     groups,time = rows['groups'],rows['time']
     groups = None if groups is None else pd.factorize(groups, use_na_sentinel=False)[0]
-    return splits_of(n, seed, self._strata(y), groups, time)
+    return splits_of(n, seed, self._strata(y), groups, time, 3 if self.budget=='quick' else 5)
 
 @patch
 def _read(self:TableEstimator, X):
@@ -279,8 +311,9 @@ def _blend_in(self:TableEstimator, models, weights, kind, dls):
         models,weights = [*old.model.models, *models],[w/2 for w in weights]
         weights = [*(old.model.weights*(1-sum(weights))).tolist(), *weights]
     model = BlendedModel(models, weights, old.model.average, old.model.temperature)
-    self.learner_ = TabularLearner(dls, model.to(dls.device), loss_func=old.loss_func, metrics=old.metrics)
+    self.learner_ = blended_learner(dls, model, old.metrics, getattr(old.loss_func, 'noise', None))
     self.learner_.leaderboard = old.leaderboard
+    set_calibration(self.learner_, calibration_of(old))     # of rows that are trained on now: the best there is
     self._keep_rows()     # where there was `eval_set`, their codes are others now
 
 # %% ../nbs/528_table_estimator.ipynb #d371a70d

@@ -1,30 +1,34 @@
 """scikit-learn's checks of both estimators, with a small network in place of the search: `python tests/sklearn_checks.py` runs all of them"""
 import sys, warnings
+from copy import deepcopy
+from functools import partial
 import pandas as pd
 from fastai_dropconnect import table_estimator
+from fastai_dropconnect.blended_learner import blended_learner
 from fastai_dropconnect.ensemble.averaging import average_for
 from fastai_dropconnect.ensemble.blend import BlendedModel
 from fastai_dropconnect.estimators import DropConnectClassifier, DropConnectRegressor
 from fastai_dropconnect.recipes import train_recipe
-from fastai_dropconnect.tabular.learner import TabularLearner
+from fastai_dropconnect.uncertainty.noise import noise_of
 
 EXPECTED = dict( # Name of a check: why it fails
     check_sample_weight_equivalence_on_dense_data='rows are drawn by their weight, so that repeating a row is another random draw',
     check_methods_sample_order_invariance='float32: sums in another order differ by 1e-7',
     check_methods_subset_invariance='float32: sums in another order differ by 1e-7')
 
-def train_small(dls, deadline=None, seed=0):
+def train_small(dls, deadline=None, seed=0, noise=None):
     "Train one small network"
-    return train_recipe(dls, 'fastai', 12, lr=2e-2, seed=seed, layers=[32]).averaged_model()
+    return train_recipe(dls, 'fastai', 12, lr=2e-2, seed=seed, layers=[32], noise=noise).averaged_model()
 
-def fit_small(folds, metric=None, budget='default', time_limit=None, seed=0, higher_is_better=None, verbose=True, others=()):
-    "Train one small network, as `fit_best_on` does with many"
-    dls = folds[0]
-    loss_func = dls.train_ds.loss_func
-    model = BlendedModel([train_small(dls, seed=seed)], average=average_for(loss_func)[0])
-    res = TabularLearner(dls, model, loss_func=loss_func)
+def fit_small(folds, metric=None, budget='default', time_limit=None, seed=0, higher_is_better=None, verbose=True, others=(), noise=None, train=None):
+    "Train one small network, as `fit_best_on` does with many, and take it for the network of each fold"
+    dls,noise = folds[0],noise_of(noise)
+    net = train_small(dls, seed=seed, noise=noise)
+    average = 'mixture' if noise else average_for(dls.train_ds.loss_func)[0]
+    model = BlendedModel([deepcopy(net) for _ in folds], average=average)
+    res = blended_learner(dls, model, noise=noise)
     res.leaderboard = pd.DataFrame(dict(name=['small'], epochs=[12], loss=[0.], seconds=[0.], weight=[1.]))
-    res.again = [(train_small, 1.)]
+    res.again = [(partial(train_small, noise=noise) if noise else train_small, 1.)]
     return res
 
 def estimators():

@@ -4,6 +4,7 @@ import numpy as np, pandas as pd, pytest, torch
 import sklearn.utils.estimator_checks as checks
 from sklearn.base import clone
 from sklearn.compose import make_column_transformer
+from sklearn.exceptions import NotFittedError
 from sklearn.metrics import log_loss, make_scorer, mean_absolute_error
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -78,7 +79,9 @@ def test_columns_are_found_by_name_if_they_have_names():
     model = regressor().fit(numbers, y)
     assert (model.predict(numbers[[5, 4, 3, 2, 1, 0]])==want).all()
     with pytest.raises(ValueError, match='5 features'): model.predict(df.iloc[:,:5])
-    with pytest.raises(TypeError, match='string'): regressor().fit(df.rename(columns={'x': 0}), y)
+    mixed = df.rename(columns={'x': 0})
+    model = regressor().fit(mixed, y)
+    assert (model.predict(mixed[list(mixed)[::-1]])==want).all() and list(model.feature_names_in_)==[str(c) for c in mixed]
     with pytest.raises(ValueError, match='more than once|unique column names'): regressor().fit(df.rename(columns={'noise': 'x'}), y)
 
 def test_index_does_not_matter():
@@ -270,6 +273,59 @@ def test_importances_after_training_on_all_rows():
     ids = model.learner_.dls.classes['k']
     assert 'A' in ids and set(model._valid_rows[0][:,0])=={ids.o2i[k] for k in 'Amnop'}
     assert model.feature_importances_.argmax()==0
+
+
+def test_an_interrupt_leaves_nothing_behind(monkeypatch):
+    df,y = table()
+    model = regressor().fit(df, y)
+    def interrupt(*args, **kw): raise KeyboardInterrupt
+    monkeypatch.setattr(table_estimator, 'fit_best_on', interrupt)
+    with pytest.raises(KeyboardInterrupt): model.fit(df[['x','noise']], y)
+    assert '_all_rows' not in vars(model)
+    with pytest.raises(NotFittedError): model.predict(df)
+
+def test_a_class_without_weight_that_the_evaluation_rows_have():
+    df,_ = table()
+    y = np.arange(120)%3
+    with pytest.raises(ValueError, match='weight above 0.*got 2'): classifier().fit(df, y, (y<2).astype(float), eval_set=(df, y))
+
+def test_lists_and_dictionaries_at_predict():
+    df,y = table()
+    model = regressor().fit(df, y)
+    for c in ('size','x','when'):
+        odd = df.head(4).astype({c: object}).copy()
+        odd[c] = pd.Series([[1], {2: 3}, odd[c].iloc[2], np.array([1, 2])], index=odd.index, dtype=object)
+        res,want = model.predict(odd),model.predict(df.head(4).assign(**{c: df[c].head(4).where(np.arange(4)==2)}))
+        assert np.allclose(res, want), c
+
+def test_records_and_flags_from_elsewhere():
+    df,y = table()
+    model = regressor().fit(df, y)
+    want = model.predict(df)
+    assert (model.predict(df.to_dict('records'))==want).all() and (regressor().fit(df.to_dict('records'), y).predict(df)==want).all()
+    for flag in (df.flag.astype(int), df.flag.astype(str).str.lower(), df.flag.astype(float), df.flag.astype('boolean')):
+        assert (model.predict(df.assign(flag=flag))==want).all()
+
+def test_targets_of_wrong_types():
+    df,y = table()
+    for wrong in (df.when, df.when-df.when[0], df[['when']]):
+        with pytest.raises(TypeError, match='`y` must hold numbers'): regressor().fit(df, wrong)
+    with pytest.raises(TypeError, match='one type, such as text, got int, text'): classifier().fit(df, pd.Series([1, 'a']*60))
+
+def test_search_an_outlier_does_not_hide_the_other_targets():
+    r = np.random.default_rng(0)
+    x = r.normal(0, 1, (400, 2))
+    y = x[:,0] + .1*r.normal(0, 1, 400)
+    y[7] = 1e9
+    model = regressor(budget='quick').fit(x, y)
+    rest = np.arange(400)!=7
+    assert np.corrcoef(model.predict(x[rest]), y[rest])[0,1]**2>.8
+
+def test_targets_with_few_values_are_not_clipped():
+    zeros = np.r_[np.zeros(996), [1e6]*4]
+    model = regressor()
+    model._learn_targets(zeros)
+    assert model._encoded_targets(zeros).max()>10 and np.isclose(model._scale, zeros.std())
 
 
 # --- odd tables

@@ -71,6 +71,25 @@ def test_folds_share_the_time_and_the_blend(monkeypatch):
     assert len(learn.model.models)==2*used
 
 
+def test_quick_divides_its_work_by_the_folds():
+    score = score_for(loaders().loss_func)
+    work = lambda n, budget: Search([loaders()]*n, score, budget, verbose=False).work
+    assert work(4, 'quick')==work(1, 'quick')/4 and work(4, 'default')==work(1, 'default')
+
+@pytest.mark.parametrize('noise', ['quantile','gaussian'])
+def test_distributions(noise):
+    dls = loaders(table(400), valid=range(100))
+    learn = fit_best(dls, noise=noise, verbose=False)
+    assert names(learn)==[*KINDS, *BUDGETS['default'][1]]
+    learn.calibrate()
+    res = learn.predict_distribution(table(2000, seed=1))
+    y = table(2000, seed=1).y
+    assert .8<((res.lower<=y) & (y<=res.upper)).mean()<.97 and (res.sd_members>0).all()
+    by_metric = fit_best(dls, rmse, 'quick', noise=noise, verbose=False)
+    assert by_metric.validate()[1]<1.5*fit_best(dls, rmse, 'quick', verbose=False).validate()[1]
+    with pytest.raises(ValueError, match='`noise` must be None for classes'): fit_best(loaders(y='label', block=CategoryBlock()), noise=noise)
+
+
 @pytest.mark.parametrize('n_before', [0,1,3])
 def test_an_interrupt_keeps_what_there_is(monkeypatch, n_before):
     real,n_calls = module.train_candidate,0

@@ -34,13 +34,13 @@ def _free_names(
 
 # %% ../../nbs/305_tabular.frames.ipynb #365d36df
 def as_frame(
-    X # `pd.DataFrame`, array or list of shape (n_rows, n_columns), or a table with `to_pandas`
+    X # `pd.DataFrame`, array or list of shape (n_rows, n_columns), dictionaries, or a table with `to_pandas`
 ) -> pd.DataFrame: # Column names as given
     "Convert a table to a frame"
     if hasattr(X, 'to_pandas'): X = X.to_pandas()     # polars, pyarrow
     if isinstance(X, pd.DataFrame): return X
     if hasattr(X, 'toarray'): raise TypeError('`X` must be dense, but it is a sparse matrix: pass `X.toarray()`')
-    if isinstance(X, dict): return pd.DataFrame(X)
+    if isinstance(X, dict) or isinstance(X, list) and X and isinstance(X[0], dict): return pd.DataFrame(X)
     x = np.asarray(X)
     if x.ndim!=2:
         raise ValueError(f'`X` must have 2 dimensions, got {x.ndim}. Reshape your data: one row is `X.reshape(1, -1)`')
@@ -58,6 +58,15 @@ def _text(
     text = str(value).replace('\0', '').strip()
     return None if text.lower() in _marks else text
 
+_bools = {'1': 'True', '0': 'False', 'true': 'True', 'false': 'False'}
+
+def _bool_level(
+    value # Not missing, of a column that was one of booleans
+) -> str|None: # 'True', 'False', or another text that was never seen
+    "Convert a value that was a boolean; files and databases write 1 and 0"
+    text = _text(value)
+    return text if text is None else _bools.get(text.lower(), text)
+
 def _level(
     value # Not missing
 ) -> str|None: # As `_text` returns it, with the spaces around it
@@ -65,12 +74,18 @@ def _level(
     text = _text(value)
     return text if text is None or not isinstance(value, str) else value.replace('\0', '')
 
+def _hashable_or_nan(value):
+    try: hash(value)
+    except TypeError: return np.nan
+    return value
+
 def _by_value(
-    s:pd.Series, # Values that can be hashed
+    s:pd.Series, # What cannot be hashed, such as a list, counts as missing
     f:Callable # Function of one value that is not missing; may return `None`
 ) -> pd.Series: # Of dtype `object`, NaN where `s` or the result is missing
     "Apply `f` once to each different value"
-    codes,values = pd.factorize(s)
+    try: codes,values = pd.factorize(s)
+    except TypeError: codes,values = pd.factorize(s.map(_hashable_or_nan))
     done = [np.nan if v is None else v for v in map(f, values)]
     done = np.array([*done, np.nan], dtype=object)     # the last one is for code -1, a missing value
     return pd.Series(done[codes], index=s.index, dtype=object)
@@ -133,7 +148,7 @@ class Column:
     name:str # In the table
     new_name:str # In the result; a prefix for the parts of a date
     kind:str # 'number', 'category' or 'date'
-    format:str|None = None # Of dates that are written as text
+    format:str|None = None # Of dates that are written as text; 'bool' for categories that were booleans
 
     @property
     def part_names(self) -> list: # In the result
@@ -177,7 +192,8 @@ def _kind(
     "Decide what a column is"
     t = pd.api.types
     if t.is_complex_dtype(s): raise TypeError(f'`X` must have real numbers: Complex data not supported, see {s.name!r}')
-    if t.is_bool_dtype(s) or isinstance(s.dtype, pd.CategoricalDtype) or _is_id(s): return 'category',None
+    if isinstance(s.dtype, pd.CategoricalDtype) or _is_id(s): return 'category',None
+    if t.is_bool_dtype(s): return 'category','bool'
     if t.is_numeric_dtype(s) or t.is_timedelta64_dtype(s): return 'number',None
     if t.is_datetime64_any_dtype(s) or isinstance(s.dtype, pd.PeriodDtype): return 'date',None
     return _kind_of_values(s, sample_size)
@@ -233,7 +249,8 @@ def _parts(
 ) -> dict: # Name -> Series of float64 or text
     "Read a column"
     if column.kind=='number': return {column.new_name: _as_numbers(s)}
-    if column.kind=='category': return {column.new_name: _by_value(s.astype(object), _level)}
+    as_text = _bool_level if column.format=='bool' else _level
+    if column.kind=='category': return {column.new_name: _by_value(s.astype(object), as_text)}
     return {f'{column.new_name}_{k}': v for k,v in _date_parts(_as_dates(s, column.format)).items()}
 
 # %% ../../nbs/305_tabular.frames.ipynb #08742089

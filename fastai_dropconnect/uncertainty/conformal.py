@@ -128,6 +128,7 @@ def fit_spread(
     "Fit the variance of errors to the spread of members"
     e2,s2 = errors.double().square(),spread.double().square()
     if not len(e2): raise ValueError('`errors` must have rows, got none')
+    if s2.mean()<=1e-10*e2.mean(): return e2.mean().item(),0.      # one member, up to rounding
     unit = s2.mean().clamp(min=1e-300)
     shape = lambda ratio: 1-ratio+ratio*s2/unit      # 0: all noise, 1: all spread
     def loss(ratio):
