@@ -30,7 +30,8 @@ def _as_numbers(
     s = pd.Series((s.dt.to_timestamp() if isinstance(s.dtype, pd.PeriodDtype) else s).to_numpy())
     if pd.api.types.is_timedelta64_dtype(s): s = s.dt.total_seconds()
     if not pd.api.types.is_numeric_dtype(s):
-        s = pd.to_datetime(s, utc=True).dt.tz_localize(None) - pd.Timestamp('1970-01-01')
+        try: s = pd.to_datetime(s, utc=True).dt.tz_localize(None) - pd.Timestamp('1970-01-01')
+        except (ValueError,TypeError) as e: raise ValueError(f'`time` must hold dates or numbers, but: {e}') from None
         s = s/pd.Timedelta(days=1)
     return s.to_numpy('float64', na_value=np.nan)
 

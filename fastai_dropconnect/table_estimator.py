@@ -67,6 +67,14 @@ def _loaders(
 MOST_ROWS = 2000    # that are kept to measure importances
 MOST_DRIFTING = 6    # columns that are tried without
 
+_arguments = dict(weights='sample_weight')    # of `fit`, where they have another name than inside
+
+def _check_device(device):
+    "Raise `ValueError` unless tensors can lie there"
+    try: torch.empty(0, device=device)
+    except (RuntimeError,AssertionError,TypeError) as e:
+        raise ValueError(f'`device` must be one that PyTorch can use here, got device={device!r}: {e}') from None
+
 def _pair(eval_set):
     "Return rows and targets, also from a list of one pair"
     pair = eval_set[0] if isinstance(eval_set, list) and len(eval_set)==1 else eval_set
@@ -135,11 +143,12 @@ class TableEstimator(BaseEstimator):
         start = clock.monotonic()
         check_choice(self.budget, 'budget', BUDGETS)
         check_choice(self.refit, 'refit', (True,False,'auto'))
+        _check_device(self.device)
         limit = None if self.time_limit is None else check_positive(self.time_limit, 'time_limit')
         vars(self).pop('learner_', None)     # a fit that fails leaves no model of other columns
         X,y = self._checked(X, y)
         rows = dict(weights=sample_weight, groups=groups, time=time)
-        X,y,rows = self._with_weight(X, y, {k: column_or_values(v, X, k) for k,v in rows.items()})
+        X,y,rows = self._with_weight(X, y, {k: column_or_values(v, X, _arguments.get(k, k)) for k,v in rows.items()})
         seed = self._seed()
         self._learn_targets(y)
         try: return self._search(X, y, rows, seed, eval_set, start, limit)
