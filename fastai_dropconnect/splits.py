@@ -84,7 +84,8 @@ def splits_of(
         if strata is not None and len(np.unique(strata))==1: strata = None
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')     # that a class has fewer rows than there are folds
-            pairs = list(_folds(n, seed, strata, groups, n_folds) if n<FOLDS_BELOW else _hold_out(n, seed, strata, groups))
+            if n<FOLDS_BELOW: pairs = list(_folds(n, seed, strata, groups, n_folds))
+            else: pairs = _hold_out(n, seed, strata, groups)
     pairs = [(train,valid) for train,valid in pairs if len(train)>1]    # batch norm needs two rows
     if not pairs: raise ValueError('there must be 2 rows to train on, got 1')
     return [pair for pair in pairs if len(pair[0])>.3*n] or pairs     # not on the few rows beside a huge group

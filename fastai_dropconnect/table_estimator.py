@@ -182,8 +182,8 @@ class TableEstimator(BaseEstimator):
     def _kept(self, folds, seed):
         "Return what trains candidates and keeps them in the folder, or `None`"
         if self.folder is None: return None
-        settings = {k: repr(v) for k,v in self.get_params().items() if k not in ('folder','device','verbose','random_state')}
-        settings = {k: re.sub(' at 0x[0-9a-f]+', '', v) for k,v in settings.items()}
+        free = 'folder','device','verbose','random_state'
+        settings = {k: re.sub(' at 0x[0-9a-f]+', '', repr(v)) for k,v in self.get_params().items() if k not in free}
         return FitFolder(self.folder, rows=rows_digest(folds), seed=seed, estimator=type(self).__name__, **settings)
 
 # %% ../nbs/528_table_estimator.ipynb #99e548a5

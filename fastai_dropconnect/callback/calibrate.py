@@ -78,7 +78,8 @@ def predicted(
         dist = loss.distribution(out)
         return Predicted(dist.mean, dist),_two_dims(targs)
     spread = None
-    if isinstance(inner_model(learn.model), BlendedModel) and average_for(loss)[0]=='mean': spread = _blend_spread(learn, dl)
+    is_blend = isinstance(inner_model(learn.model), BlendedModel)
+    if is_blend and average_for(loss)[0]=='mean': spread = _blend_spread(learn, dl)
     elif is_ensemble(learn):
         with learn.no_bar(): spread = learn.get_member_preds(dl=dl)[0].std(1, correction=0)
     average,_ = average_for(loss, tuple(out.shape[1:]))
@@ -189,7 +190,7 @@ def distribution_of(
     pred:Predicted, # Of numbers
     cal:Calibration # Of the Learner, with the method 'pit'
 ) -> Distribution:
-    "Return the distribution of a noise model, or else the Gaussian with the standard deviation of the calibration"
+    "Return the distribution of a noise model, or else the Gaussian of the calibration"
     if pred.distribution is not None: return pred.distribution
     mean,sd = [t.double()[...,None,None] for t in (pred.mean, total_sd(pred, cal))]
     return GaussianMixture(torch.zeros_like(mean), mean, sd.clamp(min=1e-9))
