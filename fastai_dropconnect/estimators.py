@@ -72,7 +72,7 @@ class DropConnectRegressor(Intervals, RegressorMixin, TableEstimator):
         "Note the mean and the scale of the targets, and how far they may lie away"
         check_choice(self.noise, 'noise', (None,*NOISES))
         if self.noise is not None and self.with_gbm:
-            raise ValueError(f'`with_gbm` must be False with `noise`, as trees predict no distribution, got {self.with_gbm}')
+            raise ValueError(f'`with_gbm` must be False with `noise`, trees have no distribution, got {self.with_gbm}')
         self._has_columns = y.ndim==2
         largest = np.maximum(np.abs(y).max(0), np.finfo('float64').tiny)
         self._limits = _usual_range(y/largest)

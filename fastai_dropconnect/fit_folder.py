@@ -57,7 +57,8 @@ def _claim(path, about):
     if there is not None:
         other = [k for k in about if there.get(k)!=about[k]]
         if not other: return
-        raise ValueError(f'`folder` must be one of the same table and settings, but {", ".join(other)} differ in {path}: '
+        what = ', '.join(other)
+        raise ValueError(f'`folder` must be one of the same table and settings, but {what} differ in {path}: '
                          'use another folder')
     if any(not _UNFINISHED.fullmatch(f.name) for f in path.iterdir()):
         raise ValueError(f'`folder` must be new, empty, or one that an earlier fit wrote, got {path}')
