@@ -35,16 +35,16 @@ def _usual_range(y): # (2, ...), from the lowest to the highest target that is l
 class DropConnectRegressor(Intervals, RegressorMixin, TableEstimator):
     "Predict numbers with the networks that suit a table"
     def __init__(self,
-        metric:str|Callable=None, # As in `TableEstimator`, as all that is not described
-        time_limit:float=None,
-        budget:str='default',
-        with_gbm:bool=False,
-        refit:bool|str='auto',
+        metric:str|Callable=None, # Name of a scorer of scikit-learn, a scorer or a metric; by default the loss
+        time_limit:float=None, # Seconds; `None`: as long as `budget` takes
+        budget:str='default', # 'quick', 'default' or 'best'
+        with_gbm:bool=False, # Blend LightGBM with the networks? Needs the extra `gbm`
+        refit:bool|str='auto', # Train once more on all rows at the end? 'auto': if the latest rows were held out
         noise:str=None, # Predict distributions: 'quantile', 'mixture' or 'gaussian'; `None`: numbers
-        random_state:int=None,
-        device:str=None,
-        verbose:int=1,
-        folder:str=None
+        random_state:int=None, # Seed
+        device:str=None, # Such as 'cuda'; by default the GPU if there is one
+        verbose:int=1, # Say what is trained?
+        folder:str=None # Keeps what is trained: a fit that was broken off goes on there; without `random_state` it is 0
     ):
         super().__init__(metric, time_limit, budget, with_gbm, refit, random_state, device, verbose, folder)
         self.noise = noise
@@ -72,7 +72,7 @@ class DropConnectRegressor(Intervals, RegressorMixin, TableEstimator):
         "Note the mean and the scale of the targets, and how far they may lie away"
         check_choice(self.noise, 'noise', (None,*NOISES))
         if self.noise is not None and self.with_gbm:
-            raise ValueError(f'`with_gbm` must be False with `noise`: trees predict no distributions, got {self.noise!r}')
+            raise ValueError(f'`with_gbm` must be False with `noise`, trees have no distribution, got {self.with_gbm}')
         self._has_columns = y.ndim==2
         largest = np.maximum(np.abs(y).max(0), np.finfo('float64').tiny)
         self._limits = _usual_range(y/largest)
@@ -127,7 +127,8 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
         y = column_or_1d(np.asarray(_no_gaps(y, 'y')), warn=True)
         if y.dtype==object: y = _without_object(y)     # nullable types, and columns that once had gaps
         kinds = {'text' if isinstance(v, str) else type(v).__name__ for v in y} if y.dtype==object else set()
-        if len(kinds)>1: raise TypeError(f'`y` must have labels of one type, such as text, got {", ".join(sorted(kinds))}')
+        if len(kinds)>1:
+            raise TypeError(f'`y` must have labels of one type, such as text, got {", ".join(sorted(kinds))}')
         check_classification_targets(y)
         return y
 

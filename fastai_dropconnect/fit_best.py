@@ -345,7 +345,8 @@ def _measure(folds, metric, higher_is_better, noise):
     loss_func = folds[0].train_ds.loss_func
     average = average_for(loss_func)[0]
     if noise is None: return average,score_for(loss_func, metric, higher_is_better)
-    if average!='mean': raise ValueError(f'`noise` must be None for classes, which have probabilities, got {noise.kind!r}')
+    if average!='mean':
+        raise ValueError(f'`noise` must be None for classes, which have probabilities, got {noise.kind!r}')
     if metric is not None: return 'mixture',score_for(loss_func, metric, higher_is_better)
     return 'mixture',GridScore(np.concatenate([dls.train_ds.ys.to_numpy() for dls in folds]))
 

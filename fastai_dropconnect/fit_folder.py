@@ -51,12 +51,14 @@ def _read_about(path): # `None` if there is no manifest
 def _claim(path, about):
     "Make the folder one of this fit, or raise `ValueError` if it is one of something else"
     try: path.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise ValueError(f'`folder` must be a folder that can be written to, got {path}: {e.strerror}') from e
+    except OSError as e:
+        raise ValueError(f'`folder` must be a folder that can be written to, got {path}: {e.strerror}') from e
     there = _read_about(path)
     if there is not None:
         other = [k for k in about if there.get(k)!=about[k]]
         if not other: return
-        raise ValueError(f'`folder` must be one of the same table and settings, but {", ".join(other)} differ in {path}: '
+        what = ', '.join(other)
+        raise ValueError(f'`folder` must be one of the same table and settings, but {what} differ in {path}: '
                          'use another folder')
     if any(not _UNFINISHED.fullmatch(f.name) for f in path.iterdir()):
         raise ValueError(f'`folder` must be new, empty, or one that an earlier fit wrote, got {path}')
@@ -80,7 +82,8 @@ def _load(path, how):
     "Return the model, the predictions, and epochs, loss, seconds, timed out"
     saved = SavedModel(path)
     about = saved.config['candidate']
-    if about['how']!=how: raise ValueError(f'`folder` must be one of the same settings, but {path} was trained otherwise')
+    if about['how']!=how:
+        raise ValueError(f'`folder` must be one of the same settings, but {path} was trained otherwise')
     check_network(saved.config['network'])
     shapes = {f'model.{n}': s for n,s in network_shapes(saved.config['network']).items()}
     compare_shapes(shapes, {n: s for n,s in saved.shapes.items() if n!='preds'}, f'{path}')

@@ -62,13 +62,14 @@ class Intervals:
         check_is_fitted(self)
         learn,res = self.learner_,[]
         cal = calibration_of(learn)
-        if cal is None: raise ValueError('the estimator must have held-out rows, but was saved by an older version: fit again')
+        if cal is None: raise ValueError('the estimator was saved by a version without intervals: fit it again')
         at = cal.levels_for(levels)
         for df in self._parts(X):
             if not len(df): return np.zeros((0, len(np.ravel(self._mean)), len(levels)))
             res.append(quantiles_at(distribution_of(predicted(learn, learn.dls.test_dl(df))[0], cal), at))
         if ((at<=0) | (at>=1)).any():
-            warnings.warn(f'{len(cal.scores)} held-out rows are too few for the levels {list(levels)}: some ends are infinite')
+            n = len(cal.scores)
+            warnings.warn(f'{n} held-out rows are too few for the levels {list(levels)}: some ends are infinite')
         return torch.cat(res).cpu().numpy()*np.reshape(self._scale, (-1,1)) + np.reshape(self._mean, (-1,1))
 
     def predict_quantiles(self,
@@ -77,7 +78,8 @@ class Intervals:
     ) -> np.ndarray: # (n_rows, n_levels), or (n_rows, n_targets, n_levels) if `y` had two dimensions
         "Predict quantiles, corrected on held-out rows"
         levels = [check_p(v, 'levels') for v in np.ravel(levels).tolist()]
-        if not levels or 0 in levels: raise ValueError(f'`levels` must be numbers with 0 < level < 1, got levels={levels}')
+        if not levels or 0 in levels:
+            raise ValueError(f'`levels` must be numbers with 0 < level < 1, got levels={levels}')
         res = self._quantiles(X, levels)
         return res if self._has_columns else res[:,0]
 
@@ -86,7 +88,8 @@ class Intervals:
         level:float=.9 # Share of targets within
     ) -> np.ndarray: # (n_rows, 2), or (n_rows, n_targets, 2) if `y` had two dimensions
         "Predict lower and upper ends of intervals, corrected on held-out rows"
-        if not check_p(level, 'level'): raise ValueError(f'`level` must be a number with 0 < level < 1, got level={level}')
+        if not check_p(level, 'level'):
+            raise ValueError(f'`level` must be a number with 0 < level < 1, got level={level}')
         tail = round((1-level)/2, 12)
         return self.predict_quantiles(X, [tail,1-tail])
 
@@ -97,7 +100,8 @@ class Intervals:
         check_is_fitted(self)
         learn = self.learner_
         res = pd.concat([learn.predict_distribution(df) for df in self._parts(X)])
-        for i,(y,mean,scale) in enumerate(zip(learn.dls.y_names, np.ravel(self._mean), np.ravel(self._scale), strict=True)):
+        units = zip(learn.dls.y_names, np.ravel(self._mean), np.ravel(self._scale), strict=True)
+        for i,(y,mean,scale) in enumerate(units):
             start = f'{y}_' if len(learn.dls.y_names)>1 else ''
             own = [n for n in res if n.startswith(start) and n!='warnings']
             for n in own: res[n] = res[n].to_numpy('float64')*scale + (0 if 'sd' in n.removeprefix(start) else mean)

@@ -30,7 +30,8 @@ def _as_numbers(
     s = pd.Series((s.dt.to_timestamp() if isinstance(s.dtype, pd.PeriodDtype) else s).to_numpy())
     if pd.api.types.is_timedelta64_dtype(s): s = s.dt.total_seconds()
     if not pd.api.types.is_numeric_dtype(s):
-        s = pd.to_datetime(s, utc=True).dt.tz_localize(None) - pd.Timestamp('1970-01-01')
+        try: s = pd.to_datetime(s, utc=True).dt.tz_localize(None) - pd.Timestamp('1970-01-01')
+        except (ValueError,TypeError) as e: raise ValueError(f'`time` must hold dates or numbers, but: {e}') from None
         s = s/pd.Timedelta(days=1)
     return s.to_numpy('float64', na_value=np.nan)
 
@@ -83,7 +84,8 @@ def splits_of(
         if strata is not None and len(np.unique(strata))==1: strata = None
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')     # that a class has fewer rows than there are folds
-            pairs = list(_folds(n, seed, strata, groups, n_folds) if n<FOLDS_BELOW else _hold_out(n, seed, strata, groups))
+            if n<FOLDS_BELOW: pairs = list(_folds(n, seed, strata, groups, n_folds))
+            else: pairs = _hold_out(n, seed, strata, groups)
     pairs = [(train,valid) for train,valid in pairs if len(train)>1]    # batch norm needs two rows
     if not pairs: raise ValueError('there must be 2 rows to train on, got 1')
     return [pair for pair in pairs if len(pair[0])>.3*n] or pairs     # not on the few rows beside a huge group

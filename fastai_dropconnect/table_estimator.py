@@ -68,6 +68,14 @@ MOST_ROWS = 2000    # that are kept to measure importances
 MOST_DRIFTING = 6    # columns that are tried without
 _ALL_TIME = {None: 1, 'join': 1.8, 'replace': 2.3}    # of search and refit, as multiples of the search
 
+_arguments = dict(weights='sample_weight')    # of `fit`, where they have another name than inside
+
+def _check_device(device):
+    "Raise `ValueError` unless tensors can lie there"
+    try: torch.empty(0, device=device)
+    except (RuntimeError,AssertionError,TypeError) as e:
+        raise ValueError(f'`device` must be one that PyTorch can use here, got device={device!r}: {e}') from None
+
 def _pair(eval_set):
     "Return rows and targets, also from a list of one pair"
     pair = eval_set[0] if isinstance(eval_set, list) and len(eval_set)==1 else eval_set
@@ -136,11 +144,12 @@ class TableEstimator(BaseEstimator):
         start = clock.monotonic()
         check_choice(self.budget, 'budget', BUDGETS)
         check_choice(self.refit, 'refit', (True,False,'auto'))
+        _check_device(self.device)
         limit = None if self.time_limit is None else check_positive(self.time_limit, 'time_limit')
         vars(self).pop('learner_', None)     # a fit that fails leaves no model of other columns
         X,y = self._checked(X, y)
         rows = dict(weights=sample_weight, groups=groups, time=time)
-        X,y,rows = self._with_weight(X, y, {k: column_or_values(v, X, k) for k,v in rows.items()})
+        X,y,rows = self._with_weight(X, y, {k: column_or_values(v, X, _arguments.get(k, k)) for k,v in rows.items()})
         seed = self._seed()
         self._learn_targets(y)
         try: return self._search(X, y, rows, seed, eval_set, start, limit)
@@ -174,8 +183,8 @@ class TableEstimator(BaseEstimator):
     def _kept(self, folds, seed):
         "Return what trains candidates and keeps them in the folder, or `None`"
         if self.folder is None: return None
-        settings = {k: repr(v) for k,v in self.get_params().items() if k not in ('folder','device','verbose','random_state')}
-        settings = {k: re.sub(' at 0x[0-9a-f]+', '', v) for k,v in settings.items()}
+        free = 'folder','device','verbose','random_state'
+        settings = {k: re.sub(' at 0x[0-9a-f]+', '', repr(v)) for k,v in self.get_params().items() if k not in free}
         return FitFolder(self.folder, rows=rows_digest(folds), seed=seed, estimator=type(self).__name__, **settings)
 
 # %% ../nbs/528_table_estimator.ipynb #99e548a5

@@ -233,7 +233,7 @@ def distribution_of(
     pred:Predicted, # Of numbers
     cal:Calibration # Of the Learner, with the method 'pit'
 ) -> Distribution:
-    "Return the distribution of a noise model, or else the Gaussian with the standard deviation of the calibration"
+    "Return the distribution of a noise model, or else the Gaussian of the calibration"
     if pred.distribution is not None: return pred.distribution
     mean,sd = [t.double()[...,None,None] for t in (pred.mean, total_sd(pred, cal))]
     return GaussianMixture(torch.zeros_like(mean), mean, sd.clamp(min=1e-9))

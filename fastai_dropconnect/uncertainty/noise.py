@@ -226,7 +226,9 @@ class GaussianMixture(Distribution):
         return tuple(t.flatten(-2) for t in (self.weights, self.means, self.sds))
 
     def _tensors(self): return self.log_weights,self.means,self.sds
-    def _flat(self): return GaussianMixture(*[t.double().reshape(-1, *t.shape[-2:]) for t in self._tensors()], self.shares)
+    def _flat(self):
+        return GaussianMixture(*[t.double().reshape(-1, *t.shape[-2:]) for t in self._tensors()], self.shares)
+
     def __getitem__(self, rows): return GaussianMixture(*[t[rows] for t in self._tensors()], self.shares)
 
     def _ends(self, levels):
