@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .core import RecordingCallback
 from .gates import nats_per_loss
 from ..checks import check_layers, check_p, check_positive
+from ..layers.masked_ensemble import EnsembleLinear
 from ..layers.variational import K1, K2, K3, THRESHOLD, _with_noise, log_alpha_of
 from ..nn_utils import inner_model, select_layers
 from ..sparsity.core import HeldWeights, MaskRecord
@@ -79,7 +80,7 @@ class LearnedDrop(RecordingCallback):
         "Return the layers that this callback acts on"
         layers = select_layers(inner_model(self.learn.model), self.layers)
         for n,m in layers.items():
-            if isinstance(m, (nn.Linear,nn.Conv2d)) and m.weight.ndim in (2,4): continue
+            if isinstance(m, (nn.Linear,nn.Conv2d)) and not isinstance(m, EnsembleLinear): continue
             raise TypeError(f'`layers` must select nn.Linear or nn.Conv2d, got {n} of type {type(m).__name__}')
         return layers
 

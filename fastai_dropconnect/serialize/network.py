@@ -155,7 +155,8 @@ def _check_container(config, depth):
     if not models or depth>2: raise ValueError('`network.models` must be networks, at least one, 3 levels deep at most')
     for m in models: check_network(m, depth+1)
     sizes = [input_sizes(m) for m in models]
-    if not all(_same_columns(s, t) for s in sizes for t in sizes): raise ValueError('`network.models` must take the same columns, but they differ')
+    if not all(_same_columns(s, t) for s in sizes for t in sizes):
+        raise ValueError('`network.models` must take the same columns, but they differ')
 
 _tables = 'TabularModel','TabularDropConnectModel','TabularResNetModel'
 
