@@ -90,6 +90,6 @@ def test_lr_find_changes_nothing_and_other_layers_are_refused(tmp_path):
     assert not learn.variational_drop_connect.record.masks
     with pytest.raises(TypeError, match='must select nn.Linear or nn.Conv2d, got 2 of type BatchNorm1d'): fit(make_learn(VariationalDropConnect(layers=['2'])), 1)
     ensemble = make_learn(VariationalDropConnect(), model=TabularDropConnectModel([], 4, 1, [6,5], members=2))
-    with pytest.raises(TypeError, match='got layers.0.0 of type MaskedEnsembleLinear'): ensemble.variational_drop_connect.before_train()
+    with pytest.raises(TypeError, match='got layers.0.0 of type MaskedEnsembleLinear'): ensemble.variational_drop_connect.selected()
     for kw in (dict(kl=0), dict(sigma_lr=-1), dict(warm=1)):
         with pytest.raises(ValueError, match=f'`{next(iter(kw))}` must be'): VariationalDropConnect(**kw)
