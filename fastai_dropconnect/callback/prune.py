@@ -38,12 +38,12 @@ class GradualPruning(FrozenZeroInit):
     _watching = None    # in a batch: measures the layers' inputs
     _grads = None       # in a batch: copies of the gradients before they are masked
     def __init__(self,
-        target:float, # How many times fewer live weights there are at the end, more than 1
+        target:float, # How many times fewer live weights all selected layers together have in the end, more than 1
         schedule:str='cubic', # 'cubic': many early, few late; 'linear'; 'once': all at `end`
         begin:float=.1, # Share of the training at which pruning begins
         end:float=.7, # Share of the training at which it ends
         structured:bool=False, # Remove whole units, filters and columns?
-        layers:str|list|Callable=None, # Names of layers or f(name, module); by default all linear and conv layers
+        layers:str|list|Callable=None, # Names of layers or f(name, module); by default all linear and conv layers, also the last
         criterion:str='scaled', # 'scaled': size by the rms of the layer's weights; 'size'
         regrow:float=0., # Share of the weights that are exchanged for others each time, falling to 0
         every:int=None # Steps from one time to the next; by default pruning takes 100 of them
