@@ -223,8 +223,9 @@ def _size_text(learn):
     old,new = r.before,r.after
     if old.live_weights==old.weights: return ''
     sizes = ', '.join(f'{new[n]:,.0f} of {old[n]:,.0f} {n}' for n in ('units','columns'))
+    times = f'{new.ms_per_1000_rows:.2f} instead of {old.ms_per_1000_rows:.2f} ms for 1,000 rows'
     return (f'The best network has {old.live_weights:,.0f} live weights of {old.weights:,.0f}; '
-            f'its compact copy {sizes}, {new.ms_per_1000_rows:.2f} instead of {old.ms_per_1000_rows:.2f} ms for 1,000 rows')
+            f'its compact copy {sizes}, {times}')
 
 def _writers(job, fits, board):
     "Return a function that writes each file of a run"

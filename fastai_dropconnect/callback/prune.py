@@ -43,7 +43,7 @@ class GradualPruning(FrozenZeroInit):
         begin:float=.1, # Share of the training at which pruning begins
         end:float=.7, # Share of the training at which it ends
         structured:bool=False, # Remove whole units, filters and columns?
-        layers:str|list|Callable=None, # Names of layers or f(name, module); by default all linear and conv layers, also the last
+        layers:str|list|Callable=None, # Names of layers or f(name, module); by default all linear and conv layers
         criterion:str='scaled', # 'scaled': size by the rms of the layer's weights; 'size'
         regrow:float=0., # Share of the weights that are exchanged for others each time, falling to 0
         every:int=None # Steps from one time to the next; by default pruning takes 100 of them
