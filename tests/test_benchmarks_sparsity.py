@@ -24,7 +24,7 @@ def test_each_method_makes_a_row(name):
 def test_gates_know_the_columns_of_a_table():
     from fastai.tabular.model import TabularModel
     task = TASKS['regression'](OPTIONS, False, 0)
-    (x,y),names = task.train,[f'x{i}' for i in range(20)]
+    names = [f'x{i}' for i in range(20)]
     task.train,task.test = [(torch.zeros(len(y), 0).long(), x, y) for x,y in (task.train, task.test)]
     task.n_in,task.bs,task.settings = 2,25,dict(cont_names=names)
     task.model = lambda: TabularModel([], 20, 1, [5])
