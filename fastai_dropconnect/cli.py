@@ -8,6 +8,7 @@ __all__ = ['OUTPUTS', 'MANIFEST', 'check_out', 'write_results', 'quote_formulas'
 
 # %% ../nbs/600_cli.ipynb #30b2a657
 import hashlib, json, os, re, shutil, sys, tempfile, warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,6 +143,7 @@ class _Job:
     start:'pd.Timestamp' # First day of the validation period
     out:Path # Folder for the results
     test:'pd.DataFrame|None' = None # Sales to predict
+    compact:bool = False # Export the small copy of the best network?
 
     def heading(self) -> str:
         n, k = len(self.to.train), len(self.to.valid)
@@ -176,9 +178,9 @@ def _sales(data, rows, allow_large):
 
 # %% ../nbs/600_cli.ipynb #58991a7b
 def _prepare(data, test, models, weight_p, sparsity, epochs, bs, layers, cycles, seed, seeds, valid_from, out, rows,
-             allow_large=False):
+             allow_large=False, target=20., compact=False):
     "Read and check everything that can be checked before training"
-    settings = NetSettings(epochs, bs, parse_layers(layers), weight_p, sparsity, cycles)
+    settings = NetSettings(epochs, bs, parse_layers(layers), weight_p, sparsity, cycles, target=target)
     seeds = parse_seeds(seed, seeds)
     if valid_from is not None: check_date(valid_from, 'valid_from')
     check_path(data, 'data')
@@ -193,7 +195,7 @@ def _prepare(data, test, models, weight_p, sparsity, epochs, bs, layers, cycles,
     new = None if test is None else _read(test, allow_large, test=True)
     to = bulldozers_pandas(df, valid_from=valid_from)
     start = valid_start(df.saledate, valid_from=valid_from)
-    return _Job(df, to, models, seeds, settings, source, start, Path(out), new)
+    return _Job(df, to, models, seeds, settings, source, start, Path(out), new, compact)
 
 # %% ../nbs/600_cli.ipynb #46f9fb50
 def _figures(job, fits, board, preds):
@@ -209,6 +211,22 @@ def _figures(job, fits, board, preds):
     return figures
 
 # %% ../nbs/600_cli.ipynb #5967827a
+def _export(learn, path, small):
+    "Export a Learner, or one with the compact copy of its model"
+    from fastai_dropconnect.callback.compact import compacted
+    with compacted(learn) if small else nullcontext(): learn.export(path)
+
+def _size_text(learn):
+    "Say how small the network of a Learner can be, if it has zeros"
+    from fastai_dropconnect.sparsity.compact import sparsity_report
+    r = sparsity_report(learn.model)
+    old,new = r.before,r.after
+    if old.live_weights==old.weights: return ''
+    sizes = ', '.join(f'{new[n]:,.0f} of {old[n]:,.0f} {n}' for n in ('units','columns'))
+    times = f'{new.ms_per_1000_rows:.2f} instead of {old.ms_per_1000_rows:.2f} ms for 1,000 rows'
+    return (f'The best network has {old.live_weights:,.0f} live weights of {old.weights:,.0f}; '
+            f'its compact copy {sizes}, {times}')
+
 def _writers(job, fits, board):
     "Return a function that writes each file of a run"
     from fastai_dropconnect.compare import submission, valid_predictions
@@ -217,7 +235,7 @@ def _writers(job, fits, board):
     writers = {'leaderboard.csv': csv(board.round(6)), 'predictions.csv': csv(preds)}
     writers |= {name: figure.savefig for name,figure in _figures(job, fits, board, preds).items()}
     learners = [f.learn for f in fits if f.learn is not None]
-    if learners: writers['export.pkl'] = learners[0].export
+    if learners: writers['export.pkl'] = lambda path: _export(learners[0], path, job.compact)
     if job.test is not None: writers['submission.csv'] = csv(submission(job.test, fits, board.model[0]))
     return writers
 
@@ -233,7 +251,11 @@ def _run(job):
     writers = _writers(job, fits, board)
     write_results(job.out, writers)
     written = ', '.join(n for n in OUTPUTS if n in writers)
-    print(f'\nValidation RMSE of the log price\n{board_text(board)}\n\nWritten to {_printable(job.out)}: {written}')
+    learn = next((f.learn for f in fits if f.learn is not None), None)
+    sizes = '' if learn is None else _size_text(learn)
+    print(f'\nValidation RMSE of the log price\n{board_text(board)}\n')
+    if sizes: print(f'{sizes}\n')
+    print(f'Written to {_printable(job.out)}: {written}')
     return board
 
 # %% ../nbs/600_cli.ipynb #bf9c7de5
@@ -252,11 +274,13 @@ def compare_on_bulldozers(
     valid_from:str=None, # First day of the validation period, such as 2011-10-01; by default the last fifth validates
     out:str='bulldozers_out', # Folder for the results
     rows:int=10000, # Number of synthetic sales
-    allow_large:bool=False # Read files of any size, also those that unpack to gigabytes
+    allow_large:bool=False, # Read files of any size, also those that unpack to gigabytes
+    target:float=20, # How many times fewer weights the model 'pruned' has in the end
+    compact:bool=False # Export the small copy of the best network, without the weights that have become useless
 ): # The leaderboard, a `pd.DataFrame`
     "Compare networks with and without DropConnect, zeros and members to scikit-learn's trees on bulldozer prices"
     job = _prepare(data, test, models, weight_p, sparsity, epochs, bs, layers, cycles, seed, seeds, valid_from,
-                   out, rows, allow_large)
+                   out, rows, allow_large, target, compact)
     return _run(job)
 
 # %% ../nbs/600_cli.ipynb #ccdbfb69

@@ -36,7 +36,8 @@ def recipe_with(
 ) -> Recipe:
     "Return a recipe with the settings of a comparison"
     recipe = RECIPES[name]
-    given = dict(weight_p=settings.weight_p, sparsity=settings.sparsity, n_cycles=settings.cycles, cycle_len=2)
+    given = dict(weight_p=settings.weight_p, sparsity=settings.sparsity, n_cycles=settings.cycles, cycle_len=2,
+                 target=settings.target)
     return recipe.replace(**{k: v for k,v in given.items() if k in recipe.settings})
 
 # %% ../nbs/520_compare.ipynb #319e84ab

@@ -23,6 +23,7 @@ from .callback import zero_restarts as _    # noqa: F401, adds `Learner.fit_zero
 from .callback.batchnorm import RecalibrateBN
 from .callback.frozen_zero import FrozenZeroInit
 from .callback.gates import FeatureGates
+from .callback.prune import GradualPruning
 from .checks import check_choice, check_int
 from .tabular.learner import TabularLearner, tabular_learner
 from .tabular.model import is_dropconnect_config, tabular_dropconnect_config
@@ -103,6 +104,7 @@ _restarts = dict(n_cycles=8, cycle_len=None, restart_sparsity=.3, embed_sparsity
 _ple = dict(num_embeddings='ple')
 _members = dict(members=8)
 _price = dict(price=300)
+_target = dict(target=20, regrow=.3)
 _residual = dict(weight_p=.1, path_p=.1)
 
 # %% ../nbs/400_recipes.ipynb #0c44f3f4
@@ -115,6 +117,7 @@ RECIPES = {
     'dropconnect-batch': Recipe('DropConnect with a mask per batch', _weight_p | dict(mode='batch'), RecalibrateBN),
     'dropconnect-gaussian': Recipe('DropConnect as Gaussian noise', _weight_p | dict(mode='gaussian'), RecalibrateBN),
     'gates': Recipe('Columns that are not worth a price are removed', _price, FeatureGates),
+    'pruned': Recipe('A twentieth of the weights is left', _target, GradualPruning),
     'resnet': Recipe('A residual network with DropConnect and stochastic depth', _residual, RecalibrateBN,
                      config=tabular_resnet_config),
     'zero-restarts': Recipe('The average over cycles that start with random zeros', _restarts, fit=_zero_restarts),

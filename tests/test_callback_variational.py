@@ -92,5 +92,7 @@ def test_lr_find_changes_nothing_and_other_layers_are_refused(tmp_path):
     members = make_learn(VariationalDropConnect())
     members.model[3] = EnsembleLinear(6, 4, n_members=2)
     with pytest.raises(TypeError, match='got 3 of type EnsembleLinear'): fit(members, 1)
+    ensemble = make_learn(VariationalDropConnect(), model=TabularDropConnectModel([], 4, 1, [6,5], members=2))
+    with pytest.raises(TypeError, match='got layers.0.0 of type MaskedEnsembleLinear'): ensemble.variational_drop_connect.selected()
     for kw in (dict(kl=0), dict(sigma_lr=-1), dict(warm=1)):
         with pytest.raises(ValueError, match=f'`{next(iter(kw))}` must be'): VariationalDropConnect(**kw)

@@ -7,6 +7,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.tabular.all import Callback, Learner, SchedLin, SGD, noop, set_seed
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.gates import FeatureGates
+from fastai_dropconnect.callback.hard_concrete import HardConcrete
 from fastai_dropconnect.callback.penalty import GroupLasso
 from fastai_dropconnect.callback.prune import GradualPruning
 from fastai_dropconnect.tabular.resnet import tabular_resnet_config
@@ -36,7 +37,7 @@ LEARNERS = dict(
     quantiles=dict(noise='quantile'), mixtures=dict(noise='mixture', config=dict(members=2)),
     snapshots=dict(cbs=SnapshotEnsemble), best_average=dict(cbs=lambda: BestAverage(every=2)), variational=dict(cbs=lambda: VariationalDropConnect()),
     gates=dict(cbs=lambda: FeatureGates(5, end=.6)), ple_gates=dict(config=dict(num_embeddings='ple', members=2), cbs=lambda: FeatureGates(5)),
-    resnet=dict(config=tabular_resnet_config(width=8, weight_p=.1, path_p=.2)), zero_restarts=dict(cbs=lambda: ZeroRestarts(1, seed=2)),
+    hard=dict(cbs=lambda: HardConcrete(5, gate_lr=.3)), resnet=dict(config=tabular_resnet_config(width=8, weight_p=.1, path_p=.2)), zero_restarts=dict(cbs=lambda: ZeroRestarts(1, seed=2)),
     all_callbacks=dict(cbs=lambda: [DropConnect(.2), FrozenZeroInit(.5), RecalibrateBN(), ZeroRestarts(1)]))
 
 class Autocast(Callback):

@@ -4,6 +4,8 @@ from fastai.learner import load_learner
 from fastai.tabular.all import TabularModel, tabular_learner as fastai_learner
 from conftest import make_table
 from fastai_dropconnect.all import *
+from fastai_dropconnect.serialize.predictor import load_predictor
+from fastai_dropconnect.sparsity.compact import CompactModel, compact
 from fastai_dropconnect.layers.drop_path import DropPath
 from fastai_dropconnect.tabular.resnet import ResidualBlock, TabularResNetModel, model_class, tabular_resnet_config
 
@@ -72,6 +74,21 @@ def test_bad_layers_and_fastais_learner(dls):
     assert model_class(dict(ps=[.1])) is TabularModel and model_class(copy.copy(tabular_resnet_config())) is TabularResNetModel
 
 
-def test_saving_without_pickle_says_that_it_cannot(dls, tmp_path):
-    learn = tabular_learner(dls, layers=[8], config=tabular_resnet_config(width=8))
-    with pytest.raises(TypeError, match='got TabularResNetModel'): save_model(learn, tmp_path/'m')
+@pytest.mark.parametrize('kind', ['resnet','compact resnet','compact plain','compact members'])
+def test_saved_without_pickle(dls, tmp_path, kind):
+    "Residual and compact networks predict the same after `load_model`, and without torch"
+    configs = {'resnet': tabular_resnet_config(width=8, path_p=.1, y_range=(-3,9)), 'plain': None, 'members': tabular_dropconnect_config(members=2)}
+    learn = quiet_fit(tabular_learner(dls, layers=[8,6], config=configs[kind.split()[-1]]))
+    if 'compact' in kind:
+        first = next(m for m in learn.model.layers.modules() if isinstance(m, torch.nn.Linear))
+        first.weight.data[:,:learn.model.embeds[0].embedding_dim] = 0       # the first column
+        first.weight.data[1] = 0
+        small = compact(learn.model)
+        assert isinstance(small, CompactModel) and small.columns[0] is not None
+        learn = type(learn)(dls, small, loss_func=learn.loss_func, cbs=[cb for cb in learn.cbs if 'Average' in type(cb).__name__ and not learn.remove_cb(cb)])
+    with learn.no_bar(): preds = learn.get_preds()[0]
+    again = load_model(save_model(learn, tmp_path/'m'))
+    rows = make_table()[480:]
+    with again.no_bar(): assert torch.allclose(again.get_preds(dl=again.dls.test_dl(rows))[0], preds, atol=1e-6)
+    assert type(again.model) is type(learn.model)
+    assert abs(load_predictor(tmp_path/'m').predict_rows(rows.to_dict('records'))-preds.numpy()).max() < 1e-5

@@ -4,8 +4,11 @@ from functools import partial
 from fastai.basics import SGD
 from torch import nn
 from fastai_dropconnect.callback.frozen_zero import FrozenZeroInit
+from fastai_dropconnect.callback.gates import FeatureGates
+from fastai_dropconnect.callback.hard_concrete import HardConcrete
 from fastai_dropconnect.callback.penalty import GroupLasso
 from fastai_dropconnect.callback.prune import GradualPruning
+from fastai_dropconnect.callback.variational import VariationalDropConnect
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Method:
         return (self.settings or {}).get(None, {}) | (self.settings or {}).get(task, {})
 
 
+TABLES = 'adult','california','bulldozers'
+
 def has_weights(name, module): return isinstance(module, (nn.Linear,nn.Conv2d))
 sgd = partial(SGD, mom=0.)
 
@@ -37,6 +42,9 @@ METHODS = {
     'pruned': Method(lambda target, s: [GradualPruning(target, **s)]),
     'structured': Method(lambda target, s: [GradualPruning(target, structured=True, **s)]),
     'regrown': Method(lambda target, s: [GradualPruning(target, **s)], True, {None: dict(regrow=.3)}),
+    'sparsevd': Method(lambda target, s: [VariationalDropConnect(layers=has_weights, **s)], False),
+    'hardconcrete': Method(lambda target, s: [HardConcrete(layers=has_weights, per='input', **s)], False, {None: dict(price=.2)}),
+    'gates': Method(lambda target, s: [FeatureGates(**s)], False, {None: dict(price=300)}, only=TABLES),
     'frozen': Method(lambda target, s: [FrozenZeroInit(1-1/target, layers=has_weights, rescale=True)]),
 }
 

@@ -20,6 +20,7 @@ def make_learner(task, method, target, settings):
     opt = method.opt or partial(FusedAdam, decouple_wd=task.decouple_wd, **({} if task.one_cycle else dict(sqr_mom=.999, eps=1e-8)))
     dls = DataLoaders(task.batches(), [])
     dls.n_inp = task.n_in
+    dls.cat_names,dls.cont_names = [task.settings.get(n, []) for n in ('cat_names','cont_names')]
     learn = Learner(dls, task.model(), loss_func=task.loss, opt_func=opt, lr=task.lr, wd=task.wd, cbs=method.cbs(target, settings),
                     train_bn=True)
     learn.remove_cb(ProgressCallback)

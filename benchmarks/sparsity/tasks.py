@@ -88,7 +88,7 @@ def lenet5():
 
 def task_lenet300(options, validate, seed):
     train,test = parts(*mnist(options.mnist), validate)
-    return Task('lenet300', train, test, lambda: relu_net(784, 300, 100, 10), F.cross_entropy, percent_wrong, 'error %', 20, 128, 1e-3)
+    return Task('lenet300', train, test, lambda: relu_net(784, 300, 100, 10), F.cross_entropy, percent_wrong, 'error %', 20, 128, 3e-3)
 
 def task_lenet5(options, validate, seed):
     train,test = parts(*mnist(options.mnist), validate)
@@ -144,6 +144,7 @@ def table(name, options, validate):
     sizes,n_cont = get_emb_sz(to),x.shape[1]
     return Task(name, (c,x,(y-mean)/sd), held_out, lambda: TabularModel(sizes, n_cont, 1, LAYERS[name]),
                 F.binary_cross_entropy_with_logits if t.classes else F.mse_loss, auc if t.classes else rmse, '1-AUC' if t.classes else 'RMSE',
-                10, 256, 5e-3, n_in=2, wd=.01, decouple_wd=True, one_cycle=True)
+                10, 256, 5e-3, n_in=2, settings=dict(cat_names=list(to.cat_names), cont_names=list(to.cont_names)), wd=.01,
+                decouple_wd=True, one_cycle=True)
 
 TASKS |= {name: (lambda options, validate, seed, name=name: table(name, options, validate)) for name in ('adult','california','bulldozers')}

@@ -21,6 +21,7 @@ class NetSettings:
     sparsity:float=.7 # Share of the hidden weights that start at zero, `0 <= sparsity < 1`
     cycles:int=8 # Cycles of 2 epochs that zero restarts train for instead, at least 1
     lr:float=1e-2 # Highest learning rate of a cycle, above 0
+    target:float=20. # How many times fewer weights pruning leaves, more than 1
 
     def __post_init__(self):
         check_int(self.epochs, 'epochs')
@@ -30,6 +31,8 @@ class NetSettings:
         check_p(self.weight_p, 'weight_p')
         check_p(self.sparsity, 'sparsity')
         check_positive(self.lr, 'lr')
+        if check_positive(self.target, 'target')<=1:
+            raise ValueError(f'`target` must be more than 1, got target={self.target!r}')
 
 # %% ../../nbs/515_bulldozers.settings.ipynb #76f03be6
 def parse_layers(

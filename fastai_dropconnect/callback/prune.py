@@ -39,7 +39,7 @@ class GradualPruning(FrozenZeroInit):
     _watching = None    # in a batch: measures the layers' inputs
     _grads = None       # in a batch: copies of the gradients before they are masked
     def __init__(self,
-        target:float, # How many times fewer live weights there are at the end, more than 1
+        target:float, # How many times fewer live weights all selected layers together have in the end, more than 1
         schedule:str='cubic', # 'cubic': many early, few late; 'linear'; 'once': all at `end`
         begin:float=.1, # Share of the training at which pruning begins
         end:float=.7, # Share of the training at which it ends

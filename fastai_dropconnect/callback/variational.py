@@ -81,8 +81,7 @@ class LearnedDrop(RecordingCallback):
         "Return the layers that this callback acts on"
         layers = select_layers(inner_model(self.learn.model), self.layers)
         for n,m in layers.items():
-            plain = isinstance(m, (nn.Linear,nn.Conv2d)) and not isinstance(m, EnsembleLinear)
-            if plain and m.weight.ndim in (2,4): continue
+            if isinstance(m, (nn.Linear,nn.Conv2d)) and not isinstance(m, EnsembleLinear): continue
             raise TypeError(f'`layers` must select nn.Linear or nn.Conv2d, got {n} of type {type(m).__name__}')
         return layers
 

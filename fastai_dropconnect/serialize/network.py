@@ -164,8 +164,9 @@ def _check_container(config, depth):
     if not models or depth>2: raise ValueError('`network.models` must be networks, at least one, 3 levels deep at most')
     for m in models: check_network(m, depth+1)
     sizes = [input_sizes(m) for m in models]
-    same = all(_same_columns(s, t) for s in sizes for t in sizes) and len({repr(distributions(m)[0]) for m in models})==1
-    if not same: raise ValueError('`network.models` must take the same columns, but they differ')
+    same = len({repr(distributions(m)[0]) for m in models})==1
+    if not same or not all(_same_columns(s, t) for s in sizes for t in sizes):
+        raise ValueError('`network.models` must take the same columns, but they differ')
 
 _tables = 'TabularModel','TabularDropConnectModel','TabularResNetModel'
 

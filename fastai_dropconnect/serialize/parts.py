@@ -104,7 +104,8 @@ def _described_resnet(model):
     blocks = [b for b in model.layers if isinstance(b, ResidualBlock)]
     res = _describe_sides(model, model.out_sz) | dict(
         layers=[b.first.out_features for b in blocks], width=model.layers[0].out_features, members=None,
-        num_embeddings=_describe_vectors(model.num_embeds), embed_weight_p=model.embeds[0].p if len(model.embeds) else 0.)
+        num_embeddings=_describe_vectors(model.num_embeds),
+        embed_weight_p=model.embeds[0].p if len(model.embeds) else 0.)
     ps = dict(weight_p=0., mode='example', path_p=0., dropout=0.)
     if blocks: ps = dict(weight_p=blocks[0].first.p, mode=blocks[0].first.mode, path_p=blocks[-1].drop_path.p,
                          dropout=float(blocks[0].dropout.p))
