@@ -8,11 +8,18 @@ import numpy as np, pandas as pd, torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.tabular.all import (Callback, CancelBatchException, CancelFitException, Categorify, FillMissing, L, Normalize, ProgressCallback,
-                                TabularDataLoaders, load_learner, mae, noop, params, set_seed)
+                                TabularDataLoaders, load_learner, mae, noop, params, set_seed, trainable_params)
 from fastai.tabular.model import TabularModel
 from fastai_dropconnect.all import *
+from fastai_dropconnect.callback.averaging import BestAverage
+from fastai_dropconnect.callback.calibrate import calibration_of
 from fastai_dropconnect.callback.columns import AverageMetric
 from fastai_dropconnect.callback.core import LeanCallback, RecordingCallback
+from fastai_dropconnect.callback.gates import FeatureGates, column_sizes, input_layer
+from fastai_dropconnect.callback.penalty import GroupLasso
+from fastai_dropconnect.callback.prune import GradualPruning
+from fastai_dropconnect.callback.variational import VariationalDropConnect
+from fastai_dropconnect.serialize.learner import CALLBACKS as SAVED
 from fastai_dropconnect.tabular.one_pass import OnePassTabularModel
 
 torch.set_num_threads(1)
@@ -54,21 +61,28 @@ CALLBACKS = dict(
     DropConnect=lambda r: DropConnect(r.choice([.3, falling]), r.choice(['example','batch','gaussian'])),
     FrozenZeroInit=lambda r: FrozenZeroInit(.5, **r.choice([{}, dict(zero=False), dict(mask_grads=False), dict(rescale=True), dict(per='row')])),
     RecalibrateBN=lambda r: RecalibrateBN(r.random()<.5), ZeroRestarts=lambda r: ZeroRestarts(1, use=r.choice(['average','last','weights'])),
-    SnapshotEnsemble=lambda r: SnapshotEnsemble(), MixedPrecision=lambda r: MixedPrecision(r.choice(['fp16','bf16'])))
+    SnapshotEnsemble=lambda r: SnapshotEnsemble(), MixedPrecision=lambda r: MixedPrecision(r.choice(['fp16','bf16'])),
+    GradualPruning=lambda r: GradualPruning(r.choice([2,4]), **r.choice([{}, dict(structured=True), dict(regrow=.3, every=1), dict(schedule='once')])),
+    GroupLasso=lambda r: GroupLasso(**r.choice([{}, dict(threshold=.2), dict(cut=None), dict(cut=.1)])),
+    FeatureGates=lambda r: FeatureGates(r.choice([0,.5,300]), end=r.choice([.3,.7,1])),
+    VariationalDropConnect=lambda r: VariationalDropConnect(sigma_lr=r.choice([.04,2])),
+    BestAverage=lambda r: BestAverage(**r.choice([{}, dict(every=1), dict(every=2, patience=1, warmup=2), dict(deadline=0)])))
 
 def falling(pos): return .3*(1-pos)
 
 FILES = 'a','b'
 VALIDATIONS = dict(validate=lambda l: l.validate(), get_preds=lambda l: l.get_preds(with_loss=True), summary=lambda l: l.summary(),
                    predict=lambda l: l.predict(table().iloc[3]))
+HOLDERS = 'GradualPruning GroupLasso VariationalDropConnect FeatureGates'.split()
+REFUSED = 'BestAverage stops'
+WHOLE = [*HOLDERS, 'ZeroRestarts']     # act at shares of a whole fit
 FITS = dict(fit=lambda l,r: l.fit(r.choice([1,2]), 1e-2, reset_opt=r.random()<.2), one_cycle=lambda l,r: l.fit_one_cycle(1, 1e-2), fine_tune=lambda l,r: l.fine_tune(1, 1e-2),
             lr_find=lambda l,r: l.lr_find(num_it=6, show_plot=False, suggest_funcs=None),
-            temporary=lambda l,r: l.fit(1, 1e-2, cbs=[f(r) for n,f in CALLBACKS.items() if n!='MixedPrecision' and r.random()<.3 and not named(l, n)]),
             restarts=lambda l,r: l.fit_zero_restarts(2, 1, 1e-2, use=r.choice(['average','last','weights'])),
             resume=lambda l,r: l.fit_zero_restarts(2, 1, 1e-2, resume=True),
             folder=lambda l,r: l.fit_zero_restarts(2, 1, 1e-2, path='run', **r.choice([dict(resume=True), dict(overwrite=True), {}])))
-OTHERS = 'save load freeze unfreeze export deepcopy accelerate decelerate add remove release recalibrate'.split()
-STEPS = [*VALIDATIONS, *FITS, *FITS, *OTHERS, 'add', 'save', 'load']
+OTHERS = 'save load freeze unfreeze export deepcopy accelerate decelerate add remove release recalibrate calibrate share'.split()
+STEPS = [*VALIDATIONS, *FITS, *FITS, 'temporary', 'temporary', *OTHERS, 'add', 'save', 'load']
 
 def named(learn, name): return [cb for cb in learn.cbs if type(cb).__name__==name]
 def frozen(learn): return next(iter(named(learn, 'FrozenZeroInit')), None)
@@ -85,10 +99,14 @@ class History:
     def __init__(self, seed:int, path:Path):
         r = random.Random(seed)
         set_seed(seed)
-        cbs = [f(r) for f in CALLBACKS.values() if r.random()<r.choice([0,.3,1])]
+        config = r.choice([None, dict(weight_p=.2), dict(members=2)])
+        self.usable = {n:f for n,f in CALLBACKS.items() if not (n=='VariationalDropConnect' and config==dict(members=2))}     # it refuses members
+        names = [n for n in self.usable if r.random()<r.choice([0,.3,1])]
+        if set(names) & set(WHOLE) and r.random()<.8: names = [n for n in names if n!='BestAverage']       # they refuse each other
+        cbs = [CALLBACKS[n](r) for n in names]
         self.dls,self.path,self.saved = make_dls(),path,{}
         self.learn = tabular_learner(self.dls, layers=[6,4], cbs=cbs, path=path, metrics=mae, splitter=splitter,
-                                     config=r.choice([None, dict(weight_p=.2), dict(members=2)]))
+                                     config=config)
         self.prepare()
         self.keys,self.classes = list(self.learn.model.state_dict()),classes_of(self.learn.model)
         self.start = ', '.join(map(repr, cbs)) or 'no callbacks'
@@ -105,7 +123,7 @@ class History:
         set_seed(seed)
         trained = False
         if name in VALIDATIONS: self.validation(name)
-        elif name in FITS: trained = self.fit(name, r)
+        elif name in FITS or name=='temporary': trained = self.fit(name, r)
         else: getattr(self, name)(r)
         self.check(trained)
 
@@ -115,8 +133,8 @@ class History:
         assert equal(tensors(self.learn), before) and self.state()==was
 
     def state(self):
-        cb,ens = frozen(self.learn),ensemble(self.learn)
-        return sorted(map(repr, self.learn.cbs)),cb and {n:cb.record[n].tolist() for n in cb.record},ens and (list(ens.record), ens.use)
+        ens,records = ensemble(self.learn),getattr(self.learn.model.state_dict(), '_metadata', {})
+        return sorted(map(repr, self.learn.cbs)),{k:repr(v) for k,v in records.items() if k.startswith('fastai_dropconnect.')},ens and (list(ens.record), ens.use)
 
     def fit(self, name, r):
         learn = self.learn
@@ -124,10 +142,11 @@ class History:
         was = tensors(learn),self.state(),[cb for cb in learn.cbs if type(cb).__name__!='SnapshotEnsemble']
         stop = Break(r.choice(EVENTS), r.choice([1,2,4]), r.choice(ERRORS)) if r.random()<.4 else None
         if stop: learn.add_cb(stop)
-        try: FITS[name](learn, r)
+        try: self.temporary(r) if name=='temporary' else FITS[name](learn, r)
         except (KeyboardInterrupt,Oops,CancelBatchException): pass       # the last one between batches
         except ValueError as e:
-            if name!='folder' or '`path` must' not in str(e): raise     # another run is in the folder
+            foreign = name=='folder' and '`path` must' in str(e)        # another run is in the folder
+            if not foreign and REFUSED not in str(e): raise
         finally:
             if stop: learn.remove_cb(stop)
         assert [cb for cb in learn.cbs if type(cb).__name__!='SnapshotEnsemble']==was[2]
@@ -136,16 +155,20 @@ class History:
             assert self.state()==was[1]
         return True
 
+    def temporary(self, r):
+        learn = self.learn
+        learn.fit(1, 1e-2, cbs=[f(r) for n,f in self.usable.items() if n!='MixedPrecision' and r.random()<.3 and not named(learn, n)])
+
     def save(self, r):
         name = r.choice(FILES)
         self.learn.save(name)
         ens = ensemble(self.learn)
-        self.saved[name] = preds(self.learn),bool(ens and len(ens.record))
+        self.saved[name] = preds(self.learn),bool(ens and len(ens.record)),self.scores()
 
     def load(self, r):
         name = r.choice(FILES)
         if name not in self.saved: return
-        want,has_members = self.saved[name]
+        want,has_members,scores = self.saved[name]
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             try: self.learn.load(name)
@@ -153,6 +176,29 @@ class History:
                 if 'snapshot' not in str(e).lower(): raise      # refused, as there is no ensemble
                 return
         if ensemble(self.learn) or not has_members: assert torch.equal(preds(self.learn), want), 'other predictions after load'
+        assert self.scores()==scores, 'another calibration after load'
+
+    def scores(self): # Of the calibration
+        cal = calibration_of(self.learn)
+        return cal and cal.scores.tolist()
+
+    def calibrate(self, r):
+        want = preds(self.learn)
+        cal = self.learn.calibrate(r.choice([.5,.9]))
+        if r.random()<.5: self.learn.update_calibration(table())
+        assert calibration_of(self.learn) is cal and torch.equal(preds(self.learn), want)
+
+    def share(self, r): # Without pickle
+        learn = self.learn
+        others = [cb for cb in learn.cbs if type(cb) not in SAVED and type(cb).__name__ in CALLBACKS and type(cb).__name__!='SnapshotEnsemble']
+        schedules = [cb for cb in named(learn, 'DropConnect') if callable(cb.weight_p)]
+        def preds_of_table(l): return l.get_preds(dl=l.dls.test_dl(table()))[0]
+        want,was,learn.splitter = preds_of_table(learn),learn.splitter,trainable_params
+        with learn.removed_cbs(others+schedules): save_model(learn, self.path/'shared')
+        learn.splitter = was
+        new = load_model(self.path/'shared')
+        with new.no_bar(): got = preds_of_table(new)
+        assert torch.equal(got, want), 'other predictions from the file without pickle'
 
     def freeze(self, r): self.learn.freeze()
     def unfreeze(self, r): self.learn.unfreeze()
@@ -164,7 +210,7 @@ class History:
         if frozen(self.learn) and r.random()<.3: frozen(self.learn).release()
 
     def export(self, r):
-        want,old = preds(self.learn),self.learn
+        want,old,scores = preds(self.learn),self.learn,self.scores()
         self.learn.export('export.pkl')
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -172,6 +218,7 @@ class History:
         self.learn.path,self.learn.dls = self.path,self.dls
         self.prepare()
         assert torch.equal(preds(self.learn), want) and torch.equal(preds(old), want), 'other predictions after export'
+        assert self.scores()==scores, 'another calibration after export'
 
     def deepcopy(self, r):
         dls = self.learn.dls
@@ -180,11 +227,14 @@ class History:
         self.learn = deepcopy(old)
         self.prepare()
         assert torch.equal(preds(self.learn), want), 'other predictions of a copy'
-        self.learn.fit(1, 1e-2)
+        assert calibration_of(old) is None or calibration_of(self.learn) is not calibration_of(old)
+        try: self.learn.fit(1, 1e-2)
+        except ValueError as e:
+            if REFUSED not in str(e): raise
         assert equal(tensors(old), before) and torch.equal(preds(old), want), 'the copy has changed the original'
 
     def add(self, r):
-        name = r.choice(list(CALLBACKS))
+        name = r.choice(list(self.usable))
         if not named(self.learn, name): self.learn.add_cb(CALLBACKS[name](r))
 
     def remove(self, r):
@@ -214,6 +264,25 @@ class History:
         assert a.isfinite().all() and torch.equal(a, b), 'predictions do not repeat'
 
     def check_masks(self, trained):
+        self.check_frozen(trained)
+        held_elsewhere = frozen(self.learn) and not frozen(self.learn).zero
+        ps = dict(self.learn.model.named_parameters())
+        for cb in self.learn.cbs:
+            if type(cb).__name__ not in HOLDERS: continue
+            assert cb._held is None
+            if isinstance(cb, FeatureGates): continue
+            for n in cb.record:
+                assert cb.record[n].shape==ps[n].shape, f'a mask of another shape in {cb}'
+                if trained and not held_elsewhere: assert (ps[n][~cb.record[n]]==0).all(), f'a weight that {cb} removed is not zero'
+        gates = next(iter(named(self.learn, 'FeatureGates')), None)
+        if not gates: return
+        assert gates._handle is None and gates._gate is None
+        if trained and gates.record.state.get('fixed') and not held_elsewhere:
+            sizes = torch.tensor(list(column_sizes(self.learn).values()))
+            kept = gates.kept().repeat_interleave(sizes)
+            assert (input_layer(self.learn.model).weight[..., ~kept]==0).all(), 'a removed column has weights'
+
+    def check_frozen(self, trained):
         cb = frozen(self.learn)
         if cb is None: return
         assert cb._held is None and not cb._in_lr_find

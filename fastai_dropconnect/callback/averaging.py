@@ -9,13 +9,15 @@ __all__ = ['decay_at', 'averaged_model', 'BestAverage', 'predictions']
 import math, time
 from collections.abc import Callable
 import torch
-from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from fastai.callback.core import CancelFitException, CancelValidException
 from fastai.learner import Learner
 from fastai.torch_core import to_detach
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from fastcore.basics import noop, patch
+from .core import LeanCallback
 from ..checks import check_int, check_positive
+from ..nn_utils import load_state_, model_tensors
 
 # %% ../../nbs/357_callback.averaging.ipynb #2917aea3
 def decay_at(
@@ -45,9 +47,12 @@ def averaged_model(
     return AveragedModel(model, multi_avg_fn=_average(share, largest), use_buffers=True)
 
 # %% ../../nbs/357_callback.averaging.ipynb #ccb342d0
-class BestAverage(Callback):
+class BestAverage(LeanCallback):
     "Keep the moving average of the weights that is best on validation rows, and stop then"
     order = 90
+    _stateattrs = ('_moving','_best')
+    _active = False         # in a fit
+    _moving = _best = None  # in a fit: the average, and the tensors of the best one
     def __init__(self,
         score:Callable=None, # Function of predictions and targets, lower is better; by default the loss
         every:int=None, # Steps between measurements; by default an epoch, but 30 at least and 400 at most
@@ -62,12 +67,13 @@ class BestAverage(Callback):
         self.patience = check_int(patience, 'patience')
         self.share = check_positive(share, 'share')
         self.warmup = check_int(warmup, 'warmup', 0)
-        self._active = False
 
     def _loss(self, preds, targs):
         return (self.score or self.learn.loss_func)(preds, targs)
 
     def before_fit(self):
+        if self.learn.lock.locked(): return     # a validation
+        self._check_schedules()
         self._active = not hasattr(self.learn, 'lr_finder')
         if not self._active: return
         n = len(self.dls.train)
@@ -90,14 +96,23 @@ class BestAverage(Callback):
         if self.timed_out or self._is_over(): raise CancelFitException
 
     def before_validate(self):
-        if self._active: raise CancelValidException
+        if self._active and not self.learn.lock.locked(): raise CancelValidException
 
     def after_fit(self):
-        if not self._active: return
-        self._active = False
+        if not self._active or self.learn.lock.locked(): return
         if self.steps and not self.losses: self._measure()
-        if self._best is not None: self.learn.model.load_state_dict(self._best)
-        del self._moving,self._best
+        if self._best is not None: load_state_(self.learn.model, self._best)    # records of callbacks stay
+        self._end_fit()
+
+    def on_broken_fit(self): self._end_fit()
+    def on_remove(self, learn:Learner): self._end_fit()
+
+    def _end_fit(self): self._active,self._moving,self._best = False,None,None
+
+    def _check_schedules(self):
+        others = [cb.name for cb in self.learn.cbs if getattr(cb, 'needs_whole_fit', False)]
+        if others: raise ValueError('BestAverage stops a fit when it will, but these callbacks act at shares of a whole '
+                                    f'fit: remove {", ".join(others)}')
 
 # %% ../../nbs/357_callback.averaging.ipynb #745c5ad7
 @torch.no_grad()
@@ -126,7 +141,7 @@ def _measure(self:BestAverage):
     self.losses.append(loss)
     if loss<self.best_loss:
         self.best_loss,self.best_step = loss,self.steps
-        self._best = {k: v.clone() for k,v in self._moving.module.state_dict().items()}
+        self._best = {n: t.clone() for n,t in model_tensors(self._moving.module).items()}
     self._seconds = time.monotonic()-start
 
 @patch

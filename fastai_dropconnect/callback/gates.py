@@ -94,6 +94,9 @@ class FeatureGates(RecordingCallback):
         self.end = check_positive(end, 'end')
         if self.end>1: raise ValueError(f'`end` must be at most 1, got end={end!r}')
 
+    @property
+    def needs_whole_fit(self) -> bool: return self.price>0         # `BestAverage` asks
+
     def on_add(self, learn:Learner):
         if self.price: column_sizes(learn)      # raises the error for a model that has no columns
         model = inner_model(learn.model)

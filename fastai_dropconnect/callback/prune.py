@@ -33,6 +33,7 @@ class PruneRecord(MaskRecord):
 # %% ../../nbs/382_callback.prune.ipynb #3adec2e8
 class GradualPruning(FrozenZeroInit):
     "Remove weights while the network trains, until only the most important ones are left"
+    needs_whole_fit = True          # `BestAverage` asks
     _stateattrs = ('_held','_last_owner','_pruner','_watching','_grads')
     _pruner = None      # in a fit
     _watching = None    # in a batch: measures the layers' inputs

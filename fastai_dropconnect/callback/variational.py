@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .core import RecordingCallback
 from .gates import nats_per_loss
 from ..checks import check_layers, check_p, check_positive
+from ..layers.masked_ensemble import EnsembleLinear
 from ..layers.variational import K1, K2, K3, THRESHOLD, _with_noise, log_alpha_of
 from ..nn_utils import inner_model, select_layers
 from ..sparsity.core import HeldWeights, MaskRecord
@@ -54,6 +55,7 @@ class NoiseRecord(MaskRecord):
 class VariationalDropConnect(RecordingCallback):
     "Learn the noise of each weight in training, and remove weights that are only noise"
     order = MixedPrecision.order-1      # gradients are complete, but not yet unscaled or clipped
+    needs_whole_fit = True          # `BestAverage` asks
     _stateattrs = ('_noises','_handles','_opt','_held')
     _noises = ()        # in a fit: `_Noise` of each layer
     _handles = ()       # of their hooks, in training
@@ -75,7 +77,8 @@ class VariationalDropConnect(RecordingCallback):
         "Return the layers that get noise"
         layers = select_layers(inner_model(self.learn.model), self.layers)
         for n,m in layers.items():
-            if isinstance(m, (nn.Linear,nn.Conv2d)) and m.weight.ndim in (2,4): continue
+            plain = isinstance(m, (nn.Linear,nn.Conv2d)) and not isinstance(m, EnsembleLinear)
+            if plain and m.weight.ndim in (2,4): continue
             raise TypeError(f'`layers` must select nn.Linear or nn.Conv2d, got {n} of type {type(m).__name__}')
         return layers
 

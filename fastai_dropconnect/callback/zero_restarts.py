@@ -51,6 +51,7 @@ class ZeroRestarts(LeanCallback):
     "Set random weights to zero when a cycle starts, and take a snapshot when it ends"
     order = SnapshotEnsemble.order+1
     _only_train_loop = True # not in `learn.summary()`
+    needs_whole_fit = True          # `BestAverage` asks
     _stateattrs = '_ensemble','_fit_seed','_trained_epoch'
     _ensemble = None        # in a fit: where the snapshots go
     _fit_seed = None        # in a fit: seed of all zeros

@@ -202,7 +202,7 @@ def load_model(
     path:str|Path, # Folder that `save_model` wrote, also one from a stranger
     device:str|torch.device='cpu', # Where the Learner computes
     cbs:list=None, # More callbacks
-    **kwargs # More arguments of `Learner`, such as `metrics`, `path`, or another `opt_func`
+    **kwargs # More arguments of `Learner`, such as `metrics` or another `opt_func`
 ) -> TabularLearner: # With loaders that have no rows
     "Load a Learner that `save_model` saved; nothing in the folder is executed"
     saved = SavedModel(path)
