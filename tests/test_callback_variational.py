@@ -89,5 +89,8 @@ def test_lr_find_changes_nothing_and_other_layers_are_refused(tmp_path):
     with learn.no_bar(): learn.lr_find(show_plot=False, num_it=6, suggest_funcs=None)
     assert not learn.variational_drop_connect.record.masks
     with pytest.raises(TypeError, match='must select nn.Linear or nn.Conv2d, got 2 of type BatchNorm1d'): fit(make_learn(VariationalDropConnect(layers=['2'])), 1)
+    members = make_learn(VariationalDropConnect())
+    members.model[3] = EnsembleLinear(6, 4, n_members=2)
+    with pytest.raises(TypeError, match='got 3 of type EnsembleLinear'): fit(members, 1)
     for kw in (dict(kl=0), dict(sigma_lr=-1), dict(warm=1)):
         with pytest.raises(ValueError, match=f'`{next(iter(kw))}` must be'): VariationalDropConnect(**kw)

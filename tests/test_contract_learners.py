@@ -34,7 +34,8 @@ LEARNERS = dict(
     free_zero=dict(cbs=lambda: FrozenZeroInit(.5, mask_grads=False)), recalibrated=dict(cbs=lambda: RecalibrateBN(True)),
     pruned=dict(cbs=lambda: GradualPruning(8)), units=dict(cbs=lambda: GradualPruning(4, structured=True)), lasso=dict(cbs=lambda: GroupLasso(threshold=.1)),
     quantiles=dict(noise='quantile'), mixtures=dict(noise='mixture', config=dict(members=2)),
-    snapshots=dict(cbs=SnapshotEnsemble), gates=dict(cbs=lambda: FeatureGates(5, end=.6)), ple_gates=dict(config=dict(num_embeddings='ple', members=2), cbs=lambda: FeatureGates(5)),
+    snapshots=dict(cbs=SnapshotEnsemble), best_average=dict(cbs=lambda: BestAverage(every=2)), variational=dict(cbs=lambda: VariationalDropConnect()),
+    gates=dict(cbs=lambda: FeatureGates(5, end=.6)), ple_gates=dict(config=dict(num_embeddings='ple', members=2), cbs=lambda: FeatureGates(5)),
     resnet=dict(config=tabular_resnet_config(width=8, weight_p=.1, path_p=.2)), zero_restarts=dict(cbs=lambda: ZeroRestarts(1, seed=2)),
     all_callbacks=dict(cbs=lambda: [DropConnect(.2), FrozenZeroInit(.5), RecalibrateBN(), ZeroRestarts(1)]))
 
