@@ -1,5 +1,5 @@
 """`DropConnectRegressor` and `DropConnectClassifier`: what scikit-learn asks of estimators, tables of all kinds, files"""
-import importlib.util, json, pickle, sys
+import copy, importlib.util, json, pickle, sys
 import numpy as np, pandas as pd, pytest, torch
 import sklearn.utils.estimator_checks as checks
 from sklearn.base import clone
@@ -308,16 +308,35 @@ def test_saved_classes(labels, tmp_path):
     with learn.no_bar(): assert np.allclose(learn.get_preds(dl=learn.dls.test_dl(rows))[0], model.predict_proba(df), atol=1e-6)
     assert np.allclose(load_predictor(tmp_path).predict_rows(rows.to_dict('records')), model.predict_proba(df), atol=1e-5)
 
+FIELDS = [ # of an estimator in a file: where, what, what the message names
+    (['reader'], 1, None), (['columns'], {'kind': 'code', 'values': [1]}, None), (['named'], 1, None), (['targets'], {}, None), (['settings'], {}, None),
+    (['leaderboard'], 1, None), (['importances'], ['a'], None), (['importances'], 'a', None), (['columns'], ['x'], None),
+    (['targets','classes'], 'a', 'targets.classes'), (['targets','is_object'], 1, 'targets.is_object'), (['targets','hook'], 1, "targets` has an unknown field 'hook'"),
+    (['settings','hook'], 1, "settings` has an unknown field 'hook'"), (['settings','metric'], ['a'], 'settings.metric'),
+    (['reader','max_levels'], 0, 'reader.max_levels'), (['reader','sample_size'], 0, 'reader.sample_size'), (['reader','columns'], [1], 'reader.columns'),
+    (['reader','columns',0,'name'], 6, r'reader.columns\[0\].name'), (['reader','columns',0,'name'], -1, r'reader.columns\[0\].name'), (['reader','columns',0,'name'], 'x', r'reader.columns\[0\].name'),
+    (['reader','columns',0,'new_name'], 1, r'reader.columns\[0\].new_name'), (['reader','columns',0,'kind'], 'eval', r'reader.columns\[0\].kind'),
+    (['reader','columns',0,'format'], 1, r'reader.columns\[0\].format'), (['reader','columns',0,'hook'], 1, r"reader.columns\[0\]` has an unknown field 'hook'"),
+    (['reader','dropped'], {'a': 1}, 'reader.dropped'), (['reader','dropped'], ['a'], 'reader.dropped'), (['reader','levels'], {'a': [1]}, 'reader.levels'),
+    (['reader','levels'], {'a': 'b'}, 'reader.levels'), (['reader','levels'], [['b']], 'reader.levels'), (['reader','cat_names'], ['nothing'], 'reader.cat_names'),
+    (['reader','cont_names'], ['nothing'], 'reader.cont_names'), (['reader','cont_names'], [['x']], 'reader.cont_names'), (['reader','hook'], 1, "reader` has an unknown field 'hook'"),
+    (['leaderboard',0], 1, r'leaderboard\[0\]'), (['leaderboard',0,'column'], 1, r'leaderboard\[0\].column'), (['leaderboard',0,'kind'], 'code', r'leaderboard\[0\]'),
+    (['leaderboard',0,'values'], ['a','b'], 'leaderboard` must have columns of one length'), (['hook'], 1, ".*'hook'")]
+
 def test_files_of_strangers(tmp_path):
     df,y = table()
     classifier().fit(df, y>10).save(tmp_path)
     with pytest.raises(ValueError, match='`estimator.class`'): DropConnectRegressor.load(tmp_path)
     file = tmp_path/'model.json'
     config = json.loads(file.read_text())
-    for name,value in [('reader', 1), ('columns', {'kind': 'code', 'values': [1]}), ('named', 1), ('targets', {}), ('settings', {}),
-                       ('leaderboard', 1), ('importances', ['a']), ('hook', 1)]:
-        file.write_text(json.dumps(config | dict(estimator=config['estimator'] | {name: value})))
-        with pytest.raises(ValueError, match='estimator'): DropConnectClassifier.load(tmp_path)
+    for where,value,named in FIELDS:
+        other = copy.deepcopy(config)
+        *parents,last = 'estimator',*where
+        place = other
+        for k in parents: place = place[k]
+        place[last] = value
+        file.write_text(json.dumps(other))
+        with pytest.raises(ValueError, match='estimator.'+(named or where[0])): DropConnectClassifier.load(tmp_path)
     file.write_text(json.dumps({k: v for k,v in config.items() if k!='estimator'}))
     with pytest.raises(ValueError, match='must hold an estimator'): DropConnectClassifier.load(tmp_path)
 

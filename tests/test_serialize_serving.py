@@ -2,8 +2,9 @@
 import importlib.util, json, subprocess, sys, textwrap
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from test_serialize import FIXTURE, LEARNERS, config, description, fixture_frame, frame_for, preds, put, small, with_snapshots, write
-from test_serialize import path, saved # noqa: F401, fixtures
+from test_serialize import FIXTURE, LEARNERS, config, fixture_frame, frame_for, preds, small, with_snapshots
+from test_serialize_strangers import description, put, write
+from test_serialize_strangers import path, saved # noqa: F401, fixtures
 from fastai_dropconnect.all import *
 
 ROOT = Path(__file__).parent.parent

@@ -71,11 +71,10 @@ class BestAverage(LeanCallback):
     def _loss(self, preds, targs):
         return (self.score or self.learn.loss_func)(preds, targs)
 
-    def before_fit(self):
-        if self.learn.lock.locked(): return     # a validation
+    def before_train(self):
+        if self._active or hasattr(self.learn, 'lr_finder'): return
         self._check_schedules()
-        self._active = not hasattr(self.learn, 'lr_finder')
-        if not self._active: return
+        self._active = True
         n = len(self.dls.train)
         self._every = self.every or min(max(n, 30), 400)
         self._moving = averaged_model(self.learn.model, self.share)

@@ -29,6 +29,7 @@ def check_table(
     for p in procs:
         if p.get('class')=='Categorify': _check_classes(p, dict(zip(cats, levels)))
     counts = [p['n'] for p in procs if p.get('class')=='QuantileNormalize' and is_int(p.get('n'), 1)]
+    if len(counts)>1: raise ValueError('`table.procs` must have one QuantileNormalize, got two')
     return {'quantiles': ('F64', (counts[0],len(conts)))} if counts else {}
 
 def _check_classes(config, sizes): # More categories than rows of the embedding would be an index out of range

@@ -1,0 +1,285 @@
+"Files of models that strangers wrote: what does not fit is refused by name, before memory is taken, and nothing is run"
+import hashlib, json, os, shutil, struct
+from pathlib import Path
+import pytest, torch
+from fastai_dropconnect.all import *
+from fastai_dropconnect.callback.calibrate import calibration_of
+from fastai_dropconnect.ensemble.blend import BlendedModel
+from fastai_dropconnect.serialize.files import SavedModel
+from test_serialize import classes, config, frame_for, preds, quantiles, small, with_snapshots
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp('saved')/'m'
+    learn = with_snapshots(small(config=config(members=2, num_embeddings=PLE(4, 5)), cbs=FrozenZeroInit(.5, seed=1)))
+    learn.frozen_zero_init.record['layers.0.0.weight'] = torch.rand(learn.model.layers[0][0].weight.shape)>.5
+    return save_model(learn, path)
+
+@pytest.fixture
+def path(saved, tmp_path): return Path(shutil.copytree(saved, tmp_path/'m'))
+
+def description(path): return json.loads((path/'model.json').read_text())
+def write(path, config): (path/'model.json').write_text(json.dumps(config))
+
+def put(config, where, value):
+    "Change the value at the end of a path of keys; `...` deletes it"
+    *parents,last = where
+    for k in parents: config = config[k]
+    if value is ...: del config[last]
+    else: config[last] = value
+
+HUGE = 2**40
+FIELDS = [ # where, what, what the message names
+    (['format'], 'other', 'format'), (['version'], 2, 'version 1, got version=2'), (['version'], True, 'version'), (['version'], ..., 'version'),
+    (['tensors','file'], '../../etc/passwd', '`tensors` must name'), (['tensors','file'], '/etc/passwd', '`tensors` must name'), (['tensors','file'], 3, '`tensors` must name'),
+    (['tensors','file'], 'model-0123456789abcdef.safetensors', '`tensors` must name'), (['tensors','size'], HUGE, 'bytes'), (['tensors','size'], -1, '`tensors`'),
+    (['tensors','sha256'], None, '`tensors` must name'), (['tensors'], [], '`tensors` must have'), (['network'], ..., 'network'), (['network'], [], 'network'),
+    (['hook'], 'os.system', "unknown field 'hook'"), (['network','class'], 'os.system', 'network.class'), (['network','layers'], [HUGE,HUGE], 'layers.0.0.weight'),
+    (['network','layers',0], -1, 'network.layers'), (['network','layers'], ['12'], 'network.layers'), (['network','emb_szs',0,0], HUGE, 'embeds.0.weight'),
+    (['network','members','n'], HUGE, 'tensor'), (['network','members','n'], 0, 'network.members.n'), (['network','num_embeddings','n_bins',0], HUGE, 'num_embeds'),
+    (['network','num_embeddings','dim'], 1.5, 'network.num_embeddings.dim'), (['network','act','class'], 'Sequential', 'network.act.class'),
+    (['network','y_range'], 'x', 'network.y_range'), (['network','n_cont'], 3, 'one per continuous column'), (['network','mode'], ..., 'network.mode'),
+    (['table','cat_names'], ['color'], 'table.cat_names'), (['table','cat_names',0], 'a', 'each column once'), (['table','cont_names',0], 3, 'table.cont_names'),
+    (['table','procs',0,'class'], 'eval', r'table.procs\[0\].class'), (['table','procs'], [1], 'table.procs'), (['table','loaders'], [], 'table.loaders'),
+    (['table','loaders',0,'class'], 'DataLoader', r'table.loaders\[0\].class'), (['table','loaders',0,'bs'], 0, r'table.loaders\[0\].bs'), (['table','more'], 1, "'more'"),
+    (['loss','class'], 'system', 'loss.class'), (['loss','func'], 'x', "'func'"), (['loss','reduction'], 'x', 'loss.reduction'),
+    (['training','opt','class'], 'system', 'training.opt.class'), (['training','lr'], 'x', 'training.lr'), (['training','frozen'], ['x'], 'training.frozen'),
+    (['callbacks',0,'class'], 'SaveModelCallback', r'callbacks\[0\].class'), (['callbacks',0,'sparsity'], 2, r'callbacks\[0\].sparsity'),
+    (['callbacks',0,'per'], 'col', '`per`'), (['callbacks',0,'masks'], ['layers.9.weight'], 'layers.9.weight'), (['callbacks',0,'masks'], ['layers.0.2.weight'], 'mask.layers.0.2'),
+    (['callbacks',0,'masks'], [], 'no tensor .mask'), (['callbacks',0,'seed'], 'x', 'seed'), (['snapshots','cycles'], [0,0,1], 'snapshots.cycles'),
+    (['snapshots','cycles'], [0,1], 'no tensor .snapshot.2'), (['snapshots','cycles'], [0,1,2,3], 'snapshot.3'), (['snapshots','use'], 'weights', 'snapshots.use'),
+    (['snapshots','average'], ['median',-1], 'snapshots.average'), (['snapshots','mean'], True, 'mean.'), (['snapshots'], 3, 'snapshots'), (['calibration'], {}, 'calibration')]
+
+@pytest.mark.parametrize('where,value,named', FIELDS, ids=lambda v: '.'.join(map(str, v)) if isinstance(v, list) and v and isinstance(v[0], str) else None)
+def test_a_field_that_does_not_fit_is_refused_by_name(path, where, value, named, monkeypatch):
+    config = description(path)
+    put(config, where, value)
+    write(path, config)
+    with pytest.raises(ValueError, match=named): load_model(path)
+
+
+CATEGORIES = [(dict(kind='int'), 'kind'), (dict(values=[{}]), 'of kind'), (dict(values=['a']*1000), 'at most'), (dict(kind='os.system'), 'kind'), (dict(column=1), 'column')]
+
+@pytest.mark.parametrize('change,named', CATEGORIES)
+def test_categories_that_do_not_fit_are_refused(path, change, named):
+    config = description(path)
+    proc = next(p for p in config['table']['procs'] if p['class']=='Categorify')
+    proc['classes'][0].update(change)
+    write(path, config)
+    with pytest.raises(ValueError, match=named): load_model(path)
+
+
+def test_shapes_are_checked_before_anything_is_read(path, monkeypatch):
+    "Neither the tensors nor a model are made when the description asks for more than the file has"
+    import fastai_dropconnect.serialize.learner as module
+    def never(*args, **kw): raise AssertionError('too early')
+    monkeypatch.setattr(SavedModel, 'tensors', never)
+    monkeypatch.setattr(module, 'build_network', never)
+    for where in (['network','layers',0], ['network','emb_szs',1,1], ['network','out_sz'], ['network','members','n'], ['network','num_embeddings','dim']):
+        config = description(path)
+        put(config, where, HUGE)
+        write(path, config)
+        with pytest.raises(ValueError, match='tensor'): load_model(path)
+
+
+TEXTS = [(b'{"a": NaN}', 'NaN'), (b'{"format": 1, "format": 2}', 'twice'), (b'['*10**6, 'plain JSON'), (b'{"a": 1e999}', 'too large'), (b'', 'plain JSON'), (b'\x80\x04N.', 'plain JSON'),
+         (b'[1]', 'object'), (b'{"a": ' + b'1'*10**5 + b'}', 'plain JSON'), (b'{"format": "fastai_dropconnect.model", "version": 1', 'plain JSON')]
+
+@pytest.mark.parametrize('text,named', TEXTS, ids=range(len(TEXTS)))
+def test_a_description_that_is_not_plain_json_is_refused(path, text, named):
+    (path/'model.json').write_bytes(text)
+    with pytest.raises(ValueError, match=named): load_model(path)
+
+
+def header_of(data):
+    n = struct.unpack('<Q', data[:8])[0]
+    return json.loads(data[8:8+n]),data[8+n:]
+
+def with_header(path, header, body, size=None):
+    "Write a file of tensors with its checksum, as a stranger can"
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    data = struct.pack('<Q', len(text) if size is None else size)+text+body
+    config = description(path)
+    sha256 = hashlib.sha256(data).hexdigest()
+    (path/config['tensors']['file']).unlink()
+    config['tensors'] = dict(file=f'model-{sha256[:16]}.safetensors', size=len(data), sha256=sha256)
+    (path/config['tensors']['file']).write_bytes(data)
+    write(path, config)
+
+NAME = 'model.layers.0.0.weight'
+HEADERS = [
+    (lambda h,b: (h | {NAME: h[NAME] | dict(shape=[HUGE,HUGE])}, b), 'bytes of its shape'), (lambda h,b: (h | {NAME: h[NAME] | dict(shape=[2**62,4])}, b), 'shape'),
+    (lambda h,b: (h | {NAME: h[NAME] | dict(shape=[-12,-1])}, b), 'shape'), (lambda h,b: (h | {NAME: h[NAME] | dict(shape=[1]*9)}, b), 'shape'),
+    (lambda h,b: (h | {NAME: h[NAME] | dict(data_offsets=h['model.embeds.0.weight']['data_offsets'])}, b), 'bytes'),
+    (lambda h,b: (h | dict(extra=dict(dtype='U8', shape=[4], data_offsets=[0,4])), b), 'must start at'),
+    (lambda h,b: (h | dict(extra=dict(dtype='U8', shape=[2], data_offsets=[len(b),len(b)+2])), b+b'xx'), "no tensor 'extra'"),
+    (lambda h,b: ({n:e for n,e in h.items() if n!=NAME}, b), 'must start at|fill'), (lambda h,b: (h | {NAME: h[NAME] | dict(dtype='I32')}, b), 'dtype'),
+    (lambda h,b: (h | {NAME: h[NAME] | dict(more=1)}, b), NAME), (lambda h,b: (h | {NAME: 3}, b), NAME), (lambda h,b: (h, b[:-1]), 'fill'), (lambda h,b: (h, b+b'x'), 'fill'),
+    (lambda h,b: (json.dumps(h).replace('{', '{"a": NaN, ', 1).encode(), b), 'NaN'), (lambda h,b: (b'['*10**6, b), 'plain JSON'), (lambda h,b: ([], b), 'object'),
+    (lambda h,b: ((json.dumps(h)[:-1]+f', "{NAME}": {json.dumps(h[NAME])}'+'}').encode(), b), 'twice'),
+    (lambda h,b: (h | {NAME: h[NAME] | dict(shape=h[NAME]['shape'][::-1])}, b), f'{NAME}.*must have')]
+
+@pytest.mark.parametrize('change,named', HEADERS, ids=range(len(HEADERS)))
+def test_a_header_that_does_not_fit_is_refused(path, change, named):
+    header,body = header_of((path/description(path)['tensors']['file']).read_bytes())
+    with_header(path, *change(header, body))
+    with pytest.raises(ValueError, match=named): load_model(path)
+
+
+@pytest.mark.parametrize('size', [0, 1, 2**63, 2**24+1, 10**6])
+def test_a_header_with_a_wrong_size_is_refused(path, size):
+    header,body = header_of((path/description(path)['tensors']['file']).read_bytes())
+    with_header(path, header, body, size)
+    with pytest.raises(ValueError, match='header'): load_model(path)
+
+
+def test_tensors_of_the_same_bytes_and_other_dtype_or_place_are_refused(path):
+    header,body = header_of((path/description(path)['tensors']['file']).read_bytes())
+    b = 'snapshot.0.layers.1.0.masks'
+    n = 'model.layers.0.2.num_batches_tracked'
+    with_header(path, header | {n: header[n] | dict(dtype='F64')}, body)
+    with pytest.raises(ValueError, match=n): load_model(path)
+    with_header(path, {(b+'x' if k==b else k):v for k,v in header.items()}, body)
+    with pytest.raises(ValueError, match=b): load_model(path)
+
+
+def test_files_that_are_cut_swapped_missing_or_no_files_are_refused(path):
+    file = path/description(path)['tensors']['file']
+    data = file.read_bytes()
+    for bad in (data[:100], data[:-1], b'', data+b'x'):
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match='must have .* bytes'): load_model(path)
+    file.write_bytes(data[:-1]+bytes([data[-1]^1]))
+    with pytest.raises(ValueError, match='checksum'): load_model(path)
+    file.unlink()
+    with pytest.raises(ValueError, match='must be readable'): load_model(path)
+    file.mkdir()
+    with pytest.raises(ValueError, match='regular file'): load_model(path)
+    file.rmdir()
+    if os.name!='nt':
+        for target in ('/dev/zero', '/etc/hostname'):       # never ends, or is somebody else's
+            file.symlink_to(target)
+            with pytest.raises(ValueError, match='regular file|bytes|readable'): load_model(path)
+            file.unlink()
+        os.mkfifo(file)                                      # would block
+        with pytest.raises(ValueError, match='regular file'): load_model(path)
+        file.unlink()
+        (path/'model.json').unlink()
+        (path/'model.json').symlink_to('/dev/zero')
+        with pytest.raises(ValueError, match='regular file'): load_model(path)
+    with pytest.raises(ValueError, match='readable'): load_model(path/'nothing')
+
+
+class Runs:
+    def __init__(self, marker): self.marker = marker
+    def __reduce__(self): return open,(str(self.marker), 'w')
+
+def test_nothing_in_the_folder_is_executed(path, tmp_path):
+    import pickle
+    marker = tmp_path/'ran'
+    bad = pickle.dumps(Runs(marker))
+    file = path/description(path)['tensors']['file']
+    for target in (file, path/'model.json'):
+        good = target.read_bytes()
+        for data in (bad, bad+b'\0'*(len(good)-len(bad))):
+            target.write_bytes(data)
+            with pytest.raises(ValueError): load_model(path)
+        target.write_bytes(good)
+    for extra in ('model.pkl','model.pth','__init__.py'): (path/extra).write_bytes(bad)
+    load_model(path)
+    assert not marker.exists()
+
+
+# Other kinds of models
+
+def calibrated(learn, *args, **kw):
+    learn.calibrate(*args, **kw)
+    return learn
+
+def blend():
+    learn = small(classes())
+    learn.model = BlendedModel([learn.model, small(classes(), seed=1).model], average='softmax')
+    return learn
+
+def pruned(columns):
+    learn = small()
+    layer = learn.model.layers[0][0]
+    with torch.no_grad():
+        learn.model.layers[1][0].weight[:,:5] = 0       # their units are gone
+        if columns: layer.weight[:,-1] = 0
+    learn.model = compact(learn.model)
+    return learn
+
+KINDS = dict(blend=blend, split=lambda: calibrated(small()), temperature=lambda: calibrated(small(classes())), compact=lambda: pruned(False),
+             groups=lambda: calibrated(small(), .5, by='a', group='color', last=9, half_life=3.), quantiles=quantiles,
+             noise=lambda: calibrated(small(noise='mixture', config=config(members=2)), method='local'))
+
+@pytest.fixture(scope='module')
+def saved_kinds(tmp_path_factory):
+    path = tmp_path_factory.mktemp('kinds')
+    return {n: (learn, save_model(learn, path/n)) for n,learn in ((n, f()) for n,f in KINDS.items())}
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_other_kinds_of_models_come_back(saved_kinds, kind):
+    learn,path = saved_kinds[kind]
+    again = load_model(path)
+    df = frame_for(learn)
+    assert torch.equal(preds(again, df), preds(learn, df)) and repr(again.model)==repr(learn.model)
+    a,b = calibration_of(learn),calibration_of(again)
+    assert (a is None)==(b is None) and (a is None or str(a.settings())==str(b.settings()))
+
+def test_a_compact_model_without_some_columns_is_refused_by_name(tmp_path):
+    with pytest.raises(TypeError, match='the model must be.*got CompactModel'): save_model(pruned(True), tmp_path/'m')
+    assert not (tmp_path/'m').exists()
+
+OTHER_FIELDS = [
+    ('blend', ['network','models'], [], 'network.models'), ('blend', ['network','models'], {}, 'network.models'), ('blend', ['network','models',1,'out_sz'], 3, 'tensor|same columns'),
+    ('blend', ['network','models',1,'emb_szs',0,0], 9, 'same columns'), ('blend', ['network','models',1,'n_cont'], 1, 'same columns'), ('blend', ['network','average'], 'max', 'network.average'),
+    ('blend', ['network','temperature'], 0, 'network.temperature'), ('blend', ['network','temperature'], 'x', 'network.temperature'), ('blend', ['network','more'], 1, "'more'"),
+    ('blend', ['network','models',1,'class'], 'Sequential', 'network.class'), ('blend', ['network','class'], 'BoostedModel', 'network'), ('blend', ['network','class'], 'AveragedModel', 'network'),
+    ('split', ['calibration','level'], 1.5, 'calibration.level'), ('split', ['calibration','method'], 'eval', 'calibration.method'), ('split', ['calibration','n_rows'], HUGE, 'calibration.scores'),
+    ('split', ['calibration','n_targets'], 2, 'calibration.scores'), ('split', ['calibration','n_rows'], -1, 'calibration.n_rows'), ('split', ['calibration','fitted'], True, 'calibration.noise'),
+    ('split', ['calibration','by'], 'a', 'calibration.times'), ('split', ['calibration','group'], 'color', 'calibration.groups'), ('split', ['calibration','by'], 3, 'calibration.by'),
+    ('split', ['calibration'], None, 'no tensor .calibration'), ('split', ['calibration','method'], 'temperature', 'no tensor .calibration'),
+    ('temperature', ['calibration','temperature'], -1, 'calibration.temperature'), ('temperature', ['calibration','method'], 'split', 'calibration.scores'),
+    ('groups', ['calibration','groups',0], 3, 'calibration.groups'), ('groups', ['calibration','groups'], ['red'], 'calibration.groups'), ('groups', ['calibration','last'], 0, 'calibration.last'),
+    ('groups', ['calibration','half_life'], 0, 'calibration.half_life'), ('groups', ['calibration','half_life'], 'x', 'calibration.half_life'), ('groups', ['calibration','last'], 2.5, 'calibration.last'),
+    ('groups', ['calibration','by'], None, 'calibration.times'), ('groups', ['calibration','group'], None, 'calibration.groups'),
+    ('quantiles', ['table','procs',3,'n'], HUGE, 'quantiles'), ('quantiles', ['table','procs',3,'n'], 0, 'no tensor .quantiles'), ('quantiles', ['table','procs',3,'output_distribution'], 'x', r'table.procs\[3\]'),
+    ('quantiles', ['table','procs',3,'n_quantiles'], ..., r'table.procs\[3\]'), ('quantiles', ['table','procs',3,'more'], 1, "'more'"),
+    ('quantiles', ['table','procs',0,'fill_strategy'], 'eval', r'table.procs\[0\].fill_strategy'), ('quantiles', ['table','procs',0,'na_dict','columns'], ['a'], r'table.procs\[0\].na_dict'),
+    ('quantiles', ['table','procs',0,'with_gaps'], 'a', r'table.procs\[0\].with_gaps'), ('quantiles', ['table','procs',0,'add_col'], 1, r'table.procs\[0\].add_col'),
+    ('noise', ['network','noise','kind'], 'x', 'network.noise.kind'), ('noise', ['network','noise','n_parts'], HUGE, 'network.out_sz'), ('noise', ['network','noise','n_levels'], 1, 'network.noise.n_levels'),
+    ('noise', ['network','noise','beta'], 1, 'network.noise.beta'), ('noise', ['network','noise','n_targets'], 0, 'network.noise.n_targets'), ('noise', ['network','y_range'], [0,1], 'network.y_range'),
+    ('noise', ['loss','sd'], [1,1], 'loss.sd'), ('noise', ['loss','sd'], [0], 'loss.sd'), ('noise', ['loss','n_parts'], 7, 'loss.n_parts'), ('noise', ['loss','reduction'], 'x', 'loss.reduction'),
+    ('compact', ['network','layers',0], 12, 'layers.0.0.weight'), ('compact', ['network','ps'], [0], 'network.ps'), ('compact', ['network','class'], 'CompactModel', 'network.class')]
+
+@pytest.mark.parametrize('kind,where,value,named', OTHER_FIELDS, ids=lambda v: '.'.join(map(str, v)) if isinstance(v, list) and v and isinstance(v[0], str) else None)
+def test_a_field_of_other_kinds_that_does_not_fit_is_refused_by_name(saved_kinds, tmp_path, kind, where, value, named):
+    path = Path(shutil.copytree(saved_kinds[kind][1], tmp_path/'m'))
+    config = description(path)
+    put(config, where, value)
+    write(path, config)
+    with pytest.raises(ValueError, match=named): load_model(path)
+
+
+def test_lists_are_refused_that_say_a_thing_twice(saved_kinds, path, tmp_path):
+    quantiles = Path(shutil.copytree(saved_kinds['quantiles'][1], tmp_path/'q'))
+    config = description(quantiles)
+    config['table']['procs'].append(config['table']['procs'][3] | dict(n=2**34))        # 128 GiB
+    write(quantiles, config)
+    with pytest.raises(ValueError, match='one QuantileNormalize'): load_model(quantiles)
+    config = description(path)
+    config['callbacks'].append(config['callbacks'][0])
+    write(path, config)
+    with pytest.raises(ValueError, match='one FrozenZeroInit'): load_model(path)
+
+def test_containers_are_not_nested_without_end(saved_kinds, tmp_path):
+    path = Path(shutil.copytree(saved_kinds['blend'][1], tmp_path/'m'))
+    config = description(path)
+    for _ in range(3): config['network'] = config['network'] | dict(models=[config['network']])
+    write(path, config)
+    with pytest.raises(ValueError, match='3 levels deep'): load_model(path)
