@@ -73,6 +73,9 @@ class VariationalDropConnect(RecordingCallback):
         self.warm = check_p(warm, 'warm')
         self.kl = check_positive(kl, 'kl')
 
+    @property
+    def removes_at_end(self) -> bool: return not self.record.masks      # `ZeroRestarts` asks
+
     def selected(self) -> dict: # From name to layer
         "Return the layers that get noise"
         layers = select_layers(inner_model(self.learn.model), self.layers)
