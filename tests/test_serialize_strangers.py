@@ -54,7 +54,10 @@ FIELDS = [ # where, what, what the message names
     (['snapshots','average'], ['median',-1], 'snapshots.average'), (['snapshots','mean'], True, 'mean.'), (['snapshots'], 3, 'snapshots'), (['calibration'], {}, 'calibration'),
     (['snapshots','average'], 'mean', 'snapshots.average'), (['snapshots','average'], ['mean'], 'snapshots.average'), (['snapshots','average'], ['mean',1.5], 'snapshots.average'),
     (['snapshots','average'], ['mean',9], 'snapshots.average'), (['snapshots','more'], 1, "'more'"), (['snapshots','rows'], [1], 'snapshots.rows'), (['snapshots','cycles'], ['0',1,2], 'snapshots.cycles'),
-    (['table','cat_names',0], 3, 'table.cat_names'), (['table','loaders'], [1], 'table.loaders'), (['callbacks'], [1], 'callbacks')]
+    (['table','cat_names',0], 3, 'table.cat_names'), (['table','loaders'], [1], 'table.loaders'), (['callbacks'], [1], 'callbacks'), (['callbacks',0,'masks'], [['x']], 'callbacks'),
+    (['network'], 3, 'network'), (['table'], 3, 'table'), (['loss'], [], 'loss'), (['training'], [], 'training'), (['table','y_names'], [1], 'table.y_names'),
+    (['network','act','more'], 1, "'more'"), (['network','num_embeddings','more'], 1, "'more'"), (['network','members','more'], 1, "'more'"),
+    (['network','emb_szs',0], 3, 'network.emb_szs'), (['network','emb_szs',0], [3], 'network.emb_szs'), (['network','emb_szs',0], [3,2,1], 'network.emb_szs')]
 
 @pytest.mark.parametrize('where,value,named', FIELDS, ids=lambda v: '.'.join(map(str, v)) if isinstance(v, list) and v and isinstance(v[0], str) else None)
 def test_a_field_that_does_not_fit_is_refused_by_name(path, where, value, named, monkeypatch):
@@ -257,6 +260,7 @@ OTHER_FIELDS = [
     ('quantiles', ['table','procs',0,'fill_strategy'], 'eval', r'table.procs\[0\].fill_strategy'), ('quantiles', ['table','procs',0,'na_dict','columns'], ['a'], r'table.procs\[0\].na_dict'),
     ('quantiles', ['table','procs',0,'with_gaps'], 'a', r'table.procs\[0\].with_gaps'), ('quantiles', ['table','procs',0,'add_col'], 1, r'table.procs\[0\].add_col'),
     ('noise', ['network','noise','kind'], 'x', 'network.noise.kind'), ('noise', ['network','noise','n_parts'], HUGE, 'network.out_sz'), ('noise', ['network','noise','n_levels'], 1, 'network.noise.n_levels'),
+    ('noise', ['network','noise','more'], 1, "'more'"),
     ('noise', ['network','noise','beta'], 1, 'network.noise.beta'), ('noise', ['network','noise','n_targets'], 0, 'network.noise.n_targets'), ('noise', ['network','y_range'], [0,1], 'network.y_range'),
     ('noise', ['loss','sd'], [1,1], 'loss.sd'), ('noise', ['loss','sd'], [0], 'loss.sd'), ('noise', ['loss','n_parts'], 7, 'loss.n_parts'), ('noise', ['loss','reduction'], 'x', 'loss.reduction'),
     ('compact', ['network','layers',0], 12, 'layers.0.0.weight'), ('compact', ['network','ps'], [0], 'network.ps'), ('compact', ['network','class'], 'CompactModel', 'network.class')]
