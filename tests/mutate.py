@@ -104,6 +104,7 @@ def main():
     parser.add_argument('--n', type=int, default=200, help='mutants')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--modules', nargs='*', default=list(TESTS), choices=list(TESTS))
+    parser.add_argument('--skip', type=int, default=0, help='mutants of the same seed that an earlier run has done')
     parser.add_argument('--timeout', type=float, default=600, help='seconds for the tests of one mutant')
     parser.add_argument('--trust', action='store_true', help='do not run the tests without a change first')
     parser.add_argument('--seconds', type=float, default=float('inf'), help='stop after this long')
@@ -111,7 +112,7 @@ def main():
     files = {m: Path(LIB)/f'{m.replace(".", "/")}.py' for m in args.modules}
     sources = {m: (ROOT/f).read_text() for m,f in files.items()}
     every = [(m,*mutant) for m in args.modules for mutant in mutants(sources[m])]
-    sample = random.Random(args.seed).sample(every, min(args.n, len(every)))
+    sample = random.Random(args.seed).sample(every, min(args.n, len(every)))[args.skip:]
     start,results,clean = time.time(),[],{}
     with tempfile.TemporaryDirectory() as d:
         folder = Path(d)

@@ -7,6 +7,7 @@ from fastai.learner import load_learner
 from fastai.tabular.core import TabularPandas
 from fastai.tabular.learner import tabular_learner
 from fastai_dropconnect.bulldozers.data import *
+from fastai_dropconnect.tabular import source
 from fastai_dropconnect.tabular.data import DataError, time_split
 from fastai_dropconnect.tabular.procs import FillMissingAnywhere
 from fastai_dropconnect.bulldozers.synthetic import *
@@ -149,6 +150,18 @@ def test_parquet_and_arrow_as_csv(small, tmp_path):
     (tmp_path/'b.parquet').write_bytes(b'a,b')
     with pytest.raises(DataError, match='b.parquet: cannot be read'): read_bulldozers(tmp_path/'b.parquet')
     with pytest.raises(DataError, match='c.parquet: no such file'): read_bulldozers(tmp_path/'c.parquet')
+
+
+@pytest.mark.parametrize('name,limit,unit', [('Train.parquet', 'MAX_CELLS', 'cells'), ('Train.parquet', 'MAX_BYTES', 'bytes unpacked'), ('Train.arrow', 'MAX_BYTES', 'bytes unpacked')])
+def test_large_tables_are_refused_by_what_they_say_and_by_what_is_read(small, tmp_path, monkeypatch, name, limit, unit):
+    small.to_parquet(tmp_path/'Train.parquet')
+    small.to_feather(tmp_path/'Train.arrow')
+    monkeypatch.setattr(source, limit, 1000)
+    with pytest.raises(DataError, match=f'{name}: [0-9,]+ {unit}; more than 1,000 are refused without `allow_large`'): read_bulldozers(tmp_path/name)
+    assert len(read_bulldozers(tmp_path/name, allow_large=True))==len(small)
+    if limit=='MAX_BYTES':          # a file that understates its size
+        monkeypatch.setattr(source, '_unpacked_size', lambda dataset: 0)
+        with pytest.raises(DataError, match=f'{name}: [0-9,]+ {unit}'): read_bulldozers(tmp_path/name)
 
 
 # --- features, split, encoding

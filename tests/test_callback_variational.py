@@ -96,3 +96,15 @@ def test_lr_find_changes_nothing_and_other_layers_are_refused(tmp_path):
     with pytest.raises(TypeError, match='got layers.0.0 of type MaskedEnsembleLinear'): ensemble.variational_drop_connect.selected()
     for kw in (dict(kl=0), dict(sigma_lr=-1), dict(warm=1)):
         with pytest.raises(ValueError, match=f'`{next(iter(kw))}` must be'): VariationalDropConnect(**kw)
+
+
+def test_snapshots_before_the_removal_are_refused(tmp_path):
+    learn = make_learn(eager(), path=tmp_path)
+    with pytest.raises(ValueError, match='remove variational_drop_connect'): learn.fit_zero_restarts(2, 1)
+    assert not learn.variational_drop_connect.record.masks
+    fit(learn)
+    learn.fit_zero_restarts(2, 1)       # removed already
+    zeros = [~m for m in map(learn.variational_drop_connect.record.__getitem__, learn.variational_drop_connect.record)]
+    for c in learn.snapshot_ensemble.record:
+        state = learn.snapshot_ensemble.record[c]
+        assert not any(state[n][z].any() for n,z in zip(learn.variational_drop_connect.record, zeros))

@@ -219,6 +219,22 @@ def test_autocast(mode, drop_bias, dtype):
     with torch.autocast('cpu', dtype=dtype): assert layer64(x64).dtype == F.linear(x64, layer64.weight).dtype
 
 
+@more_cases
+def test_layers_and_models_under_autocast(case):
+    "Training gives finite gradients in the parameters' type, and eval what full precision gives, rounded"
+    model,_,args = case()
+    torch.manual_seed(0)
+    with torch.autocast('cpu', torch.bfloat16): loss = model(*args).float().square().mean()
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert loss.isfinite() and grads and all(g.dtype==torch.float32 and g.isfinite().all() for g in grads) and any(g.any() for g in grads)
+    model.eval()
+    want = model(*args)
+    with torch.autocast('cpu', torch.bfloat16): got = model(*args)
+    assert got.shape==want.shape and (got.float()-want).abs().mean() < .03*want.abs().mean()
+    assert torch.equal(model(*args), want)      # nothing of half precision stays
+
+
 def test_gaussian_of_small_weights_keeps_its_noise_in_half_precision():
     layer,x = linear('gaussian', n_in=100, n_out=1, bias=False),torch.ones(4000, 100)
     with torch.no_grad(): layer.weight.fill_(1e-4)      # its square is 0 in float16

@@ -10,6 +10,7 @@ from fastai_dropconnect.callback.gates import FeatureGates
 from fastai_dropconnect.callback.hard_concrete import HardConcrete
 from fastai_dropconnect.callback.penalty import GroupLasso
 from fastai_dropconnect.callback.prune import GradualPruning
+from fastai_dropconnect.sparsity.core import MaskRecord
 from fastai_dropconnect.tabular.resnet import tabular_resnet_config
 from conftest import make_dls, make_table
 
@@ -113,3 +114,16 @@ def test_validate_get_preds_and_lr_find_change_nothing(name, tmp_path):
         learn.lr_find(show_plot=False, num_it=12)
         assert torch.equal(learn.get_preds()[0], preds)
     for k,v in learn.model.state_dict().items(): assert torch.equal(v, state[k]), k
+
+
+@pytest.mark.parametrize('name', LEARNERS)
+def test_fits_under_autocast(name, tmp_path):
+    "All callbacks train in half precision, and hold what they hold"
+    learn = learner(**LEARNERS[name], path=tmp_path)
+    with quiet(learn): fit(learn, 2, cbs=Autocast())
+    assert torch.stack(learn.recorder.losses).isfinite().all() and learn.get_preds()[0].dtype==torch.float32
+    for n,p in learn.model.named_parameters(): assert p.dtype==torch.float32 and p.isfinite().all(), n
+    params = dict(learn.model.named_parameters())
+    for cb in learn.cbs:
+        if not isinstance(getattr(cb, 'record', None), MaskRecord) or not getattr(cb, 'mask_grads', True): continue
+        for n in cb.record: assert (params[n][~cb.record[n]]==0).all(), n

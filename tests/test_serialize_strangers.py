@@ -51,7 +51,13 @@ FIELDS = [ # where, what, what the message names
     (['callbacks',0,'per'], 'col', '`per`'), (['callbacks',0,'masks'], ['layers.9.weight'], 'layers.9.weight'), (['callbacks',0,'masks'], ['layers.0.2.weight'], 'mask.layers.0.2'),
     (['callbacks',0,'masks'], [], 'no tensor .mask'), (['callbacks',0,'seed'], 'x', 'seed'), (['snapshots','cycles'], [0,0,1], 'snapshots.cycles'),
     (['snapshots','cycles'], [0,1], 'no tensor .snapshot.2'), (['snapshots','cycles'], [0,1,2,3], 'snapshot.3'), (['snapshots','use'], 'weights', 'snapshots.use'),
-    (['snapshots','average'], ['median',-1], 'snapshots.average'), (['snapshots','mean'], True, 'mean.'), (['snapshots'], 3, 'snapshots'), (['calibration'], {}, 'calibration')]
+    (['snapshots','average'], ['median',-1], 'snapshots.average'), (['snapshots','mean'], True, 'mean.'), (['snapshots'], 3, 'snapshots'), (['calibration'], {}, 'calibration'),
+    (['snapshots','average'], 'mean', 'snapshots.average'), (['snapshots','average'], ['mean'], 'snapshots.average'), (['snapshots','average'], ['mean',1.5], 'snapshots.average'),
+    (['snapshots','average'], ['mean',9], 'snapshots.average'), (['snapshots','more'], 1, "'more'"), (['snapshots','rows'], [1], 'snapshots.rows'), (['snapshots','cycles'], ['0',1,2], 'snapshots.cycles'),
+    (['table','cat_names',0], 3, 'table.cat_names'), (['table','loaders'], [1], 'table.loaders'), (['callbacks'], [1], 'callbacks'), (['callbacks',0,'masks'], [['x']], 'callbacks'),
+    (['network'], 3, 'network'), (['table'], 3, 'table'), (['loss'], [], 'loss'), (['training'], [], 'training'), (['table','y_names'], [1], 'table.y_names'),
+    (['network','act','more'], 1, "'more'"), (['network','num_embeddings','more'], 1, "'more'"), (['network','members','more'], 1, "'more'"),
+    (['network','emb_szs',0], 3, 'network.emb_szs'), (['network','emb_szs',0], [3], 'network.emb_szs'), (['network','emb_szs',0], [3,2,1], 'network.emb_szs')]
 
 @pytest.mark.parametrize('where,value,named', FIELDS, ids=lambda v: '.'.join(map(str, v)) if isinstance(v, list) and v and isinstance(v[0], str) else None)
 def test_a_field_that_does_not_fit_is_refused_by_name(path, where, value, named, monkeypatch):
@@ -61,7 +67,7 @@ def test_a_field_that_does_not_fit_is_refused_by_name(path, where, value, named,
     with pytest.raises(ValueError, match=named): load_model(path)
 
 
-CATEGORIES = [(dict(kind='int'), 'kind'), (dict(values=[{}]), 'of kind'), (dict(values=['a']*1000), 'at most'), (dict(kind='os.system'), 'kind'), (dict(column=1), 'column')]
+CATEGORIES = [(dict(kind='int'), 'kind'), (dict(values=[{}]), 'of kind'), (dict(values=['a']*1000), 'at most'), (dict(kind='os.system'), 'kind'), (dict(column=1), 'column'), (dict(column=['color']), 'column')]
 
 @pytest.mark.parametrize('change,named', CATEGORIES)
 def test_categories_that_do_not_fit_are_refused(path, change, named):
@@ -244,6 +250,7 @@ OTHER_FIELDS = [
     ('split', ['calibration','n_targets'], 2, 'calibration.scores'), ('split', ['calibration','n_rows'], -1, 'calibration.n_rows'), ('split', ['calibration','fitted'], True, 'calibration.noise'),
     ('split', ['calibration','by'], 'a', 'calibration.times'), ('split', ['calibration','group'], 'color', 'calibration.groups'), ('split', ['calibration','by'], 3, 'calibration.by'),
     ('split', ['calibration'], None, 'no tensor .calibration'), ('split', ['calibration','method'], 'temperature', 'no tensor .calibration'),
+    ('split', ['calibration','more'], 1, "'more'"),
     ('temperature', ['calibration','temperature'], -1, 'calibration.temperature'), ('temperature', ['calibration','method'], 'split', 'calibration.scores'),
     ('groups', ['calibration','groups',0], 3, 'calibration.groups'), ('groups', ['calibration','groups'], ['red'], 'calibration.groups'), ('groups', ['calibration','last'], 0, 'calibration.last'),
     ('groups', ['calibration','half_life'], 0, 'calibration.half_life'), ('groups', ['calibration','half_life'], 'x', 'calibration.half_life'), ('groups', ['calibration','last'], 2.5, 'calibration.last'),
@@ -253,6 +260,7 @@ OTHER_FIELDS = [
     ('quantiles', ['table','procs',0,'fill_strategy'], 'eval', r'table.procs\[0\].fill_strategy'), ('quantiles', ['table','procs',0,'na_dict','columns'], ['a'], r'table.procs\[0\].na_dict'),
     ('quantiles', ['table','procs',0,'with_gaps'], 'a', r'table.procs\[0\].with_gaps'), ('quantiles', ['table','procs',0,'add_col'], 1, r'table.procs\[0\].add_col'),
     ('noise', ['network','noise','kind'], 'x', 'network.noise.kind'), ('noise', ['network','noise','n_parts'], HUGE, 'network.out_sz'), ('noise', ['network','noise','n_levels'], 1, 'network.noise.n_levels'),
+    ('noise', ['network','noise','more'], 1, "'more'"),
     ('noise', ['network','noise','beta'], 1, 'network.noise.beta'), ('noise', ['network','noise','n_targets'], 0, 'network.noise.n_targets'), ('noise', ['network','y_range'], [0,1], 'network.y_range'),
     ('noise', ['loss','sd'], [1,1], 'loss.sd'), ('noise', ['loss','sd'], [0], 'loss.sd'), ('noise', ['loss','n_parts'], 7, 'loss.n_parts'), ('noise', ['loss','reduction'], 'x', 'loss.reduction'),
     ('compact', ['network','layers',0], 12, 'layers.0.0.weight'), ('compact', ['network','ps'], [0], 'network.ps'), ('compact', ['network','class'], 'CompactModel', 'network.class')]

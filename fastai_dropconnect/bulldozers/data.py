@@ -32,12 +32,13 @@ def _as_text(col, dtype):
     text = col.astype(object).map(str, na_action='ignore')
     return text.where(col.notna() & (text!=''), np.nan).astype(dtype)
 
-def _read_table(path, prefer, **kwargs):
+def _read_table(path, prefer, allow_large=False):
     "Return Kaggle's columns of a CSV, zip, Parquet or Arrow file as text, and the file's name"
-    if Path(path).suffix.lower() not in TABLE_SUFFIXES or Path(path).is_dir(): return _read_text(path, prefer, **kwargs)
+    path = Path(path)
+    if path.suffix.lower() not in TABLE_SUFFIXES or path.is_dir(): return _read_text(path, prefer, allow_large)
     dataset = open_dataset(path, [])
     columns = [c for c in dataset.schema.names if c in KAGGLE_COLUMNS.index]
-    raw = read_frame(dataset, columns)
+    raw = read_frame(dataset, columns, allow_large)
     return pd.DataFrame({c: _as_text(raw[c], pd.Series(['text']).dtype) for c in columns}), str(path)
 
 # %% ../../nbs/510_bulldozers.data.ipynb #21465460
@@ -97,11 +98,11 @@ def _prices(raw, name):
 def read_bulldozers(
     path:str|Path, # Kaggle's `TrainAndValid.csv` or `Train.csv`, a `.zip` that holds one, or the same as Parquet
     test:bool=False, # Read a file to predict: it must have `SalesID`, and prices are dropped
-    allow_large:bool=False # Read a CSV whatever its size, also if it unpacks to gigabytes
+    allow_large:bool=False # Read a file whatever its size, also if it unpacks to gigabytes
 ) -> pd.DataFrame: # One row per sale; Kaggle's columns that the file has, typed by `with_column_types`
     "Read and check Kaggle's file, ignoring unknown columns"
     prefer = ['Test.csv','Valid.csv'] if test else ['TrainAndValid.csv','Train.csv']
-    raw, name = _read_table(path, prefer, allow_large=allow_large)
+    raw, name = _read_table(path, prefer, allow_large)
     _check_columns(raw, name, test)
     if test:
         raw = raw.drop(columns='SalePrice', errors='ignore')

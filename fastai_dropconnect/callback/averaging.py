@@ -110,8 +110,8 @@ class BestAverage(LeanCallback):
 
     def _check_schedules(self):
         others = [cb.name for cb in self.learn.cbs if getattr(cb, 'needs_whole_fit', False)]
-        if others: raise ValueError('BestAverage stops a fit when it will, but these callbacks act at shares of a whole '
-                                    f'fit: remove {", ".join(others)}')
+        if others: raise ValueError('BestAverage stops a fit when it will, but these callbacks act at shares of a '
+                                    f'whole fit: remove {", ".join(others)}')
 
 # %% ../../nbs/357_callback.averaging.ipynb #745c5ad7
 @torch.no_grad()

@@ -77,6 +77,9 @@ class LearnedDrop(RecordingCallback):
 
     def make_part(self, layer:nn.Module): raise NotImplementedError
 
+    @property
+    def removes_at_end(self) -> bool: return not self.record.masks      # `ZeroRestarts` asks
+
     def selected(self) -> dict: # From name to layer
         "Return the layers that this callback acts on"
         layers = select_layers(inner_model(self.learn.model), self.layers)

@@ -98,11 +98,18 @@ def _check_weights(self:ZeroRestarts):
                          f'a copy of the weights (or use `to_fp16`), got zeros in {", ".join(weights)}')
 
 @patch
+def _check_others(self:ZeroRestarts):
+    late = [cb.name for cb in self.learn.cbs if getattr(cb, 'removes_at_end', False)]
+    if late: raise ValueError('ZeroRestarts takes its snapshots before these callbacks remove weights, at the end of '
+                              f'the fit: remove {", ".join(late)}')
+
+@patch
 def before_fit(self:ZeroRestarts):
     if self.learn.lock.locked(): return
     self.end_fit()
     if hasattr(self.learn, 'lr_finder'): return
     self._check_weights()
+    self._check_others()
     self._added = not self.learn._grab_cbs(SnapshotEnsemble)
     self._ensemble = snapshot_ensemble(self.learn)
     self._ensemble.record.claim(model_folder(self.learn, self.folder), self._resumes, self.overwrite)
