@@ -143,6 +143,11 @@ class _Job:
     out:Path # Folder for the results
     test:'pd.DataFrame|None' = None # Sales to predict
 
+    @property
+    def log_prices(self): # Of the validation sales
+        from fastai_dropconnect.bulldozers.data import LOG_PRICE
+        return self.to.valid.ys[LOG_PRICE].to_numpy('float64')
+
     def heading(self) -> str:
         n, k = len(self.to.train), len(self.to.valid)
         seeds = f'seed{"s" if len(self.seeds)>1 else ""} {", ".join(map(str, self.seeds))}'
@@ -176,9 +181,9 @@ def _sales(data, rows, allow_large):
 
 # %% ../nbs/600_cli.ipynb #58991a7b
 def _prepare(data, test, models, weight_p, sparsity, epochs, bs, layers, cycles, seed, seeds, valid_from, out, rows,
-             allow_large=False):
+             allow_large=False, noise=None, level=.9):
     "Read and check everything that can be checked before training"
-    settings = NetSettings(epochs, bs, parse_layers(layers), weight_p, sparsity, cycles)
+    settings = NetSettings(epochs, bs, parse_layers(layers), weight_p, sparsity, cycles, noise=noise, level=level)
     seeds = parse_seeds(seed, seeds)
     if valid_from is not None: check_date(valid_from, 'valid_from')
     check_path(data, 'data')
@@ -209,15 +214,22 @@ def _figures(job, fits, board, preds):
     return figures
 
 # %% ../nbs/600_cli.ipynb #5967827a
+def _export(learn, path, level):
+    "Calibrate a Learner on its validation rows, and export it"
+    with learn.no_bar(): learn.calibrate(level)
+    learn.export(path)
+
 def _writers(job, fits, board):
     "Return a function that writes each file of a run"
+    from fastai_dropconnect.bulldozers.intervals import with_interval
     from fastai_dropconnect.compare import submission, valid_predictions
     preds = valid_predictions(job.df, job.to, fits, list(board.model))
+    preds = with_interval(preds, fits, board.model[0], job.log_prices, job.settings.level)
     def csv(frame): return lambda path: quote_formulas(frame).to_csv(path, index=False)
     writers = {'leaderboard.csv': csv(board.round(6)), 'predictions.csv': csv(preds)}
     writers |= {name: figure.savefig for name,figure in _figures(job, fits, board, preds).items()}
     learners = [f.learn for f in fits if f.learn is not None]
-    if learners: writers['export.pkl'] = learners[0].export
+    if learners: writers['export.pkl'] = lambda path: _export(learners[0], path, job.settings.level)
     if job.test is not None: writers['submission.csv'] = csv(submission(job.test, fits, board.model[0]))
     return writers
 
@@ -225,15 +237,17 @@ def _writers(job, fits, board):
 def _run(job):
     "Train, write the results, and print the leaderboard"
     from fastai_dropconnect.bulldozers.data import encode_sales
+    from fastai_dropconnect.bulldozers.intervals import with_interval_scores
     from fastai_dropconnect.compare import board_text, fit_models, leaderboard
     print(job.heading(), flush=True)
     new = None if job.test is None else encode_sales(job.to.train, job.test)
     fits = fit_models(job.to, job.models, job.seeds, job.settings, new, _say)
-    board = leaderboard(fits, job.models)
+    board = with_interval_scores(leaderboard(fits, job.models), fits, job.log_prices, job.settings.level)
     writers = _writers(job, fits, board)
     write_results(job.out, writers)
     written = ', '.join(n for n in OUTPUTS if n in writers)
-    print(f'\nValidation RMSE of the log price\n{board_text(board)}\n\nWritten to {_printable(job.out)}: {written}')
+    what = f'Validation RMSE of the log price; coverage and Winkler score of {job.settings.level:.0%} intervals'
+    print(f'\n{what}\n{board_text(board)}\n\nWritten to {_printable(job.out)}: {written}')
     return board
 
 # %% ../nbs/600_cli.ipynb #bf9c7de5
@@ -252,11 +266,13 @@ def compare_on_bulldozers(
     valid_from:str=None, # First day of the validation period, such as 2011-10-01; by default the last fifth validates
     out:str='bulldozers_out', # Folder for the results
     rows:int=10000, # Number of synthetic sales
-    allow_large:bool=False # Read files of any size, also those that unpack to gigabytes
+    allow_large:bool=False, # Read files of any size, also those that unpack to gigabytes
+    noise:str=None, # Let networks predict distributions: 'quantile', 'mixture' or 'gaussian'
+    level:float=.9 # Share of prices that intervals should hold
 ): # The leaderboard, a `pd.DataFrame`
     "Compare networks with and without DropConnect, zeros and members to scikit-learn's trees on bulldozer prices"
     job = _prepare(data, test, models, weight_p, sparsity, epochs, bs, layers, cycles, seed, seeds, valid_from,
-                   out, rows, allow_large)
+                   out, rows, allow_large, noise, level)
     return _run(job)
 
 # %% ../nbs/600_cli.ipynb #ccdbfb69

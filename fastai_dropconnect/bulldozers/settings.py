@@ -8,7 +8,7 @@ __all__ = ['DEFAULT_MODELS', 'NetSettings', 'parse_layers', 'parse_seeds']
 # %% ../../nbs/515_bulldozers.settings.ipynb #1973365b
 import re
 from dataclasses import dataclass
-from ..checks import check_int, check_p, check_positive
+from ..checks import check_choice, check_int, check_p, check_positive
 
 # %% ../../nbs/515_bulldozers.settings.ipynb #747cc707
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class NetSettings:
     sparsity:float=.7 # Share of the hidden weights that start at zero, `0 <= sparsity < 1`
     cycles:int=8 # Cycles of 2 epochs that zero restarts train for instead, at least 1
     lr:float=1e-2 # Highest learning rate of a cycle, above 0
+    noise:str=None # What networks predict: `None` for means, 'quantile', 'mixture' or 'gaussian' for distributions
+    level:float=.9 # Share of prices that intervals should hold, `0 <= level < 1`
 
     def __post_init__(self):
         check_int(self.epochs, 'epochs')
@@ -30,6 +32,8 @@ class NetSettings:
         check_p(self.weight_p, 'weight_p')
         check_p(self.sparsity, 'sparsity')
         check_positive(self.lr, 'lr')
+        check_choice(self.noise, 'noise', ('quantile','mixture','gaussian'), none=True)      # without torch
+        check_p(self.level, 'level')
 
 # %% ../../nbs/515_bulldozers.settings.ipynb #76f03be6
 def parse_layers(
