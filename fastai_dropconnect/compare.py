@@ -252,7 +252,8 @@ def board_text(
     "Return the leaderboard as text with aligned columns"
     cells = {'model': board.model, 'RMSE': board.rmse.map('{:.4f}'.format)}
     cells['+- sd'] = map(_spread_text, board.itertuples())
-    if 'winkler' in board: cells |= {'covered': board.coverage.map('{:.1%}'.format), 'Winkler': board.winkler.map('{:.4f}'.format)}
+    if 'winkler' in board:
+        cells |= {'covered': board.coverage.map('{:.1%}'.format), 'Winkler': board.winkler.map('{:.4f}'.format)}
     cells |= {'time': map(_time_text, board.itertuples()), 'size': map(_size_text, board.itertuples())}
     rows = [tuple(cells), *zip(*cells.values(), strict=True)]
     first,*widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

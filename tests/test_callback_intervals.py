@@ -1,5 +1,5 @@
 "Intervals beside predictions: `predict` of a row, `show_results`, with and without the fast path"
-import numpy as np, pandas as pd, pytest
+import numpy as np, pytest
 from fastai.tabular.all import load_learner, set_seed
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback import intervals

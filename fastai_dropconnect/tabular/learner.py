@@ -98,7 +98,9 @@ def _noise_parts(dls, noise, **free): # Head, loss, number of outputs
     y = torch.as_tensor(dls.train_ds.ys.to_numpy('float64'))
     mean,sd = y.mean(0),y.std(0)
     wrong = [n for n,v in zip(dls.y_names, sd.tolist()) if not 0<v<float('inf')]
-    if wrong: raise ValueError(f'`noise` needs finite targets that differ in the training rows, but those of {wrong} do not')
+    if wrong:
+        raise ValueError('`noise` needs finite targets that differ in the training rows, '
+                         f'but those of {wrong} do not')
     return NoiseHead(noise, mean, sd),NoiseLoss(noise, sd),len(sd)*noise.n_params
 
 # %% ../../nbs/340_tabular.learner.ipynb #a5f19cf2
