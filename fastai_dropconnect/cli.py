@@ -145,6 +145,11 @@ class _Job:
     test:'pd.DataFrame|None' = None # Sales to predict
     compact:bool = False # Export the small copy of the best network?
 
+    @property
+    def log_prices(self): # Of the validation sales
+        from fastai_dropconnect.bulldozers.data import LOG_PRICE
+        return self.to.valid.ys[LOG_PRICE].to_numpy('float64')
+
     def heading(self) -> str:
         n, k = len(self.to.train), len(self.to.valid)
         seeds = f'seed{"s" if len(self.seeds)>1 else ""} {", ".join(map(str, self.seeds))}'
@@ -178,9 +183,10 @@ def _sales(data, rows, allow_large):
 
 # %% ../nbs/600_cli.ipynb #58991a7b
 def _prepare(data, test, models, weight_p, sparsity, epochs, bs, layers, cycles, seed, seeds, valid_from, out, rows,
-             allow_large=False, target=20., compact=False):
+             allow_large=False, target=20., compact=False, noise=None, level=.9):
     "Read and check everything that can be checked before training"
-    settings = NetSettings(epochs, bs, parse_layers(layers), weight_p, sparsity, cycles, target=target)
+    settings = NetSettings(epochs, bs, parse_layers(layers), weight_p, sparsity, cycles, target=target, noise=noise,
+                           level=level)
     seeds = parse_seeds(seed, seeds)
     if valid_from is not None: check_date(valid_from, 'valid_from')
     check_path(data, 'data')
@@ -211,9 +217,10 @@ def _figures(job, fits, board, preds):
     return figures
 
 # %% ../nbs/600_cli.ipynb #5967827a
-def _export(learn, path, small):
-    "Export a Learner, or one with the compact copy of its model"
+def _export(learn, path, level, small):
+    "Calibrate a Learner on its validation rows, and export it, or one with the compact copy of its model"
     from fastai_dropconnect.callback.compact import compacted
+    with learn.no_bar(): learn.calibrate(level)
     with compacted(learn) if small else nullcontext(): learn.export(path)
 
 def _size_text(learn):
@@ -229,13 +236,16 @@ def _size_text(learn):
 
 def _writers(job, fits, board):
     "Return a function that writes each file of a run"
+    from fastai_dropconnect.bulldozers.intervals import with_interval
     from fastai_dropconnect.compare import submission, valid_predictions
     preds = valid_predictions(job.df, job.to, fits, list(board.model))
+    preds = with_interval(preds, fits, board.model[0], job.log_prices, job.settings.level)
     def csv(frame): return lambda path: quote_formulas(frame).to_csv(path, index=False)
     writers = {'leaderboard.csv': csv(board.round(6)), 'predictions.csv': csv(preds)}
     writers |= {name: figure.savefig for name,figure in _figures(job, fits, board, preds).items()}
     learners = [f.learn for f in fits if f.learn is not None]
-    if learners: writers['export.pkl'] = lambda path: _export(learners[0], path, job.compact)
+    if learners:
+        writers['export.pkl'] = lambda path: _export(learners[0], path, job.settings.level, job.compact)
     if job.test is not None: writers['submission.csv'] = csv(submission(job.test, fits, board.model[0]))
     return writers
 
@@ -243,17 +253,19 @@ def _writers(job, fits, board):
 def _run(job):
     "Train, write the results, and print the leaderboard"
     from fastai_dropconnect.bulldozers.data import encode_sales
+    from fastai_dropconnect.bulldozers.intervals import with_interval_scores
     from fastai_dropconnect.compare import board_text, fit_models, leaderboard
     print(job.heading(), flush=True)
     new = None if job.test is None else encode_sales(job.to.train, job.test)
     fits = fit_models(job.to, job.models, job.seeds, job.settings, new, _say)
-    board = leaderboard(fits, job.models)
+    board = with_interval_scores(leaderboard(fits, job.models), fits, job.log_prices, job.settings.level)
     writers = _writers(job, fits, board)
     write_results(job.out, writers)
     written = ', '.join(n for n in OUTPUTS if n in writers)
     learn = next((f.learn for f in fits if f.learn is not None), None)
     sizes = '' if learn is None else _size_text(learn)
-    print(f'\nValidation RMSE of the log price\n{board_text(board)}\n')
+    what = f'Validation RMSE of the log price; coverage and Winkler score of {job.settings.level:.0%} intervals'
+    print(f'\n{what}\n{board_text(board)}\n')
     if sizes: print(f'{sizes}\n')
     print(f'Written to {_printable(job.out)}: {written}')
     return board
@@ -276,11 +288,13 @@ def compare_on_bulldozers(
     rows:int=10000, # Number of synthetic sales
     allow_large:bool=False, # Read files of any size, also those that unpack to gigabytes
     target:float=20, # How many times fewer weights the model 'pruned' has in the end
-    compact:bool=False # Export the small copy of the best network, without the weights that have become useless
+    compact:bool=False, # Export the small copy of the best network, without the weights that have become useless
+    noise:str=None, # Let networks predict distributions: 'quantile', 'mixture' or 'gaussian'
+    level:float=.9 # Share of prices that intervals should hold
 ): # The leaderboard, a `pd.DataFrame`
     "Compare networks with and without DropConnect, zeros and members to scikit-learn's trees on bulldozer prices"
     job = _prepare(data, test, models, weight_p, sparsity, epochs, bs, layers, cycles, seed, seeds, valid_from,
-                   out, rows, allow_large, target, compact)
+                   out, rows, allow_large, target, compact, noise, level)
     return _run(job)
 
 # %% ../nbs/600_cli.ipynb #ccdbfb69

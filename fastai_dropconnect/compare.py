@@ -25,6 +25,7 @@ from sklearn.metrics import root_mean_squared_error
 from threadpoolctl import threadpool_limits
 from .bulldozers.data import LOG_PRICE
 from .bulldozers.settings import DEFAULT_MODELS, NetSettings
+from .callback.calibrate import predicted
 from .callback.snapshots import SnapshotEnsemble
 from .recipes import RECIPES, Recipe
 from .tabular.data import tabular_dls
@@ -74,6 +75,7 @@ class Fit:
     new_preds:np.ndarray|None=None # Predicted log prices of new sales, if there were any
     per_epoch:float|None=None # Seconds per epoch, validation included (networks)
     parameters:int|None=None # Parameters of all that is kept to predict (networks)
+    interval:tuple|None=None # Ends of the interval that a noise model predicts for the validation rows, log prices
     nodes:int|None=None # Nodes of all trees (random forest, extra trees)
     curve:pd.DataFrame|None=None # Losses and validation RMSE after each epoch (networks)
     learn:Learner|None=field(default=None, repr=False) # The trained `Learner` (networks)
@@ -117,8 +119,9 @@ def network_learner(
 ) -> Learner: # Not trained
     "Make the `Learner` of a network"
     y = to.train.ys[LOG_PRICE]
-    return recipe_with(name, settings).learner(tabular_dls(to, settings.bs), layers=list(settings.layers),
-                                               y_range=(y.min()-.2, y.max()+.2), metrics=rmse)
+    out = dict(noise=settings.noise) if settings.noise else dict(y_range=(y.min()-.2, y.max()+.2))
+    return recipe_with(name, settings).learner(tabular_dls(to, settings.bs), layers=list(settings.layers), metrics=rmse,
+                                               **out)
 
 # %% ../nbs/520_compare.ipynb #1928dc3a
 class _EpochDone(Callback):
@@ -134,6 +137,10 @@ def _curve(recorder):
 def _predict_log(learn, dl):
     "Predict the log prices of the rows of `dl`"
     with learn.no_bar(): return learn.get_preds(dl=dl)[0].squeeze(-1).double().numpy()
+
+def _predict_interval(learn, level):
+    distribution = predicted(learn, learn.dls.valid)[0].distribution
+    return None if distribution is None else tuple(v[:,0].double().numpy() for v in distribution.interval(level))
 
 def _predict_new(learn, new):
     return None if new is None else _predict_log(learn, learn.dls.valid.new(new))
@@ -166,7 +173,7 @@ def fit_network(
     preds = _predict_log(learn, learn.dls.valid)
     parameters = kept_networks(learn)*sum(p.numel() for p in learn.model.parameters())
     return Fit(name, seed, preds, _rmse(to, preds), seconds, _predict_new(learn, new), seconds/len(curve),
-               parameters, curve=curve, learn=learn)
+               parameters, curve=curve, learn=learn, interval=_predict_interval(learn, settings.level))
 
 # %% ../nbs/520_compare.ipynb #59f4efe0
 def ensemble_of(
@@ -244,8 +251,12 @@ def board_text(
     board:pd.DataFrame # From `leaderboard`
 ) -> str: # A table
     "Return the leaderboard as text with aligned columns"
-    rows = [(r.model, f'{r.rmse:.4f}', _spread_text(r), _time_text(r), _size_text(r)) for r in board.itertuples()]
-    rows = [('model','RMSE','+- sd','time','size'), *rows]
+    cells = {'model': board.model, 'RMSE': board.rmse.map('{:.4f}'.format)}
+    cells['+- sd'] = map(_spread_text, board.itertuples())
+    if 'winkler' in board:
+        cells |= {'covered': board.coverage.map('{:.1%}'.format), 'Winkler': board.winkler.map('{:.4f}'.format)}
+    cells |= {'time': map(_time_text, board.itertuples()), 'size': map(_size_text, board.itertuples())}
+    rows = [tuple(cells), *zip(*cells.values(), strict=True)]
     first,*widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     def line(name, *cells):
         right = [cell.rjust(w) for cell,w in zip(cells, widths, strict=True)]
@@ -342,6 +353,8 @@ def plot_predictions(
     x, y = preds.SalePrice, preds[model]
     low, high = min(x.min(), y.min())/1.1, max(x.max(), y.max())*1.1
     ax.plot([low, high], [low, high], color='.3', lw=1, label='predicted = actual')
+    if 'lower' in preds:
+        ax.vlines(x, preds.lower, preds.upper, color='C1', alpha=.3 if len(preds)<1000 else .08, lw=1, label='interval')
     ax.scatter(x, y, s=10, alpha=.6 if len(preds)<1000 else .25, color='C0', linewidths=0)
     _dollar_axes(ax, low, high)
     ax.grid(alpha=.25)

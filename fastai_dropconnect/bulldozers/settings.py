@@ -8,7 +8,7 @@ __all__ = ['DEFAULT_MODELS', 'NetSettings', 'parse_layers', 'parse_seeds']
 # %% ../../nbs/515_bulldozers.settings.ipynb #1973365b
 import re
 from dataclasses import dataclass
-from ..checks import check_int, check_p, check_positive
+from ..checks import check_choice, check_int, check_p, check_positive
 
 # %% ../../nbs/515_bulldozers.settings.ipynb #747cc707
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class NetSettings:
     cycles:int=8 # Cycles of 2 epochs that zero restarts train for instead, at least 1
     lr:float=1e-2 # Highest learning rate of a cycle, above 0
     target:float=20. # How many times fewer weights pruning leaves, more than 1
+    noise:str=None # What networks predict: `None` for means, 'quantile', 'mixture' or 'gaussian' for distributions
+    level:float=.9 # Share of prices that intervals should hold, `0 <= level < 1`
 
     def __post_init__(self):
         check_int(self.epochs, 'epochs')
@@ -33,6 +35,8 @@ class NetSettings:
         check_positive(self.lr, 'lr')
         if check_positive(self.target, 'target')<=1:
             raise ValueError(f'`target` must be more than 1, got target={self.target!r}')
+        check_choice(self.noise, 'noise', ('quantile','mixture','gaussian'), none=True)      # without torch
+        check_p(self.level, 'level')
 
 # %% ../../nbs/515_bulldozers.settings.ipynb #76f03be6
 def parse_layers(

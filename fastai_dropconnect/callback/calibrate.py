@@ -15,7 +15,7 @@ from fastai.basics import DataLoader, Learner, patch
 from fastcore.basics import noop
 from torch import Tensor
 from .core import RESTORE, RecordingCallback
-from . import mc as _     # noqa: F401, adds `Learner.get_mc_preds`
+from . import mc     # noqa: F401, adds `Learner.get_mc_preds`
 from .members import weighted_members, without_metrics
 from .snapshots import SnapshotEnsemble
 from ..checks import check_choice, check_int, check_p
@@ -274,8 +274,9 @@ def _warn_if_endless(cal):
     if cal.scores is None or all(q.isfinite().all() for q in (cal.q, *cal.group_q.values())): return
     least = math.ceil(round(cal.level/(1-cal.level), 9))
     given = f'{len(cal.scores)}' + (f' with half_life={cal.half_life}' if cal.half_life else '')
-    warnings.warn(f'intervals are infinite: level={cal.level} needs at least {least} rows to calibrate with, got {given}'
-                  + (f', or fewer in a group of {cal.group!r}' if cal.group_q else ''))
+    groups = f', or fewer in a group of {cal.group!r}' if cal.group_q else ''
+    warnings.warn(f'intervals are infinite: level={cal.level} needs at least {least} rows to calibrate with, '
+                  f'got {given}{groups}')
 
 
 # %% ../../nbs/388_callback.calibrate.ipynb #65efaf0a

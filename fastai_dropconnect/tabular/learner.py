@@ -26,6 +26,7 @@ from ..layers.dropconnect import DropConnectLinear
 from ..layers.masked_ensemble import EnsembleLinear
 from .embeddings import num_embeddings_of
 from .model import members_of
+from .predict import add_columns
 from .procs import check_columns, check_no_gaps
 from .resnet import model_class
 from ..uncertainty.noise import NoiseHead, NoiseLoss, NoiseModel, noise_of
@@ -44,7 +45,8 @@ class TabularLearner(fastai_learner.TabularLearner):
         added = {f'{n}_na' for n in self.dls.cont_names}    # columns that FillMissing adds itself
         needed = [n for n in [*self.dls.cat_names, *self.dls.cont_names] if n not in added]
         check_columns(row.index, needed, 'row')
-        with self.no_bar(): return super().predict(row.drop(self.dls.y_names, errors='ignore'))
+        with self.no_bar(): decoded,*preds = super().predict(row.drop(self.dls.y_names, errors='ignore'))
+        return add_columns(self, decoded),*preds
 
 # %% ../../nbs/340_tabular.learner.ipynb #e79c1300
 def _complete_config(

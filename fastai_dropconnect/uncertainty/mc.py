@@ -231,23 +231,45 @@ def _is_gaussian(m:nn.Module, x:Tensor) -> bool:
     if isinstance(m, EnsembleLinear) and not m.shared_input: return False
     return not (m._forward_hooks or m._forward_pre_hooks or torch.is_autocast_enabled(x.device.type))
 
-def _mean_and_sd(m:nn.Module, x:Tensor) -> tuple: # (n_rows, n_out) each
-    "Return mean and standard deviation of the output of a layer in mode 'gaussian'"
+# %% ../../nbs/283_uncertainty.mc.ipynb #6b09233e
+def _prepared(m:nn.Module) -> tuple: # Weight and bias of the mean, then those of the variance
+    "Return what the output of a layer in mode 'gaussian' is computed from"
     p,_,drop_bias = layer_noise(m)
     weight = m.member_weights().flatten(0, 1) if isinstance(m, EnsembleLinear) else m.weight
-    return F.linear(x, weight, m.bias),noise_variance(x.square(), weight, m.bias, p, drop_bias).sqrt_()
+    bias2 = m.bias.square()*(p/(1-p)) if drop_bias and m.bias is not None else None
+    return weight,m.bias,weight.square()*(p/(1-p)),bias2
 
-def _run(m:nn.Module, x:Tensor) -> Tensor:
-    "Run a module of a tail"
-    if not _is_gaussian(m, x): return m(x)
-    mean,sd = _mean_and_sd(m, x)
-    return mean.addcmul_(sd, _normals_like(mean))
+def _mean_and_sd(prepared:tuple, x:Tensor) -> tuple: # (n_rows, n_out) each
+    "Return mean and standard deviation of the output of a layer in mode 'gaussian'"
+    weight,bias,weight2,bias2 = prepared
+    return F.linear(x, weight, bias),F.linear(x.square(), weight2, bias2).sqrt_()
+
+def _gaussian_step(m:nn.Module) -> Callable:
+    "Return a function that draws outputs of a layer in mode 'gaussian'"
+    prepared = _prepared(m)
+    def run(x):
+        if not _is_gaussian(m, x): return m(x)
+        mean,sd = _mean_and_sd(prepared, x)
+        return mean.addcmul_(sd, _normals_like(mean))
+    return run
+
+def _norm_step(m:nn.BatchNorm1d) -> Callable:
+    "Return a function that does what batch norm does in eval mode"
+    scale = (m.running_var+m.eps).rsqrt()*(1. if m.weight is None else m.weight)
+    shift = (0. if m.bias is None else m.bias)-m.running_mean*scale
+    return lambda x: torch.addcmul(shift, x, scale) if x.ndim==2 and x.dtype==scale.dtype else m(x)
+
+def _step(m:nn.Module) -> Callable:
+    "Return what runs a module of a tail in each pass"
+    if isinstance(m, nn.Linear) and layer_noise(m)[0] and layer_noise(m)[1]=='gaussian': return _gaussian_step(m)
+    plain = type(m) is nn.BatchNorm1d and not (m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m))
+    return _norm_step(m) if plain and not m.training and m.running_mean is not None else m
 
 def _first_pass(tail:Tail) -> Callable: # Of no arguments
     "Return a function that draws outputs of the first noisy module"
     m,x = tail.modules[0],tail.x
     if not _is_gaussian(m, x): return lambda: m(x.clone() if getattr(m, 'inplace', False) else x)
-    mean,sd = _mean_and_sd(m, x)
+    mean,sd = _mean_and_sd(_prepared(m), x)
     return lambda: torch.addcmul(mean, sd, _normals_like(mean))
 
 # %% ../../nbs/283_uncertainty.mc.ipynb #e108b534
@@ -272,11 +294,11 @@ def _passes(model:nn.Module, args:tuple, n:int) -> list: # Outputs, (n_rows, *ou
     "Run `n` noisy passes, with the part before the first noisy module once"
     out,tail = find_tail(model, args)
     res = [out]
-    if tail is not None: draw = _first_pass(tail)
+    if tail is not None: draw,steps = _first_pass(tail),[_step(m) for m in tail.modules[1:]]
     while len(res)<n:
         if tail is None: res.append(model(*args)); continue
         y = draw()
-        for m in tail.modules[1:]: y = _run(m, y)
+        for step in steps: y = step(y)
         res.append(y.reshape(len(y), *tail.out_shape))
     return res
 
