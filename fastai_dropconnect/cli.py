@@ -218,7 +218,7 @@ def _figures(job, fits, board, preds):
 
 # %% ../nbs/600_cli.ipynb #5967827a
 def _export(learn, path, level, small):
-    "Calibrate a Learner on its validation rows, and export it, or one with the compact copy of its model"
+    "Calibrate a Learner on its validation rows and export it, perhaps with the compact model"
     from fastai_dropconnect.callback.compact import compacted
     with learn.no_bar(): learn.calibrate(level)
     with compacted(learn) if small else nullcontext(): learn.export(path)

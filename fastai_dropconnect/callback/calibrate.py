@@ -206,7 +206,8 @@ def _method_for(pred, method):
 def _check_fits(pred, cal): # The Learner may have got another loss, or predict without members
     if cal is None: return
     missing = dict(cqr=pred.distribution is None, temperature=pred.logits is None,
-                   local=pred.distribution is None and pred.spread is None, split=pred.logits is not None, pit=pred.logits is not None)
+                   local=pred.distribution is None and pred.spread is None, split=pred.logits is not None,
+                   pit=pred.logits is not None)
     if missing[cal.method]:
         raise ValueError(f'the calibration {cal.method!r} does not fit what the Learner predicts now: '
                          'call `learn.calibrate` again')

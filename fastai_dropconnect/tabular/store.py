@@ -6,7 +6,8 @@
 __all__ = ['StoredTable', 'store_table']
 
 # %% ../../nbs/328_tabular.store.ipynb #979d6109
-import glob, hashlib, json, mmap, os, shutil, tempfile
+import ctypes, glob, hashlib, json, mmap, os, shutil, tempfile
+from functools import cache
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.data.block import TransformBlock
@@ -230,6 +231,7 @@ class StoredTable(TabularPandas):
             x = torch.from_numpy(self.arrays[name][rows])
             res.append((x.long() if name=='cats' else x)[_inverse(order)])
             _forget_pages(self.arrays[name])
+        _malloc_trim()(0)
         return res
 
     def __reduce__(self): return StoredTable, (self.new_empty(), self.folder, self.part)
@@ -237,6 +239,13 @@ class StoredTable(TabularPandas):
 def _inverse(order):
     "Return the permutation that undoes another"
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+
+@cache
+def _malloc_trim():
+    "Return glibc's function that gives free memory back, or one that does nothing"
+    # without it the holes between what each batch leaves added up to 3 GB in an epoch of 20,000,000 rows
+    try: return ctypes.CDLL(None).malloc_trim
+    except (AttributeError,OSError,TypeError): return lambda pad: 0
 
 def _forget_pages(array):
     "Let the system take back the memory of a mapped file"
