@@ -60,7 +60,6 @@ class Distribution:
     @property
     def sd_members(self) -> Tensor: # (*)
         means = self._flat().member_means
-        if self.shares is None: return self._as_here(means.std(-1, correction=0))
         return self._as_here(self._mix((means-self._mix(means)[...,None]).square()).sqrt())
 
     @property
@@ -388,9 +387,7 @@ class NoiseLoss(nn.modules.loss._Loss):
         "Return the means; means come back as they are"
         return out if out.shape[-1]==self.n_targets else self.distribution(out).mean
 
-    def decodes(self, x:Tensor) -> Tensor:
-        "Return the means"
-        return self.activation(x)
+    def decodes(self, x:Tensor) -> Tensor: return self.activation(x)
 
     def for_metrics(self, out:Tensor) -> Tensor: # (n_rows, n_targets)
         "Return the means, which have the outputs as `outputs`"
