@@ -6,6 +6,7 @@ from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.calibrate import calibration_of
 from fastai_dropconnect.ensemble.blend import BlendedModel
 from fastai_dropconnect.serialize.files import SavedModel
+from fastai_dropconnect.serialize.network import check_network
 from test_serialize import classes, config, frame_for, preds, quantiles, small, with_snapshots
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -57,6 +58,7 @@ FIELDS = [ # where, what, what the message names
     (['table','cat_names',0], 3, 'table.cat_names'), (['table','loaders'], [1], 'table.loaders'), (['callbacks'], [1], 'callbacks'), (['callbacks',0,'masks'], [['x']], 'callbacks'),
     (['network'], 3, 'network'), (['table'], 3, 'table'), (['loss'], [], 'loss'), (['training'], [], 'training'), (['table','y_names'], [1], 'table.y_names'),
     (['network','act','more'], 1, "'more'"), (['network','num_embeddings','more'], 1, "'more'"), (['network','members','more'], 1, "'more'"),
+    (['network','hook'], 1, "'hook'"), (['network','y_range'], [1], 'network.y_range'), (['network','y_range'], [0,'a'], 'network.y_range'),
     (['network','emb_szs',0], 3, 'network.emb_szs'), (['network','emb_szs',0], [3], 'network.emb_szs'), (['network','emb_szs',0], [3,2,1], 'network.emb_szs')]
 
 @pytest.mark.parametrize('where,value,named', FIELDS, ids=lambda v: '.'.join(map(str, v)) if isinstance(v, list) and v and isinstance(v[0], str) else None)
@@ -272,6 +274,23 @@ def test_a_field_of_other_kinds_that_does_not_fit_is_refused_by_name(saved_kinds
     put(config, where, value)
     write(path, config)
     with pytest.raises(ValueError, match=named): load_model(path)
+
+
+BOOSTED = {'class': 'BoostedModel'} | dict(n_bytes=[5], n_levels=[3], n_cont=1, out_sz=1, average='mean')
+
+@pytest.mark.parametrize('change,named', [
+    (dict(n_bytes=[0]), 'network.n_bytes'), (dict(n_levels=['a']), 'network.n_levels'), (dict(n_cont=-1), 'network.n_cont'), (dict(n_levels=[], n_cont=0), 'must have columns'),
+    (dict(out_sz=0), 'network.out_sz'), (dict(average='sigmoid'), 'network.average'), (dict(hook=1), "'hook'")])
+def test_boosted_trees_of_strangers_are_checked(change, named):
+    check_network(BOOSTED)
+    check_network(BOOSTED | dict(n_levels=[]))
+    with pytest.raises(ValueError, match=named): check_network(BOOSTED | change)
+
+def test_a_network_needs_columns(path):
+    network = description(path)['network'] | dict(emb_szs=[], n_cont=0)
+    vectors = network['num_embeddings'] | dict(n_bins=[])
+    with pytest.raises(ValueError, match='must have embeddings or continuous columns'): check_network(network | dict(num_embeddings=None))
+    with pytest.raises(ValueError, match='network.num_embeddings'): check_network(network | dict(emb_szs=[[2,1]], num_embeddings=vectors))
 
 
 def test_lists_are_refused_that_say_a_thing_twice(saved_kinds, path, tmp_path):
