@@ -64,11 +64,11 @@ class Networks:
         learn = tabular_learner(self._dls(), [200,100], config=tabular_dropconnect_config(**config), noise=noise, wd=1e-2, fast=True)
         start = time.process_time()
         with learn.no_bar(),learn.no_logging():
-            if cycles: learn.fit_zero_restarts(cycles, max(1, self.epochs//2), 1e-2, seed=self.seed)
-            else:
-                learn.add_cb(SkipValidation())
-                learn.fit_one_cycle(self.epochs, 1e-2)
-                learn.remove_cb(SkipValidation)
+            learn.add_cb(SkipValidation())
+            # 4 cycles of 8 epochs cost less than twice 20 epochs, and score no worse than cycles of 10
+            if cycles: learn.fit_zero_restarts(cycles, max(1, 2*self.epochs//5), 1e-2, seed=self.seed)
+            else: learn.fit_one_cycle(self.epochs, 1e-2)
+            learn.remove_cb(SkipValidation)
         self.fits[key] = Fitted(learn, time.process_time()-start)
         return self.fits[key]
 
