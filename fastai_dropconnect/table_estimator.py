@@ -9,8 +9,6 @@ __all__ = ['MOST_ROWS', 'MOST_DRIFTING', 'TableEstimator']
 import math, re, time as clock
 from collections.abc import Callable
 import numpy as np, pandas as pd, torch
-from fastai.tabular.core import Categorify, TabularPandas
-from fastai.tabular.data import TabularDataLoaders
 from fastcore.basics import patch
 from functools import partial
 from sklearn.base import BaseEstimator
@@ -23,45 +21,12 @@ from .checks import check_choice, check_positive
 from .drift import beyond_range, leave_out
 from .ensemble.blend import BlendedModel
 from .fit_folder import FitFolder, rows_digest
+from .frame_loaders import encode_frame, part_loaders
 from .fit_best import BUDGETS, StopAt, fit_best_on, score_for
 from .recipes import RECIPES, train_recipe
 from .splits import column_or_values, splits_of
 from .tabular.frames import FrameReader, as_frame
-from .tabular.loader import FastTabDL
-from .tabular.procs import FillMissingAnywhere, QuantileNormalize
 
-# %% ../nbs/528_table_estimator.ipynb #259375bb
-def _batch_size(n): # Measured on twelve tables: small tables need small batches
-    return next((bs for rows,bs in ((800,32),(2000,64),(5000,128),(200_000,256)) if n<rows), 512)
-
-def _encode(
-    df:pd.DataFrame, # Rows as `FrameReader` returns them, with targets
-    cat_names:list,
-    cont_names:list,
-    y_names:list,
-    y_block, # fastai's `RegressionBlock` or `CategoryBlock`
-    n_fit:int # The encoding is found on so many rows, the first ones
-) -> TabularPandas:
-    "Encode all rows"
-    splits = list(range(n_fit)),list(range(n_fit, len(df)))
-    procs = [Categorify,FillMissingAnywhere,QuantileNormalize(output_distribution='normal')]
-    return TabularPandas(df, procs, list(cat_names), list(cont_names), y_names, y_block, splits, reduce_memory=False)
-
-def _loaders(
-    to:TabularPandas, # Encoded
-    train:np.ndarray, # Positions of training rows
-    valid:np.ndarray, # Positions of validation rows
-    weights:np.ndarray=None, # Of all rows
-    device:str=None
-) -> TabularDataLoaders:
-    "Make loaders of some rows"
-    part = lambda rows: to.new(to.items.iloc[rows])
-    bs = max(2, min(_batch_size(len(train)), len(train)))
-    wgts = None if weights is None else weights[train]
-    drop_last = len(train)%bs==1 or len(train)>=2*bs      # batch norm needs two rows
-    train_dl = FastTabDL(part(train), bs=bs, shuffle=True, drop_last=drop_last, wgts=wgts, device=device)
-    valid_dl = FastTabDL(part(valid), bs=4096, device=device)
-    return TabularDataLoaders(train_dl, valid_dl, device=device)
 
 # %% ../nbs/528_table_estimator.ipynb #ec3fbe12
 MOST_ROWS = 2000    # that are kept to measure importances
@@ -266,8 +231,8 @@ def _loaders(self:TableEstimator, df, targets, splits, n_fit, weights):
     "Encode the rows, and return loaders for each split"
     self._y_names = _new_names(targets.shape[1], df)
     df = df[self.reader_.names].assign(**dict(zip(self._y_names, targets.T)))
-    to = _encode(df, self.reader_.cat_names, self.reader_.cont_names, self._y_names, self._y_block(), n_fit)
-    return [_loaders(to, train, valid, weights, self.device) for train,valid in splits]
+    to = encode_frame(df, self.reader_.cat_names, self.reader_.cont_names, self._y_names, self._y_block(), n_fit)
+    return [part_loaders(to, train, valid, weights, self.device) for train,valid in splits]
 
 @patch
 def _keep_rows(self:TableEstimator):
