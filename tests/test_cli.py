@@ -447,7 +447,9 @@ def _mutate(rng, data):
 def test_the_largest_numbers_train(column, tmp_path, capsys):
     SALES.assign(**{column: SALES[column].astype(object).mask(SALES.index == 4, '3e38')}).to_csv(tmp_path/'a.csv', index=False)
     assert dropconnect_bulldozers(['--data', str(tmp_path/'a.csv'), '--models', 'fastai,extra-trees', '--out', str(tmp_path/'out'), *QUICK]) == 0
-    assert pd.read_csv(tmp_path/'out'/'predictions.csv').drop(columns=['SalesID','saledate']).map(np.isfinite).all(axis=None)
+    preds = pd.read_csv(tmp_path/'out'/'predictions.csv')
+    assert preds.drop(columns=['SalesID','saledate','lower','upper']).map(np.isfinite).all(axis=None)
+    assert (preds.lower==0).all() and (preds.upper==np.inf).all()       # too few sales to say more
 
 def _zipped(rng, data):
     "An archive of `data`, damaged every other time"
