@@ -6,19 +6,20 @@
 __all__ = ['exact_mask', 'dropconnect', 'linear_dropconnect', 'DropConnectEmbedding', 'DropConnectLinear', 'EmbeddingDropout',
            'WeightDropout', 'EnsembleLinear', 'MaskedEnsembleLinear', 'masked_ensemble_', 'DropPath', 'drop_path',
            'VariationalDropConnectConv2d', 'VariationalDropConnectLinear', 'variational_', 'GatedLinear',
-           'HardConcreteLinear', 'hard_concrete_', 'HeldWeights', 'compact', 'sparsity_report', 'AveragedModel',
-           'EnsembleLoss', 'average_members', 'BlendedModel', 'greedy_weights', 'GaussianMixture', 'NoiseModel',
-           'QuantileDistribution', 'Calibration', 'FillMissingAnywhere', 'QuantileNormalize', 'PLE', 'Periodic',
-           'FrameReader', 'DataError', 'tabular_dls', 'time_split', 'FastTabDL', 'fast_dataloaders', 'TableSource',
-           'fit_procs', 'StoredTable', 'store_table', 'StoredTabDL', 'stored_dataloaders', 'MaskedMembers',
-           'TabularDropConnectModel', 'tabular_dropconnect_config', 'TabularResNetModel', 'tabular_resnet_config',
-           'InputGuard', 'TabularLearner', 'tabular_learner', 'RecalibrateBN', 'recalibrate_bn', 'DropConnect',
-           'FrozenZeroInit', 'SnapshotEnsemble', 'ZeroRestarts', 'BestAverage', 'GradualPruning', 'GroupLasso',
-           'FeatureGates', 'VariationalDropConnect', 'DistributionMetric', 'FusedAdam', 'init_ranks', 'Choice',
-           'RECIPES', 'Recipe', 'choose_recipe', 'train_recipe', 'fit_best', 'DropConnectClassifier',
-           'DropConnectRegressor', 'load_model', 'save_model', 'Predictor', 'RowEncoder', 'load_predictor',
-           'export_onnx', 'export_program', 'synthetic_bulldozers', 'bulldozers_dls', 'bulldozers_pandas',
-           'encode_sales', 'price_features', 'read_bulldozers', 'compare_on_bulldozers']
+           'HardConcreteLinear', 'hard_concrete_', 'HeldWeights', 'compact', 'sparsity_report', 'sparse_',
+           'AveragedModel', 'EnsembleLoss', 'average_members', 'BlendedModel', 'greedy_weights', 'GaussianMixture',
+           'NoiseModel', 'QuantileDistribution', 'Calibration', 'FillMissingAnywhere', 'QuantileNormalize', 'PLE',
+           'Periodic', 'FrameReader', 'DataError', 'tabular_dls', 'time_split', 'FastTabDL', 'fast_dataloaders',
+           'TableSource', 'fit_procs', 'StoredTable', 'store_table', 'StoredTabDL', 'stored_dataloaders',
+           'MaskedMembers', 'TabularDropConnectModel', 'tabular_dropconnect_config', 'TabularResNetModel',
+           'tabular_resnet_config', 'InputGuard', 'TabularLearner', 'tabular_learner', 'RecalibrateBN',
+           'recalibrate_bn', 'DropConnect', 'FrozenZeroInit', 'SnapshotEnsemble', 'ZeroRestarts', 'BestAverage',
+           'GradualPruning', 'GroupLasso', 'FeatureGates', 'VariationalDropConnect', 'HardConcrete', 'compacted',
+           'DistributionMetric', 'FusedAdam', 'init_ranks', 'Choice', 'RECIPES', 'Recipe', 'choose_recipe',
+           'train_recipe', 'fit_best', 'DropConnectClassifier', 'DropConnectRegressor', 'load_model', 'save_model',
+           'Predictor', 'RowEncoder', 'load_predictor', 'export_onnx', 'export_program', 'synthetic_bulldozers',
+           'bulldozers_dls', 'bulldozers_pandas', 'encode_sales', 'price_features', 'read_bulldozers',
+           'compare_on_bulldozers']
 
 # %% ../nbs/610_all.ipynb #0f790b06
 from .masks import exact_mask
@@ -39,13 +40,14 @@ _all_ = [
 # %% ../nbs/610_all.ipynb #d4f4b928
 from .sparsity.core import HeldWeights
 from .sparsity.compact import compact, sparsity_report
+from .sparsity.csr import sparse_
 from .ensemble.averaging import AveragedModel, EnsembleLoss, average_members
 from .ensemble.blend import BlendedModel, greedy_weights
 
 from .uncertainty.noise import GaussianMixture, NoiseModel, QuantileDistribution
 from .uncertainty.conformal import Calibration
 
-_all_ = ['HeldWeights', 'compact', 'sparsity_report', 'AveragedModel', 'EnsembleLoss', 'average_members',
+_all_ = ['HeldWeights', 'compact', 'sparsity_report', 'sparse_', 'AveragedModel', 'EnsembleLoss', 'average_members',
     'BlendedModel', 'greedy_weights', 'GaussianMixture', 'NoiseModel', 'QuantileDistribution', 'Calibration']
 
 # %% ../nbs/610_all.ipynb #1e1a4609
@@ -80,16 +82,19 @@ from .callback.prune import GradualPruning
 from .callback.penalty import GroupLasso
 from .callback.gates import FeatureGates
 from .callback.variational import VariationalDropConnect
+from .callback.hard_concrete import HardConcrete
+from .callback.compact import compacted
 from .callback.distribution import DistributionMetric
 import fastai_dropconnect.callback.mc # noqa: F401 - gives a Learner `get_mc_preds`
+import fastai_dropconnect.callback.intervals # noqa: F401 - and intervals in `show_results` and `predict`
 import fastai_dropconnect.callback.show_calibration # noqa: F401 - and `show_calibration`
 from .optimizer import FusedAdam
 from .tabular.distributed import init_ranks
 import fastai_dropconnect.accelerate # noqa: F401 - gives a Learner `accelerate` and `decelerate`
 
 _all_ = ['RecalibrateBN', 'recalibrate_bn', 'DropConnect', 'FrozenZeroInit', 'SnapshotEnsemble', 'ZeroRestarts',
-    'BestAverage', 'GradualPruning', 'GroupLasso', 'FeatureGates', 'VariationalDropConnect', 'DistributionMetric',
-    'FusedAdam', 'init_ranks']
+    'BestAverage', 'GradualPruning', 'GroupLasso', 'FeatureGates', 'VariationalDropConnect', 'HardConcrete',
+    'compacted', 'DistributionMetric', 'FusedAdam', 'init_ranks']
 
 # %% ../nbs/610_all.ipynb #bd9b9c57
 from .recipes import Choice, RECIPES, Recipe, choose_recipe, train_recipe
