@@ -148,6 +148,7 @@ def distributions(
 ) -> tuple: # Settings of the noise model or `None`, how many members lie side by side
     "Tell which distributions a network predicts"
     if config['class']=='BoostedModel': return None,1
+    if config['class']=='CompactModel': return distributions(config['model'])
     if config['class'] not in CONTAINERS: return config.get('noise'),(config['members'] or dict(n=1))['n']
     parts = [distributions(m) for m in config['models']]
     return parts[0][0],sum(n for _,n in parts)
