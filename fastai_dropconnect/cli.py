@@ -219,9 +219,9 @@ def _figures(job, fits, board, preds):
 # %% ../nbs/600_cli.ipynb #5967827a
 def _export(learn, path, level, small):
     "Calibrate a Learner on its validation rows and export it, perhaps with the compact model"
-    from fastai_dropconnect.callback.compact import compacted
+    from fastai_dropconnect.callback.compact import compacted, has_snapshots
     with learn.no_bar(): learn.calibrate(level)
-    with compacted(learn) if small else nullcontext(): learn.export(path)
+    with compacted(learn) if small and not has_snapshots(learn) else nullcontext(): learn.export(path)
 
 def _size_text(learn):
     "Say how small the network of a Learner can be, if it has zeros"

@@ -189,11 +189,25 @@ def test_too_few_rows_give_infinite_intervals_and_say_so():
     with pytest.warns(UserWarning, match='got 40 with half_life=2'): learn.calibrate(half_life=2)
 
 
+def test_too_few_rows_for_both_ends_give_infinite_intervals_and_say_so():
+    learn = learner()
+    with pytest.warns(UserWarning, match='needs at least 19 rows to calibrate with, got 18'): learn.calibrate(method='pit', last=18)
+    assert learn.predict_distribution(DF[:3]).lower.isin([-np.inf]).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn.calibrate(method='pit', last=19)
+    assert np.isfinite(learn.predict_distribution(DF[:3])[['lower','upper']]).all(axis=None)
+
+
 def test_a_calibration_that_does_not_fit_is_refused():
     learn = learner()
     learn.calibrate()
     learn.loss_func = MSELossFlat()
     with pytest.raises(ValueError, match="calibration 'cqr' does not fit"): learn.predict_distribution(DF[:2])
+    learn = learner()
+    learn.calibrate(method='pit')
+    learn.loss_func = MSELossFlat()
+    with pytest.raises(ValueError, match="calibration 'pit' does not fit"): learn.predict_distribution(DF[:2])
     ens = learner(None, restarts=True)
     ens.calibrate()
     ens.snapshot_ensemble.use = 'last'
@@ -317,3 +331,13 @@ def saved_config(tmp_path_factory):
     learn = learner(fit=False)
     learn.calibrate()
     return SavedModel(save_model(learn, tmp_path_factory.mktemp('m')/'model')).config
+
+
+def test_a_learner_with_snapshots_is_not_made_compact():
+    ens = learner(None, restarts=True)
+    with pytest.raises(ValueError, match='must have no snapshots.*remove `snapshot_ensemble`'):
+        with compacted(ens): pass
+    ens.remove_cb(ens.snapshot_ensemble)
+    model = ens.model
+    with compacted(ens): assert ens.model is not model
+    assert ens.model is model

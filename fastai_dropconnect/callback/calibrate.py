@@ -207,7 +207,7 @@ def _check_fits(pred, cal): # The Learner may have got another loss, or predict 
     if cal is None: return
     missing = dict(cqr=pred.distribution is None, temperature=pred.logits is None,
                    local=pred.distribution is None and pred.spread is None, split=pred.logits is not None,
-                   pit=pred.logits is not None)
+                   pit=pred.logits is not None or (pred.distribution is None)!=(cal.noise is not None))
     if missing[cal.method]:
         raise ValueError(f'the calibration {cal.method!r} does not fit what the Learner predicts now: '
                          'call `learn.calibrate` again')
@@ -271,9 +271,19 @@ def new_calibration(
     if method in ('local','pit') and pred.distribution is None: res.noise,res.factor = _fitted_spread(pred, targs)
     return res
 
+def _tails(cal): # Levels of the ends of an interval
+    tail = round((1-cal.level)/2, 12)
+    return [tail,1-tail]
+
+def _is_endless(cal):
+    if cal.method!='pit': return not all(q.isfinite().all() for q in (cal.q, *cal.group_q.values()))
+    at = cal.levels_for(_tails(cal))
+    return bool(((at<=0) | (at>=1)).any())
+
 def _warn_if_endless(cal):
-    if cal.scores is None or all(q.isfinite().all() for q in (cal.q, *cal.group_q.values())): return
-    least = math.ceil(round(cal.level/(1-cal.level), 9))
+    if cal.scores is None or not _is_endless(cal): return
+    share = cal.level if cal.method!='pit' else (1+cal.level)/2     # of rows on one side
+    least = math.ceil(round(share/(1-share), 9))
     given = f'{len(cal.scores)}' + (f' with half_life={cal.half_life}' if cal.half_life else '')
     groups = f', or fewer in a group of {cal.group!r}' if cal.group_q else ''
     warnings.warn(f'intervals are infinite: level={cal.level} needs at least {least} rows to calibrate with, '
@@ -334,8 +344,7 @@ def calibrated_interval(
     if cal is None: return None if pred.distribution is None else pred.distribution.interval(.9)
     _check_fits(pred, cal)
     if cal.method=='pit':
-        tail = round((1-cal.level)/2, 12)
-        return quantiles_at(distribution_of(pred, cal), cal.levels_for([tail,1-tail])).unbind(-1)
+        return quantiles_at(distribution_of(pred, cal), cal.levels_for(_tails(cal))).unbind(-1)
     groups = None if df is None else _groups(cal, df)
     return conformal_interval(cal.quantiles_for(len(pred.mean), groups), cal.method, **_inputs(pred, cal))
 
