@@ -39,7 +39,7 @@ class DropConnectRegressor(Intervals, RegressorMixin, TableEstimator):
         time_limit:float=None, # Seconds; `None`: as long as `budget` takes
         budget:str='default', # 'quick', 'default' or 'best'
         with_gbm:bool=False, # Blend LightGBM with the networks? Needs the extra `gbm`
-        refit:bool|str='auto', # Train once more on all rows at the end? 'auto': if the latest rows were held out
+        refit:bool|str='auto', # Train on held-out rows, too, at the end? 'auto': not with `eval_set` or 'quick'
         noise:str=None, # Predict distributions: 'quantile', 'mixture' or 'gaussian'; `None`: numbers
         random_state:int=None, # Seed
         device:str=None, # Such as 'cuda'; by default the GPU if there is one
