@@ -341,3 +341,13 @@ def test_a_learner_with_snapshots_is_not_made_compact():
     model = ens.model
     with compacted(ens): assert ens.model is not model
     assert ens.model is model
+
+
+def test_the_spread_of_a_blend_is_found_where_the_model_is(monkeypatch):
+    import fastai_dropconnect.callback.calibrate as module
+    from fastai_dropconnect.callback.calibrate import predicted
+    learn = learner(None)
+    learn.model = BlendedModel([learn.model, deepcopy(learn.model)])
+    devices = []
+    monkeypatch.setattr(module, 'to_device', lambda b, device: devices.append(device) or b)
+    assert predicted(learn, [learn.dls.valid.one_batch()[:2]])[0].spread.shape[1]==1 and devices==[torch.device('cpu')]

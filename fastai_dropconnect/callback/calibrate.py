@@ -11,7 +11,7 @@ import math, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
-from fastai.basics import DataLoader, Learner, patch
+from fastai.basics import DataLoader, Learner, patch, to_device
 from fastcore.basics import noop
 from torch import Tensor
 from .core import RESTORE, RecordingCallback
@@ -107,7 +107,7 @@ def is_ensemble(
 def _blend_spread(learn, dl): # Standard deviation over all members of all models, `(n_rows, n_out)`
     model,res = inner_model(learn.model),[]
     for b in dl:
-        outs,shares = weighted_members(model, *b[:learn.dls.n_inp])
+        outs,shares = weighted_members(model, *to_device(b[:learn.dls.n_inp], model.weights.device))
         mean = torch.einsum('nko,k->no', outs, shares)
         res.append(torch.einsum('nko,k->no', (outs-mean[:,None]).square(), shares).sqrt().cpu())
     return torch.cat(res)
