@@ -142,7 +142,7 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
         codes = pd.Index(self.classes_).get_indexer(y)
         if (codes<0).any():
             raise ValueError(f'`eval_set` must have the classes of `y` (of its rows with a weight above 0), '
-                             f'got {y[codes<0][0]!r}')
+                             f'got {np.asarray(y)[codes<0].tolist()[0]!r}')
         return codes[:,None]
 
     def _metric(self):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['inner_model', 'hidden_linears', 'select_layers', 'layer_values', 'select_weights', 'call_with', 'model_tensors',
            'copy_state', 'load_state_', 'call_with_state', 'mean_state', 'hidden_state', 'set_hidden_state',
-           'ModelRecord', 'from_rank0']
+           'ModelRecord', 'from_rank0', 'mean_over_ranks']
 
 # %% ../nbs/020_nn_utils.ipynb #89b47614
 import itertools
@@ -234,3 +234,12 @@ def from_rank0(
     box = [obj]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+def mean_over_ranks(
+    t:torch.Tensor # Of each process of a distributed training; it changes
+) -> torch.Tensor: # `t`
+    "Average `t` over the processes of a distributed training, in place"
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size()>1:
+        dist.all_reduce(t)
+        t /= dist.get_world_size()
+    return t

@@ -49,6 +49,7 @@ def test_each_network_is_what_it_is_called(name):
     assert getattr(learn.model, 'n_members', None) == (8 if 'masked' in name else None)
     assert (getattr(learn.model, 'num_embeds', None) is not None) == name.startswith('ple')
     if name == 'frozen-zero': assert hidden_zeros(learn) == zeros
+    elif name == 'pruned': assert max(hidden_zeros(learn)) > .5
     else: assert max(hidden_zeros(learn)) < .5 # not 0: what leads to a unit that ReLU keeps at 0 does not learn
 
 def test_sparsity_changes_the_networks_with_zeros_and_no_other():

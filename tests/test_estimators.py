@@ -253,7 +253,7 @@ def test_all_rows_are_trained_on_at_the_end_of_a_split_by_time(monkeypatch):
 def test_networks_that_see_all_rows_join_those_of_a_random_split(monkeypatch):
     df,y = table(300)
     model_of = lambda **kw: regressor(**kw).fit(df, y).learner_.model
-    assert len(model_of().models)==1 and len(model_of(refit=True).models)==2      # folds leave nothing out
+    assert len(model_of().models)==5 and len(model_of(refit=True).models)==6      # folds leave nothing out
     monkeypatch.setattr(splits, 'FOLDS_BELOW', 100)
     assert len(model_of(refit=False).models)==len(model_of(budget='quick').models)==1
     joined = model_of()
@@ -312,14 +312,14 @@ def test_targets_of_wrong_types():
         with pytest.raises(TypeError, match='`y` must hold numbers'): regressor().fit(df, wrong)
     with pytest.raises(TypeError, match='one type, such as text, got int, text'): classifier().fit(df, pd.Series([1, 'a']*60))
 
-def test_search_an_outlier_does_not_hide_the_other_targets():
+def test_an_outlier_does_not_hide_the_other_targets():
     r = np.random.default_rng(0)
     x = r.normal(0, 1, (400, 2))
     y = x[:,0] + .1*r.normal(0, 1, 400)
     y[7] = 1e9
-    model = regressor(budget='quick').fit(x, y)
-    rest = np.arange(400)!=7
-    assert np.corrcoef(model.predict(x[rest]), y[rest])[0,1]**2>.8
+    model = regressor()
+    model._learn_targets(y)
+    assert model._encoded_targets(y)[np.arange(400)!=7].std()>.1      # 1e-8 without a limit
 
 def test_targets_with_few_values_are_not_clipped():
     zeros = np.r_[np.zeros(996), [1e6]*4]

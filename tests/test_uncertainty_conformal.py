@@ -35,7 +35,7 @@ def coverage(method, seed, n_cal=99, n_new=200, level=.9):
     lower,upper = conformal_interval(q, method, **cut(slice(n_cal, None)))
     return ((lower<=y[n_cal:]) & (y[n_cal:]<=upper)).double().mean()
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', [m for m in METHODS if m!='pit'])      # its coverage: test_intervals
 def test_coverage_of_200_seeds(method):
     got = torch.stack([coverage(method, seed) for seed in range(200)])
     # with 99 rows the coverage of a seed is Beta(90, 10), apart from 200 draws around it

@@ -121,7 +121,7 @@ def test_a_fit_ends_the_calibration_and_lr_find_does_not(tmp_path):
 def test_numbers_without_a_noise_model():
     learn = learner(None)
     assert learn.calibrate().method=='split'
-    with pytest.raises(ValueError, match="`method` must be one of 'split', got"): learn.calibrate(method='local')
+    with pytest.raises(ValueError, match="`method` must be one of 'split', 'pit', got"): learn.calibrate(method='local')
     ens = learner(None, config=dict(members=3))
     assert ens.calibrate().method=='local'
     got = ens.predict_distribution(DF[:5])
@@ -169,10 +169,10 @@ def test_what_a_noise_model_decides_cannot_be_given(kw, name):
     with pytest.raises(ValueError, match=f'`{name}` must be None with `noise`'): learner(fit=False, **kw)
 
 
-def test_no_noise_model_for_classes_and_constant_targets():
+def test_no_noise_model_for_classes_and_targets_without_end():
     with pytest.raises(ValueError, match='for classes'): learner(fit=False, dls=make_dls(DF.assign(y=np.where(DF.y>0, 'a', 'b'))))
-    for y in (1., DF.y.where(DF.index%5>0), DF.y.where(DF.index%5>0, np.inf)):      # constant, with gaps, infinite
-        with pytest.raises(ValueError, match=r"finite targets that differ in the training rows, but those of \['y'\]"):
+    for y in (DF.y.where(DF.index%5>0), DF.y.where(DF.index%5>0, np.inf)):      # with gaps, infinite
+        with pytest.raises(ValueError, match=r"finite targets in the training rows, but those of \['y'\]"):
             learner(fit=False, dls=make_dls(DF.assign(y=y)))
 
 

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from fastcore.basics import noop, patch
 from .core import LeanCallback
 from ..checks import check_int, check_positive
-from ..nn_utils import load_state_, model_tensors
+from ..nn_utils import from_rank0, inner_model, load_state_, model_tensors
 
 # %% ../../nbs/357_callback.averaging.ipynb #2917aea3
 def decay_at(
@@ -77,7 +77,7 @@ class BestAverage(LeanCallback):
         self._active = True
         n = len(self.dls.train)
         self._every = self.every or min(max(n, 30), 400)
-        self._moving = averaged_model(self.learn.model, self.share)
+        self._moving = averaged_model(inner_model(self.learn.model), self.share)
         self.steps,self.best_step,self.best_loss,self.losses = 0,0,math.inf,[]
         self.timed_out,self._seconds,self._best = False,0.,None
         self._lrs = [h['lr'] for h in self.opt.hypers]
@@ -88,9 +88,9 @@ class BestAverage(LeanCallback):
 
     def after_batch(self):
         if not (self._active and self.training): return
-        self._moving.update_parameters(self.learn.model)
+        self._moving.update_parameters(inner_model(self.learn.model))
         self.steps += 1
-        self.timed_out = time.monotonic()+self._seconds >= self.deadline
+        if self.deadline<math.inf: self.timed_out = from_rank0(time.monotonic()+self._seconds >= self.deadline)
         if self.timed_out or self.steps%self._every==0: self._measure()
         if self.timed_out or self._is_over(): raise CancelFitException
 
@@ -100,7 +100,8 @@ class BestAverage(LeanCallback):
     def after_fit(self):
         if not self._active or self.learn.lock.locked(): return
         if self.steps and not self.losses: self._measure()
-        if self._best is not None: load_state_(self.learn.model, self._best)    # records of callbacks stay
+        best = from_rank0(self._best)       # statistics of batch norm differ between ranks
+        if best is not None: load_state_(inner_model(self.learn.model), best)    # records of callbacks stay
         self._end_fit()
 
     def on_broken_fit(self): self._end_fit()
@@ -136,7 +137,7 @@ def predictions(
 def _measure(self:BestAverage):
     "Measure the average, and keep it if it is the best so far"
     start = time.monotonic()
-    loss = float(self._loss(*predictions(self.learn, self._moving.module)))
+    loss = from_rank0(float(self._loss(*predictions(self.learn, self._moving.module))))    # all stop at the same step
     self.losses.append(loss)
     if loss<self.best_loss:
         self.best_loss,self.best_step = loss,self.steps

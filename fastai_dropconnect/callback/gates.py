@@ -7,7 +7,7 @@ __all__ = ['input_layer', 'column_sizes', 'nats_per_loss', 'GateRecord', 'Featur
 
 # %% ../../nbs/384_callback.gates.ipynb #ddb7345f
 import weakref
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.distributed as dist
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.basics import BaseLoss, Learner, TrainEvalCallback, patch
 from functools import partial
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from .core import RecordingCallback
 from ..checks import check_p, check_positive
 from ..ensemble.averaging import EnsembleLoss
 from ..layers.gates import FeatureGate, gates_open, initial_log_alpha, mean_gates
-from ..nn_utils import ModelRecord, inner_model
+from ..nn_utils import ModelRecord, inner_model, mean_over_ranks
 from ..sparsity.core import HeldWeights
 
 # %% ../../nbs/384_callback.gates.ipynb #f7e47cae
@@ -178,20 +178,13 @@ def _price_gradient(self:FeatureGates) -> Tensor: # (n_columns,)
     n_rows = len(self.learn.dls.train_ds)
     return q*(1-q) * (self.price*share/n_rows*nats_per_loss(self.learn.loss_func, self._loss))
 
-def _mean_over_ranks(t:Tensor) -> Tensor:
-    "Average `t` over the processes of a distributed training, in place"
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(t)
-        t /= dist.get_world_size()
-    return t
-
 @patch
 def _gate_step(self:FeatureGates):
     "Take a step with the gates"
     log_alpha = self._gate.log_alpha
     loss = self.learn.loss.detach().float().as_subclass(Tensor)      # a file may hold plain tensors only
     if log_alpha.grad is None: return
-    both = _mean_over_ranks(torch.cat([log_alpha.grad/self._scale, loss.view(1)]))
+    both = mean_over_ranks(torch.cat([log_alpha.grad/self._scale, loss.view(1)]))
     grad,loss = both[:-1],both[-1]
     log_alpha.grad = None
     if not (grad.isfinite().all() and loss.isfinite()): return       # mixed precision skips such steps, too

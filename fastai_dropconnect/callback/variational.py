@@ -16,7 +16,7 @@ from .gates import nats_per_loss
 from ..checks import check_layers, check_p, check_positive
 from ..layers.masked_ensemble import EnsembleLinear
 from ..layers.variational import K1, K2, K3, THRESHOLD, _with_noise, log_alpha_of
-from ..nn_utils import inner_model, select_layers
+from ..nn_utils import inner_model, mean_over_ranks, select_layers
 from ..sparsity.core import HeldWeights, MaskRecord
 
 # %% ../../nbs/386_callback.variational.ipynb #4023ca7b
@@ -134,14 +134,15 @@ def before_step(self:LearnedDrop):
     learn,scaler = self.learn,vars(self.learn).get('scaler')
     scale = 1. if scaler is None else scaler.get_scale()
     share = min(1., learn.pct_train/self.warm) if self.warm else 1.
-    nats = nats_per_loss(learn.loss_func, learn.loss.detach().float().as_subclass(Tensor))
+    loss = mean_over_ranks(learn.loss.detach().float().as_subclass(Tensor).clone())
+    nats = nats_per_loss(learn.loss_func, loss)
     factor = self._price*share*nats/len(learn.dls.train_ds)
     for o in self._parts.values():
         weight,own = o.layer.weight,o.own
         if weight.grad is None or own.grad is None: continue
         by_weight,by_own = o.gradients()
         if by_weight is not None: weight.grad += by_weight*(factor*scale)
-        own.grad = (own.grad/scale + by_own*factor).nan_to_num_(0, 0, 0)
+        own.grad = (mean_over_ranks(own.grad/scale) + by_own*factor).nan_to_num_(0, 0, 0)
     self._opt.step()
     self._opt.zero_grad()
 
