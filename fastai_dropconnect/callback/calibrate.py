@@ -22,7 +22,6 @@ from ..checks import check_choice, check_int, check_p
 from ..ensemble.averaging import average_for
 from ..ensemble.blend import BlendedModel, best_temperature
 from ..nn_utils import ModelRecord, inner_model
-from ..tabular.learner import PredictMeans
 from ..tabular.procs import check_columns
 from ..uncertainty.conformal import (METHODS, Calibration, conformal_interval, conformal_scores,
                                                       fit_spread, quantiles_at)
@@ -89,7 +88,7 @@ class Predicted:
 
 @contextmanager
 def _whole_outputs(learn): # Let `learn.get_preds(act=noop)` return what the model returns
-    cbs = [cb for cb in learn._grab_cbs(PredictMeans) if cb.run]
+    cbs = [cb for cb in learn.cbs if cb.name=='predict_means' and cb.run]
     for cb in cbs: cb.run = False
     try:
         with without_metrics(learn),learn.no_bar(): yield
