@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from ..ensemble.averaging import map_outputs
 from ..masks import draw_seed
-from ..nn_utils import copy_state, from_rank0, inner_model, load_state_
+from ..nn_utils import copy_state, from_rank0, inner_model, load_state_, mean_over_ranks
 
 # %% ../../nbs/338_tabular.distributed.ipynb #864f3a42
 def _device_backend() -> str:
@@ -101,9 +101,7 @@ def share_state(
 # %% ../../nbs/338_tabular.distributed.ipynb #6fecb570
 def _mean_of_ranks(t:Tensor) -> Tensor:
     "Average a tensor over the ranks"
-    t = t.detach().clone().as_subclass(Tensor)
-    dist.all_reduce(t)
-    return t/dist.get_world_size()
+    return mean_over_ranks(t.detach().clone().as_subclass(Tensor))
 
 def pool_stats(
     model:nn.Module # Its batch norms change
