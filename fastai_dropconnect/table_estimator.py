@@ -21,7 +21,7 @@ from .checks import check_choice, check_positive
 from .drift import beyond_range, leave_out
 from .ensemble.blend import BlendedModel
 from .fit_folder import FitFolder, rows_digest
-from .frame_loaders import encode_frame, part_loaders
+from .frame_loaders import encode_frame, known_levels, part_loaders
 from .fit_best import BUDGETS, StopAt, fit_best_on, score_for
 from .recipes import RECIPES, train_recipe
 from .splits import column_or_values, splits_of
@@ -140,7 +140,8 @@ class TableEstimator(BaseEstimator):
         self._calibrate(folds)
         self._keep_rows()
         again = vars(self.learner_).pop('again', [])
-        if refit and clock.monotonic()+reading<end: self._refit(again, refit, end)     # rows are encoded once more
+        encoding = 0 if eval_set is None else reading     # rows to validate on are encoded in another way then
+        if refit and clock.monotonic()+encoding<end: self._refit(again, refit, end)
         return self
 
     def _calibrate(self, folds): "Do nothing: probabilities are calibrated by the search"
@@ -201,8 +202,10 @@ def _folds(self:TableEstimator, X, y, rows, seed, eval_set):
     weights = None if weights is None else np.asarray(weights)
     if eval_set is not None or rows['groups'] is not None or rows['time'] is not None:
         self._drop_drifting(df, targets, splits[0], weights)
-    self._all_rows = partial(self._loaders, df, targets, [(np.arange(len(df)),splits[0][1])], len(df), weights)
-    return self._loaders(df, targets, splits, n, weights)
+    to,whole = self._encode(df, targets, n),[(np.arange(len(df)),splits[0][1])]
+    encode = partial(self._encode, df, targets, len(df)) if n<len(df) else lambda: to
+    self._all_rows = lambda: self._fold_loaders(encode(), whole, weights)
+    return self._fold_loaders(to, splits, weights)
 
 @patch
 def _splits(self:TableEstimator, n, y, rows, seed):
@@ -227,11 +230,15 @@ def _read_more(self:TableEstimator, X, y):
 
 # %% ../nbs/528_table_estimator.ipynb #26e250cb
 @patch
-def _loaders(self:TableEstimator, df, targets, splits, n_fit, weights):
-    "Encode the rows, and return loaders for each split"
+def _encode(self:TableEstimator, df, targets, n_fit):
+    "Encode the rows as the first `n_fit` of them want"
     self._y_names = _new_names(targets.shape[1], df)
     df = df[self.reader_.names].assign(**dict(zip(self._y_names, targets.T)))
-    to = encode_frame(df, self.reader_.cat_names, self.reader_.cont_names, self._y_names, self._y_block(), n_fit)
+    return encode_frame(df, self.reader_.cat_names, self.reader_.cont_names, self._y_names, self._y_block(), n_fit)
+
+@patch
+def _fold_loaders(self:TableEstimator, to, splits, weights):
+    "Return loaders for each split of encoded rows"
     return [part_loaders(to, train, valid, weights, self.device) for train,valid in splits]
 
 @patch
@@ -310,13 +317,14 @@ def _drop_drifting(self:TableEstimator, df, targets, rows, weights):
     some = [np.sort(r.permutation(part)[:most]) for part,most in zip(rows, (20_000,5000), strict=True)]
     at = np.concatenate(some)
     splits = [(np.arange(len(some[0])),np.arange(len(some[0]), len(at)))]
-    parts = df.iloc[at].reset_index(drop=True),targets[at],splits,len(some[0]),None if weights is None else weights[at]
+    rows = df.iloc[at].reset_index(drop=True),targets[at],len(some[0])
+    weights = None if weights is None else weights[at]
     kept = reader.to_dict()
     deadline = clock.monotonic() + (self.time_limit/6 if self.time_limit else math.inf)
     def loss_without(names):
         if clock.monotonic()>=deadline: return math.inf
         self.reader_ = FrameReader.from_dict(kept).leave_out(names, '')
-        return _quick_loss(self._loaders(*parts)[0], deadline)
+        return _quick_loss(self._fold_loaders(self._encode(*rows), splits, weights)[0], deadline)
     useless = leave_out(names, loss_without)
     self.reader_ = reader.leave_out(useless, 'it runs beyond its training range')
 
@@ -335,9 +343,9 @@ def _boosted(self:TableEstimator, folds, score, seed, start):
 def _outputs(self:TableEstimator, X):
     "Return what the Learner predicts, (n_rows, n_out)"
     check_is_fitted(self)
-    df = self.reader_.transform(self._same_columns(X))
-    learn = self.learner_
+    df,learn = self.reader_.transform(self._same_columns(X)),self.learner_
     if not len(df): return np.zeros((0, learn.dls.c))
+    df = known_levels(df, {n: learn.dls.classes[n] for n in self.reader_.cat_names})
     with learn.no_bar(): return learn.get_preds(dl=learn.dls.test_dl(df))[0].double().cpu().numpy()
 
 # %% ../nbs/528_table_estimator.ipynb #4f7a5c5d
