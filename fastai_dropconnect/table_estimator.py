@@ -31,7 +31,8 @@ from .tabular.frames import FrameReader, as_frame
 # %% ../nbs/528_table_estimator.ipynb #ec3fbe12
 MOST_ROWS = 2000    # that are kept to measure importances
 MOST_DRIFTING = 6    # columns that are tried without
-_ALL_TIME = {None: 1, 'join': 1.8, 'replace': 2.3}    # of search and refit, as multiples of the search
+def _all_time(share): # Of search and refit, as a multiple of the search
+    return 1 if not share else 2.3 if share==1 else 1.8
 
 _arguments = dict(weights='sample_weight')    # of `fit`, where they have another name than inside
 
@@ -131,9 +132,9 @@ class TableEstimator(BaseEstimator):
         reading = clock.monotonic()-start
         higher = None if metric is None else True
         others = self._boosted(folds, score_for(folds[0].train_ds.loss_func, metric, higher), seed, start)
-        refit = self._refit_kind(eval_set, rows['time'], len(folds))
+        share = self._refit_share(eval_set, rows['time'], len(folds))
         end = start + limit if limit else math.inf
-        if limit: limit = max(limit/20, (end-clock.monotonic())/_ALL_TIME[refit])
+        if limit: limit = max(limit/20, (end-clock.monotonic())/_all_time(share))
         self.learner_ = fit_best_on(folds, metric, self.budget, limit, seed, higher, bool(self.verbose), others, noise,
                                     self._kept(folds, seed))
         self.leaderboard_ = self.learner_.leaderboard
@@ -141,7 +142,7 @@ class TableEstimator(BaseEstimator):
         self._keep_rows()
         again = vars(self.learner_).pop('again', [])
         encoding = 0 if eval_set is None else reading     # rows to validate on are encoded in another way then
-        if refit and clock.monotonic()+encoding<end: self._refit(again, refit, end)
+        if share and clock.monotonic()+encoding<end: self._refit(again, share, end)
         return self
 
     def _calibrate(self, folds): "Do nothing: probabilities are calibrated by the search"
@@ -255,12 +256,12 @@ def _keep_rows(self:TableEstimator):
 
 # %% ../nbs/528_table_estimator.ipynb #ec719a41
 @patch
-def _refit_kind(self:TableEstimator, eval_set, time, n_folds):
-    "Return what networks that are trained on all rows do: 'replace', 'join', or `None`"
-    if self.refit is False: return None
-    if time is not None: return 'replace'
-    if eval_set is not None: return 'replace' if self.refit is True else None
-    return 'join' if self.refit is True or (n_folds==1 and self.budget!='quick') else None
+def _refit_share(self:TableEstimator, eval_set, time, n_folds):
+    "Return the weight of networks that are trained on all rows: 1 if they replace the others, 0 if there are none"
+    if self.refit is False: return 0
+    if time is not None: return 1
+    if eval_set is not None: return int(self.refit is True)
+    return 2/(2+n_folds) if self.refit is True or (n_folds==1 and self.budget!='quick') else 0
 
 def _heaviest(again, share=2/3): # Pairs of a function and a weight
     "Return those that hold a share of the weights, the heaviest first"
@@ -269,10 +270,10 @@ def _heaviest(again, share=2/3): # Pairs of a function and a weight
     return [pair for pair,b in zip(ranked, before, strict=False) if b<share*before[-1]]
 
 @patch
-def _refit(self:TableEstimator, again, kind, end):
+def _refit(self:TableEstimator, again, share, end):
     "Train networks of the blend on all rows"
     [dls] = self._all_rows()
-    again = _heaviest(again) if kind=='join' else again
+    again = _heaviest(again) if share<1 else again
     models = []
     try:
         for i,(train,_) in enumerate(again):
@@ -281,16 +282,16 @@ def _refit(self:TableEstimator, again, kind, end):
             if model is None: break     # the time is over
             models.append(model)
     except KeyboardInterrupt: pass
-    if models and (kind=='join' or len(models)==len(again)): self._blend_in(models, [w for _,w in again], kind, dls)
+    weights = share*np.array([w for _,w in again])/sum(w for _,w in again)
+    if models and (share<1 or len(models)==len(again)): self._blend_in(models, weights[:len(models)].tolist(), dls)
 
 @patch
-def _blend_in(self:TableEstimator, models, weights, kind, dls):
-    "Let models that were trained on all rows replace the others, or join them"
-    old = self.learner_
-    weights = weights[:len(models)]
-    if kind=='join':
-        models,weights = [*old.model.models, *models],[w/2 for w in weights]
-        weights = [*(old.model.weights*(1-sum(weights))).tolist(), *weights]
+def _blend_in(self:TableEstimator, models, weights, dls):
+    "Let models that were trained on all rows replace the others, if their weights sum to 1, or join them"
+    old,left = self.learner_,1-sum(weights)
+    if left>1e-6:
+        weights = [*(old.model.weights*left).tolist(), *weights]
+        models = [*old.model.models, *models]
     model = BlendedModel(models, weights, old.model.average, old.model.temperature)
     self.learner_ = blended_learner(dls, model, old.metrics, getattr(old.loss_func, 'noise', None))
     self.learner_.leaderboard = old.leaderboard
