@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from matplotlib.figure import Figure
+from fastai_dropconnect import fit_best, splits
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.arena import __main__ as command, ranking, run as running, tables
+from benchmarks.arena import __main__ as command, ranking, refit, run as running, tables
 from benchmarks.arena.methods import METHODS, Method
 from benchmarks.arena.ours import takes
 from benchmarks.arena.outsiders import codes_of, coded, outputs
@@ -334,3 +335,13 @@ def test_the_command_prints_the_report(tmp_path, monkeypatch, capsys):
     counted(monkeypatch)
     assert command.main(['--tables','numbers','--methods','lgbm,rf','--seeds','1','--out',str(tmp_path)])==0
     assert '| numbers | RMSE |' in capsys.readouterr().out
+
+def test_networks_that_see_all_rows_are_worth_what_the_blend_changes(monkeypatch):
+    monkeypatch.setitem(fit_best.BUDGETS, 'default', (1e8, ()))
+    assert refit.changes(table(n=120), 0) is None      # it is cut into folds
+    monkeypatch.setattr(splits, 'FOLDS_BELOW', 100)
+    for t in (table(), table('classes', 'clf')):
+        found = refit.changes(t, 0)
+        assert len(found)==len(refit.SHARES) and np.isfinite(found).all() and len(set(found))==len(found)
+    monkeypatch.setattr(refit, 'SHARES', (1e-9,))
+    assert abs(refit.changes(table(), 0)[0])<1e-3
