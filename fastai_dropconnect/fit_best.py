@@ -184,7 +184,7 @@ def targets_of(
     dls:TabularDataLoaders
 ) -> Tensor: # (n_valid, n_targets)
     "Return the targets of the validation rows"
-    targs = torch.as_tensor(dls.valid_ds.ys.to_numpy())
+    targs = torch.tensor(dls.valid_ds.ys.to_numpy())
     return targs if targs.is_floating_point() else targs.long()
 
 def _merge(

@@ -1,5 +1,6 @@
 """`DropConnectRegressor` and `DropConnectClassifier`: what scikit-learn asks of estimators, tables of all kinds, files"""
-import copy, importlib.util, json, pickle, sys
+import copy, importlib.util, json, pickle, subprocess, sys
+from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 import sklearn.utils.estimator_checks as checks
 from sklearn.base import clone
@@ -437,3 +438,17 @@ def test_search_itself(tmp_path):
     model = classifier(budget='quick', time_limit=2., metric='roc_auc').fit(df, y>10)
     assert len(model.leaderboard_) and np.allclose(model.predict_proba(df).sum(1), 1)
     assert (DropConnectClassifier.load(model.save(tmp_path)).predict(df)==model.predict(df)).all()
+
+def test_a_first_fit_warns_of_nothing_inside():
+    "In a process of its own: torch warns only once"
+    code = """
+import warnings, numpy as np, pandas as pd
+from fastai_dropconnect.estimators import DropConnectClassifier, DropConnectRegressor
+df = pd.DataFrame(dict(k=list('abc')*20, x=np.arange(60.), when=pd.date_range('2020', periods=60)))
+df.loc[50:,'k'] = 'new'
+warnings.simplefilter('error')
+warnings.filterwarnings('ignore', category=DeprecationWarning)
+for make,time in ((DropConnectRegressor,'when'), (DropConnectClassifier,None)):
+    make(budget='quick', time_limit=1, random_state=0, verbose=0).fit(df, np.arange(60)%2, time=time).predict(df)
+"""
+    subprocess.run([sys.executable, '-c', code], check=True, cwd=Path(__file__).parent.parent)

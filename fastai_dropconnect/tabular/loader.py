@@ -7,6 +7,7 @@ __all__ = ['is_changed', 'why_slow', 'FastTabDL', 'fast_dataloaders']
 
 # %% ../../nbs/325_tabular.loader.ipynb #d6e3c2cd
 import warnings
+from contextlib import contextmanager
 import numpy as np, torch
 from fastai.data.core import DataLoaders
 from fastai.tabular.core import ReadTabBatch, TabDataLoader, TabularPandas, TabWeightedDL
@@ -57,6 +58,13 @@ def _rows(table, idxs):
     if table.stride(-1)==1 and table.shape[1]>1: return table.index_select(0, idxs)
     return table.t().index_select(1, idxs).t()
 
+@contextmanager
+def _no_warning():
+    "Hide that tensors share memory with a frame, which pandas 3 protects: nobody writes to them"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'The given NumPy array is not writable')
+        yield
+
 class FastTabDL(TabDataLoader):
     "Loader of a table whose batches are slices of tensors"
     @delegates(TabDataLoader.__init__)
@@ -80,6 +88,9 @@ class FastTabDL(TabDataLoader):
         "Number of inputs in a batch"
         if not hasattr(self, '_n_inp'): self._one_pass()    # fastai asks each proc first, in each batch
         return self._n_inp
+
+    @_no_warning()
+    def _one_pass(self): super()._one_pass()
 
     def get_idxs(self):
         "Return the row numbers of an epoch in their order"
@@ -106,7 +117,7 @@ class FastTabDL(TabDataLoader):
 
     def _reader(self):
         "Return a function that gathers rows of the whole table by their numbers"
-        tables = self.after_batch.fs[0].encodes(self.dataset)
+        with _no_warning(): tables = self.after_batch.fs[0].encodes(self.dataset)
         return lambda idxs: [_rows(t, idxs.to(t.device)) for t in tables]
 
     def _slices(self):
