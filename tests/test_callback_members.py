@@ -9,6 +9,9 @@ from torch import nn
 from conftest import make_table
 from ensemble_learners import *
 from fastai_dropconnect.all import *
+from fastai_dropconnect.callback.members import weighted_members
+from fastai_dropconnect.ensemble.averaging import AveragedModel
+from fastai_dropconnect.ensemble.blend import BlendedModel
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -184,3 +187,15 @@ def test_frozen_weights_stay_frozen_in_the_module():
     learn.freeze()
     learn.fit_zero_restarts(2, 1)
     assert [p.requires_grad for p in learn.averaged_model().models[1].parameters()]==[p.requires_grad for p in learn.model.parameters()]
+
+def test_weights_of_members_inside_a_blend():
+    torch.manual_seed(0)
+    ensemble = masked()
+    plain = tabular(seed=1).model.eval()
+    model = BlendedModel([ensemble.model.eval(), AveragedModel([plain,plain])], [.9,.1])
+    x = [t[:7] for t in ensemble.dls.one_batch()[:2]]
+    outs,shares = weighted_members(model, *x)
+    torch.testing.assert_close(shares, torch.tensor([.3,.3,.3,.05,.05]))
+    assert outs.shape==(7,5,1)
+    with torch.no_grad(): expected = model(*x)
+    torch.testing.assert_close((outs*shares[:,None]).sum(1), expected)
