@@ -11,7 +11,7 @@ from conftest import make_table
 from fastai_dropconnect import recipes
 from fastai_dropconnect.callback.frozen_zero import FrozenZeroInit
 from fastai_dropconnect.callback.snapshots import SnapshotEnsemble
-from fastai_dropconnect.recipes import RECIPES, Recipe, choose_recipe, gates_recipes, get_recipe, is_higher_better, recipes_for, train_recipe
+from fastai_dropconnect.recipes import RECIPES, Recipe, choose_recipe, gates_recipes, get_recipe, is_higher_better, recipes_for, simplest_good, train_recipe
 
 
 def preds(learn):
@@ -126,6 +126,14 @@ def test_wrong_arguments_of_a_training(name, bad, dls):
 
 
 # --- the choice
+
+def test_with_one_seed_the_lowest_loss_is_chosen():
+    assert simplest_good([[3.],[1.],[2.]])==1
+    assert simplest_good([[3.,3.],[1.,3.],[2.,2.]])==0 and simplest_good([[3.,3.],[1.,1.5],[2.,2.]])==1      # standard errors 1 and .25
+
+@pytest.mark.parametrize('bad', [0, 1.5, 'a'])
+def test_wrong_number_of_seeds(bad, dls):
+    with pytest.raises((TypeError,ValueError), match=f'`seeds`.*seeds={bad!r}'): choose(dls, seeds=bad)
 
 def test_recipes_that_do_not_fit_are_left_out(only_categories):
     assert [n for n in RECIPES if n not in recipes_for(only_categories)]==[n for n in RECIPES if n.startswith('ple')]
