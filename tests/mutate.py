@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LIB = 'fastai_dropconnect'
 TESTS = { # Module: its fast tests, the likeliest to fail first
-    'masks': 'test_masks', 'functional': 'test_functional test_kernels_normal test_layers_dropconnect test_callback_dropconnect', 'checks': 'test_checks',
+    'masks': 'test_masks', 'functional': 'test_functional test_kernels_normal test_layers_dropconnect test_callback_dropconnect test_transforms', 'checks': 'test_checks',
     'callback.core': 'test_callback_core', 'callback.batchnorm': 'test_callback_batchnorm test_no_trace',
     'callback.dropconnect': 'test_callback_dropconnect', 'callback.frozen_zero': 'test_callback_frozen_zero test_no_trace',
     'callback.columns': 'test_callback_columns test_no_trace', 'callback.snapshots': 'test_callback_snapshots test_callback_columns test_no_trace test_details',

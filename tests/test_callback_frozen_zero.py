@@ -1,7 +1,7 @@
 "`FrozenZeroInit` holds masked weights exactly where they are, after each step of any optimizer, in all fits"
 import contextlib, copy, io, pickle, warnings
 from functools import partial
-import numpy as np, pandas as pd, pytest, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
@@ -531,6 +531,14 @@ def test_report_metric_and_plot():
     assert (r.std_after < r.std_before).all()
     assert learn.recorder.metric_names[3] == 'zeros' and learn.recorder.values[0][2] == pytest.approx((36+48)/144)
     cb.plot()
+
+def test_plot_of_a_weight_without_rows():
+    cb = FrozenZeroInit(layers='0', params=['weight','bias'])
+    make_learn(cb).fit(1)
+    cb.plot()
+    shapes = {ax.get_title(): ax.images[0].get_array().shape for ax in plt.gcf().axes}
+    plt.close()
+    assert shapes=={'0.weight': (12,4), '0.bias': (1,12)}
 
 # Whatever the order of things
 
