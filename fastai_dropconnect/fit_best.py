@@ -282,12 +282,14 @@ class Search:
         if self._train(name, kind).loss<before: self.kind = kind
 
     def _restarts(self):
-        "Train zero restarts, whose average errs on other rows than masked members"
+        "Train zero restarts, and where they are the best so far those of a masked ensemble"
         n_batches = len(self.folds[0].train)
         cycle_len = math.ceil(max(self.best.epochs/4, 150/max(1, n_batches)))
         vectors = self.kind.recipe.settings.get('num_embeddings')
         recipe = RECIPES['zero-restarts'].replace(num_embeddings=vectors, cycle_len=cycle_len)
-        self._train('restarts', Kind(recipe), 8*cycle_len)
+        if self._train('restarts', Kind(recipe), 8*cycle_len) is not self.best: return
+        self.n_left += 1
+        self._train('masked restarts', Kind(recipe.replace(members=4)), 8*cycle_len)
 
     def _train(self, name, kind, epochs=None):
         "Train a candidate on each fold and add it; raise `_TimeIsOver` if it is"

@@ -4,7 +4,7 @@ import numpy as np, pandas as pd, pytest, torch
 from fastai.tabular.all import (Categorify, CategoryBlock, FillMissing, Normalize, RegressionBlock, RocAucBinary,
                                 TabularDataLoaders, rmse)
 from fastai_dropconnect import fit_best as module
-from fastai_dropconnect.fit_best import BUDGETS, KINDS, Search, fit_best, fit_best_on, score_for
+from fastai_dropconnect.fit_best import BUDGETS, KINDS, Candidate, Search, fit_best, fit_best_on, score_for, targets_of
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -29,8 +29,20 @@ def names(learn): return list(learn.leaderboard.name)
 def test_budgets_try_what_they_say():
     dls = loaders()
     assert names(fit_best(dls, budget='quick', verbose=False))==list(KINDS)
-    assert names(fit_best(dls, verbose=False))==[*KINDS, *BUDGETS['default'][1]]
+    assert [n for n in names(fit_best(dls, verbose=False)) if n!='masked restarts']==[*KINDS, *BUDGETS['default'][1]]
     with pytest.raises(ValueError, match='budget'): fit_best(dls, budget='huge')
+
+
+@pytest.mark.parametrize('loss,more', [(1., ['masked restarts']), (2.5, [])])
+def test_restarts_of_members_follow_where_restarts_are_the_best(loss, more):
+    offsets = {'numbers': 3., 'vectors': 2., 'restarts': loss, 'masked restarts': .5}
+    def train(dls, name, kind, score, epochs, work, deadline, seed):
+        tried.append((name,kind.recipe.settings.get('members'),epochs))
+        return Candidate(name, 4., [], targets_of(dls)+offsets.get(name, 4.), 0., 0.)
+    dls,tried = loaders(),[]
+    search = Search([dls], score_for(dls.train_ds.loss_func), verbose=False, train=train).run()
+    assert [name for name,*_ in tried]==['numbers','vectors','restarts',*more,'less dropout','smaller','levels'] and search.n_left==0
+    if more: assert tried[3][1]==4 and tried[3][2]==tried[2][2]
 
 
 def test_a_table_of_categories_only_has_one_kind():
@@ -80,7 +92,7 @@ def test_quick_divides_its_work_by_the_folds():
 def test_distributions(noise):
     dls = loaders(table(400), valid=range(100))
     learn = fit_best(dls, noise=noise, verbose=False)
-    assert names(learn)==[*KINDS, *BUDGETS['default'][1]]
+    assert set(names(learn))>={*KINDS, *BUDGETS['default'][1]}
     learn.calibrate()
     res = learn.predict_distribution(table(2000, seed=1))
     y = table(2000, seed=1).y
