@@ -3,6 +3,7 @@ import math, time
 import numpy as np, pandas as pd, pytest, torch
 from fastai.tabular.all import (Categorify, CategoryBlock, FillMissing, Normalize, RegressionBlock, RocAucBinary,
                                 TabularDataLoaders, rmse)
+import fastai_dropconnect.callback.distribution    # noqa: F401, with it Learners have `calibrate` and `predict_distribution`
 from fastai_dropconnect import fit_best as module
 from fastai_dropconnect.fit_best import BUDGETS, KINDS, Candidate, Search, fit_best, fit_best_on, score_for, targets_of
 
