@@ -37,7 +37,7 @@ def main(
     torch.set_flush_denormal(True)
     t = TASKS[task](SimpleNamespace(data=data, wheel=wheel), True, 0)
     set_seed(0)
-    learn = make_learner(t, METHODS['regrown'], target, METHODS['regrown'].of(task))
+    learn = make_learner(t, METHODS['pruned'], target, METHODS['pruned'].of(task))
     with learn.no_bar(): learn.fit_one_cycle(t.epochs, t.lr)
     plain = copy.deepcopy(learn.model).eval()
     plain.example = tuple(x[:2] for x in t.train[:t.n_in])
