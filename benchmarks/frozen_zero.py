@@ -32,30 +32,32 @@ class StepEnd(Callback):
     order = 100
     def after_batch(self): self.learn.step_timer.times.append(time.thread_time()-self.learn.step_timer.start)
 
+def quartiles(ratios): return '{:.3f} ({:.3f}-{:.3f})'.format(median(ratios), *np.quantile(ratios, (.25,.75)))
+
 @call_parse
 def main(
     rounds:int=30, # Fits of each kind, in turns
     n_batches:int=100 # Batches in each fit
 ):
-    "Print median times and their ratio for three sizes of models"
+    "Print median times of a step, and ratios to the plain fit of the same round with their quartiles; `again` is another plain fit"
     torch.set_num_threads(1)
-    print(f'{"layers":>14} {"batch":>5} {"held weights":>12} {"plain us":>9} {"with us":>9} {"ratio":>6}')
+    print(f'{"layers":>14} {"batch":>5} {"held weights":>12} {"plain us":>9} {"with us":>9} {"again":>20} {"with":>20}')
     for layers,n_cont,bs in [([200,100], 50, 64), ([500,250], 100, 64), ([1000,500], 100, 256)]:
-        learns = [make_learn(layers, n_cont, bs, n_batches, cbs) for cbs in ([], [FrozenZeroInit(0.5)])]
-        for l in learns: 
+        learns = [make_learn(layers, n_cont, bs, n_batches, cbs) for cbs in ([], [], [FrozenZeroInit(0.5)])]
+        for l in learns:
             l.remove_cb(ProgressCallback)
             l.logger = noop
             l.add_cbs([StepTimer(), StepEnd()])
             l.fit(1)
-        ratios,times = [],[]
+        times = []
         for i in range(rounds):
-            both = [0,0]
-            for j in ((0,1), (1,0))[i%2]:
+            each = [0]*3
+            for j in np.roll(range(3), i):
                 learns[j].step_timer.times.clear()
                 learns[j].fit(1)
-                both[j] = median(learns[j].step_timer.times)
-            times.append(both)
-            ratios.append(both[1]/both[0])
-        plain,held = (1e6*median(t[j] for t in times) for j in (0,1))
-        n = sum(p.numel() for p,_ in learns[1].frozen_zero_init.weights().values())
-        print(f'{str(layers):>14} {bs:5} {n:12} {plain:9.0f} {held:9.0f} {median(ratios):6.3f}')
+                each[j] = median(learns[j].step_timer.times)
+            times.append(each)
+        plain,held = (1e6*median(t[j] for t in times) for j in (0,2))
+        again,ratio = ([t[j]/t[0] for t in times] for j in (1,2))
+        n = sum(p.numel() for p,_ in learns[2].frozen_zero_init.weights().values())
+        print(f'{str(layers):>14} {bs:5} {n:12} {plain:9.0f} {held:9.0f} {quartiles(again):>20} {quartiles(ratio):>20}')
