@@ -46,8 +46,8 @@ class GradualPruning(FrozenZeroInit):
         structured:bool=False, # Remove whole units, filters and columns?
         layers:str|list|Callable=None, # Names of layers or f(name, module); by default all linear and conv layers
         criterion:str='scaled', # 'scaled': size by the rms of the layer's weights; 'size'
-        regrow:float=None, # Share of weights exchanged for others each time, falling to 0; by default .3, or 0 for units
-        every:int=None # Steps from one time to the next; by default pruning takes 12 of them, or 100 without `regrow`
+        regrow:float=None, # Share of weights exchanged for others each time, falling to 0; by default .3, for units 0
+        every:int=None # Steps between the times of pruning; by default there are 12, or 100 with regrow=0
     ):
         super().__init__(0., layers=has_weights if layers is None else layers)
         self.target = check_positive(target, 'target')

@@ -139,7 +139,7 @@ class SummedCodes(nn.Module):
 
     def extra_repr(self) -> str: return f'n_cat={len(self.last)}, n_cont={self.n_cont}'
 
-# %% ../../nbs/245_sparsity.fold.ipynb #22ce9b4f
+# %% ../../nbs/245_sparsity.fold.ipynb #e120b1db
 _classes = 'TabularModel','OnePassTabularModel','InputsModel','TabularDropConnectModel'
 
 def _leaves(m:nn.Module) -> list: # Of modules, in order
@@ -155,7 +155,7 @@ def _reads_codes(model:nn.Module) -> bool:
 
 def sum_codes(
     model:nn.Module, # As from `fold_norms_`
-    most:int=2**20 # Numbers in the table; larger ones do not stay in a cache
+    most:int=2**23 # Numbers in the table, 32 MB in float32
 ) -> nn.Module: # A `SummedCodes`, or `model` itself
     "Multiply embeddings and the first layer in advance, if `model` is of a kind that allows it"
     if not _reads_codes(model): return model
