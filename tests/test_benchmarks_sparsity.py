@@ -17,7 +17,7 @@ OPTIONS = SimpleNamespace(mnist='no/such/folder', data='no/such.csv', wheel='no/
 def test_each_method_makes_a_row(name):
     row = run(TASKS['regression'](OPTIONS, False, 0), name, 35., 0, epochs=20)
     assert set(COLUMNS) <= {*row, 'rows'} and 0 <= row['live'] <= row['weights']==105
-    if name in ('pruned','structured','regrown'): assert row['live']<=3
+    if name in ('pruned','structured','shrinking'): assert row['live']<=3
     assert torch.tensor(row['error']).isfinite()
 
 

@@ -1,11 +1,12 @@
 "`HardConcrete`: gates take part in training, zeros are held, and the model stays as it is"
 import pytest, torch
+from fastai.optimizer import SGD
 from torch import nn
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.hard_concrete import HardConcrete
 from conftest import Scaled
 from ensemble_learners import make_learn
-from test_callback_gates import Each
+from test_callback_gates import Each, Seed
 
 
 def fit(learn, n=6, **kw):
@@ -84,3 +85,17 @@ def test_convolutions_and_layers_that_lose_all():
 @pytest.mark.parametrize('kw', [dict(price=0), dict(gate_lr=-1), dict(warm=1), dict(per='unit'), dict(p0=0)], ids=str)
 def test_bad_arguments(kw):
     with pytest.raises(ValueError, match=f'`{next(iter(kw))}` must be'): HardConcrete(**kw)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    def new(): return make_learn(eager(per='input'), path=tmp_path, opt_func=SGD)
+    def save(learn, name): learn.save(f'e{learn.epoch}', with_opt=False)
+    whole = fit(new(), 4, cbs=[Seed(), Each(save, 'after_epoch')])
+    resumed = new().load('e1')
+    fit(resumed, 4, start_epoch=2, cbs=Seed())
+    assert all(torch.equal(v, w) for v,w in zip(hidden(whole), hidden(resumed))) and not resumed.cbs[-1].record.progress
+    anew = new().load('e3')             # the fit had not ended yet: what was learned is there, and no masks
+    record = anew.cbs[-1].record
+    assert record.progress and not record.masks
+    anew.load('e0').remove_cb(anew.cbs[-1])
+    assert not record.progress

@@ -1,11 +1,12 @@
 import pytest, torch
 from fastai.callback.training import GradientAccumulation
+from fastai.optimizer import SGD
 from torch.nn import functional as F
 from conftest import Scaled
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.variational import VariationalDropConnect, kl_gradients
 from ensemble_learners import make_learn
-from test_callback_gates import Each
+from test_callback_gates import Each, Seed
 
 
 def fit(learn, n=6, **kw):
@@ -108,3 +109,17 @@ def test_snapshots_before_the_removal_are_refused(tmp_path):
     for c in learn.snapshot_ensemble.record:
         state = learn.snapshot_ensemble.record[c]
         assert not any(state[n][z].any() for n,z in zip(learn.variational_drop_connect.record, zeros))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    def new(): return make_learn(eager(), path=tmp_path, opt_func=SGD)
+    def save(learn, name): learn.save(f'e{learn.epoch}', with_opt=False)
+    whole = fit(new(), 4, cbs=[Seed(), Each(save, 'after_epoch')])
+    resumed = new().load('e1')
+    fit(resumed, 4, start_epoch=2, cbs=Seed())
+    assert all(torch.equal(v, w) for v,w in zip(hidden(whole), hidden(resumed))) and not resumed.cbs[-1].record.progress
+    anew = new().load('e3')             # the fit had not ended yet: what was learned is there, and no masks
+    record = anew.cbs[-1].record
+    assert record.progress and not record.masks
+    anew.load('e0').remove_cb(anew.cbs[-1])
+    assert not record.progress

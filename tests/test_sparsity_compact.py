@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastai_dropconnect.all import *
 from fastai_dropconnect.ensemble.averaging import AveragedModel
+from fastai_dropconnect.serialize.parts import build_network, describe_network
 from fastai_dropconnect.sparsity.compact import CompactModel, compact, sparsity_report
 from fastai_dropconnect.sparsity.core import MaskRecord
 from fastai_dropconnect.sparsity.graph import ChannelGraph
@@ -102,6 +103,10 @@ def test_outputs_stay_for_any_network(seed, kind):
     assert all(torch.equal(a, b) for a,b in zip(model.parameters(), before))
     assert sum(p.numel() for p in small.parameters()) <= sum(p.numel() for p in model.parameters()) + 8*9      # new biases
     assert_same(small, compact(small), args)
+    fast = compact(model, fold=True)
+    assert_same(model, fast, args)
+    assert not fast.training
+    assert_same(model, compact(small, fold=True), args)
 
 
 @pytest.mark.parametrize('kind', KINDS, ids=lambda k: k.__name__)
@@ -203,3 +208,65 @@ def test_report_counts():
     report = sparsity_report(model)
     assert report.loc['live_weights'].tolist()[:2]==[3,3] and report.loc['columns'].tolist()[:2]==[3,1]
     assert report.loc['multiply_adds'].tolist()[:2]==[5*6+6*4+4,3] and report.loc['units'].tolist()[:2]==[10,2]
+
+
+def table_model(cls=TabularModel, **kw):
+    torch.manual_seed(0)
+    model = cls([(10,5), (20,8), (4,3)], 6, 1, [30,20], **kw)
+    x = torch.randint(0, 4, (50,3)),torch.randn(50, 6)
+    for _ in range(10): model(*x)
+    for m in model.layers.modules():
+        if isinstance(m, nn.Linear): m.weight.data.mul_(torch.rand_like(m.weight)>.5)
+    model.layers[0][0].weight.data[:,[3,17]] = 0        # part of an embedding, and a number
+    return model.eval(),x
+
+@pytest.mark.parametrize('cls', [TabularModel,TabularDropConnectModel])
+def test_a_folded_table_has_neither_norms_nor_embeddings(cls, tmp_path):
+    model,args = table_model(cls, ps=[.1,.1])
+    fast = compact(model, fold=True)
+    kinds = {type(m).__name__ for m in fast.modules()}
+    assert 'SummedCodes' in kinds and not any('Norm' in k or 'Drop' in k.replace('DropConnectLinear', '') or 'Embedding' in k for k in kinds)
+    torch.save(fast, tmp_path/'fast.pth')
+    for again in (torch.load(tmp_path/'fast.pth', weights_only=False), pickle.loads(pickle.dumps(fast)), compact(fast, fold=True), compact(fast)):
+        assert torch.equal(outputs(again, args), outputs(fast, args))
+    assert_same(model, fast, (args[0].int(), args[1]))
+    for rows in (0, 1): assert outputs(fast, [a[:rows] for a in args]).shape==(rows,1)
+
+def test_a_folded_table_refuses_unknown_codes():
+    model,(cats,conts) = table_model()
+    fast = compact(model, fold=True)
+    for wrong in (-1, 20):
+        cats[3,1] = wrong
+        with pytest.raises(IndexError, match='x_cat'): outputs(fast, (cats, conts))
+
+def test_a_folded_table_is_exported(tmp_path):
+    model,args = table_model()
+    fast,dims = compact(model, fold=True),({0: torch.export.Dim.DYNAMIC},)*2
+    program = torch.export.export(fast, args, dynamic_shapes=(dims,) if isinstance(fast, CompactModel) else dims)
+    assert_same(model, program.module(), [a[:7] for a in args])
+    ort = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    torch.onnx.export(fast, args, tmp_path/'fast.onnx', dynamo=False, input_names=['cats','conts'], dynamic_axes={n: {0: 'n'} for n in ('cats','conts')})
+    out, = ort.InferenceSession(tmp_path/'fast.onnx').run(None, dict(cats=args[0][:7].numpy(), conts=args[1][:7].numpy()))
+    assert abs(out-outputs(model, args)[:7].numpy()).max() < 1e-5
+
+def test_vectors_of_a_cut_column_leave_no_bins():
+    "The column with the most bins goes; what is left is a layer that its class would make"
+    torch.manual_seed(0)
+    bins = [torch.linspace(-1, 1, n) for n in (4, 9, 6)]
+    model = TabularDropConnectModel([(4,2)], 3, 1, [8], num_embeddings=PLE(4, bins)).eval()
+    nn.init.normal_(model.num_embeds[1].module.linear.weight)
+    for left in ([0,2], [0], [1,2]):
+        some = copy.deepcopy(model)
+        for i in set(range(3))-set(left): some.layers[0][0].weight.data[:,2+4*i:6+4*i] = 0
+        small,args = compact(some),(torch.randint(0, 4, (20,1)), 2*torch.randn(20, 3))
+        assert_same(some, small, args)
+        want = PLE(4, [bins[i] for i in left]).layer(len(left)).state_dict()
+        got = small.model.num_embeds.state_dict()
+        assert {n:t.shape for n,t in got.items()}=={n:t.shape for n,t in want.items()}
+        again = build_network(describe_network(small))
+        again.load_state_dict(small.state_dict())
+        assert torch.equal(outputs(again.eval(), args), outputs(small, args))
+
+def test_a_folded_table_is_refused_where_its_file_could_not_be_read():
+    with pytest.raises(TypeError, match='got SummedCodes'): describe_network(compact(table_model()[0], fold=True))

@@ -41,7 +41,7 @@ def jobs(tasks, methods, seeds):
 @call_parse
 def main(
     tasks:str='all', # Names of tasks, separated by commas
-    methods:str='plain,l1,dropneuron,pruned,structured,regrown,frozen', # Names of methods, or 'all'
+    methods:str='plain,l1,dropneuron,pruned,structured,shrinking,frozen', # Names of methods, or 'all'
     targets:str=None, # How many times fewer weights, numbers separated by commas; by default some for each task
     seeds:int=3, # Runs of each
     epochs:int=None, # Of each run; by default those of the task

@@ -41,7 +41,7 @@ METHODS = {
                        {'regression': dict(lr=.02)}, ('regression',)),
     'pruned': Method(lambda target, s: [GradualPruning(target, **s)]),
     'structured': Method(lambda target, s: [GradualPruning(target, structured=True, **s)]),
-    'regrown': Method(lambda target, s: [GradualPruning(target, **s)], True, {None: dict(regrow=.3)}),
+    'shrinking': Method(lambda target, s: [GradualPruning(target, **s)], True, {None: dict(regrow=0)}),
     'sparsevd': Method(lambda target, s: [VariationalDropConnect(layers=has_weights, **s)], False),
     'hardconcrete': Method(lambda target, s: [HardConcrete(layers=has_weights, per='input', **s)], False, {None: dict(price=.2)}),
     'gates': Method(lambda target, s: [FeatureGates(**s)], False, {None: dict(price=300)}, only=TABLES),

@@ -9,10 +9,9 @@ __all__ = ['GatesRecord', 'HardConcrete']
 from collections.abc import Callable
 import torch
 from torch import Tensor, nn
-from .variational import LearnedDrop
+from .variational import LearnedDrop, LearningRecord
 from ..checks import check_choice, check_p, check_positive
 from ..layers.gates import gates_open, initial_log_alpha, mean_gates, sample_gates
-from ..sparsity.core import MaskRecord
 
 # %% ../../nbs/390_callback.hard_concrete.ipynb #82316a63
 class _Gates:
@@ -56,7 +55,7 @@ def unfold(self:_Gates):
         self.layer.weight.data.copy_(raw)
 
 # %% ../../nbs/390_callback.hard_concrete.ipynb #4ba3956e
-class GatesRecord(MaskRecord):
+class GatesRecord(LearningRecord):
     "Masks of the weights whose gates are open, which travel with the `state_dict`"
     key = 'fastai_dropconnect.hard_concrete'
 

@@ -46,8 +46,8 @@ class GradualPruning(FrozenZeroInit):
         structured:bool=False, # Remove whole units, filters and columns?
         layers:str|list|Callable=None, # Names of layers or f(name, module); by default all linear and conv layers
         criterion:str='scaled', # 'scaled': size by the rms of the layer's weights; 'size'
-        regrow:float=0., # Share of the weights that are exchanged for others each time, falling to 0
-        every:int=None # Steps from one time to the next; by default pruning takes 100 of them
+        regrow:float=None, # Share of weights exchanged for others each time, falling to 0; by default .3, for units 0
+        every:int=None # Steps between the times of pruning; by default there are 12, or 100 with regrow=0
     ):
         super().__init__(0., layers=has_weights if layers is None else layers)
         self.target = check_positive(target, 'target')
@@ -58,8 +58,8 @@ class GradualPruning(FrozenZeroInit):
             raise ValueError(f'`end` must be above `begin` and at most 1, got begin={begin}, end={end}')
         self.structured = bool(structured)
         self.criterion = check_choice(criterion, 'criterion', CRITERIA)
-        self.regrow = check_p(regrow, 'regrow')
-        if structured and regrow: raise ValueError('`regrow` must be 0 with structured=True, got '
+        self.regrow = check_p(.3*(not structured) if regrow is None else regrow, 'regrow')
+        if structured and self.regrow: raise ValueError('`regrow` must be 0 with structured=True, got '
                                               f'regrow={regrow!r}')
         self.every = None if every is None else check_int(every, 'every')
         self.record = PruneRecord()
@@ -95,7 +95,8 @@ def _position(self:GradualPruning) -> tuple: # (number of the step from 0, numbe
 @patch
 def _slot(self:GradualPruning, step:int, n_steps:int) -> int:
     "Number the times of pruning: a new number means that it is time"
-    return step//(self.every or max(math.ceil(n_steps*(self.end-self.begin)/100), 1))
+    n = 12 if self.regrow else 100      # what has grown needs steps to become large
+    return step//(self.every or max(math.ceil(n_steps*(self.end-self.begin)/n), 1))
 
 @patch
 def before_train(self:GradualPruning):

@@ -11,8 +11,10 @@ from statistics import median
 import pandas as pd, torch
 from torch import Tensor, nn
 from ..layers.masked_ensemble import EnsembleLinear, MaskedEnsembleLinear
+from ..layers.weight_dropout import WeightDropout
 from ..nn_utils import ModelRecord, inner_model
 from .channels import LinearStep, constant_outputs, layer_weights
+from .fold import fold_norms_, sum_codes
 from .graph import ChannelGraph
 
 # %% ../../nbs/246_sparsity.compact.ipynb #7016ab9b
@@ -70,6 +72,18 @@ def _cut_layer_(step:LinearStep, stays:Tensor):
 # %% ../../nbs/246_sparsity.compact.ipynb #cb150f0e
 _norm_tensors = 'weight','bias','running_mean','running_var'
 
+def _cut_bins_(vectors:nn.Module):
+    "Remove the bins that no column of a `PLE` layer has any more"
+    made = next(l.module for l in vectors if isinstance(l, WeightDropout))
+    impl = getattr(made, 'impl', None)
+    if impl is None: return
+    if impl.mask is not None:
+        used = impl.mask.any(0)
+        cut_(made.linear, used, ['weight'], 1)
+        cut_(impl, used, ['weight','bias','mask'], 1)
+        if impl.mask.all(): impl.mask = None
+    if impl.single_bin_mask is not None and not impl.single_bin_mask.any(): impl.single_bin_mask = None
+
 def _cut_rest_(graph:ChannelGraph, stays:Tensor):
     "Cut batch norms, embeddings, and vectors of continuous columns"
     for s in graph.steps:
@@ -84,6 +98,7 @@ def _cut_rest_(graph:ChannelGraph, stays:Tensor):
     for name,columns in graph.vectors:
         for m in graph.modules[name].modules():
             cut_(m, stays[columns.units], [*m._parameters, *m._buffers])
+        _cut_bins_(graph.modules[name])
 
 # %% ../../nbs/246_sparsity.compact.ipynb #f99aeff9
 class CompactModel(nn.Module):
@@ -166,24 +181,26 @@ def _graph_of(model:nn.Module) -> ChannelGraph|None:
         warnings.warn(f'{type(model).__name__} stays as it is, as its forward cannot be followed: {e}')
 
 # %% ../../nbs/246_sparsity.compact.ipynb #16ec5f56
-def _compact_again(model:CompactModel) -> CompactModel:
+def _compact_again(model:CompactModel, fold:bool) -> CompactModel:
     "Compact a model that reads some columns already"
-    inner = compact(model.model)
+    inner = compact(model.model, fold)
     if not isinstance(inner, CompactModel): return CompactModel(inner, model.columns, model.n_columns)
     def both(old, new): return old if new is None else new if old is None else old[new]
     columns = [both(old, new) for old,new in zip(model.columns, inner.columns)]
     return CompactModel(inner.model, columns, model.n_columns).train(model.training)
 
 def compact(
-    model:nn.Module # Not changed; sequences, `TabularModel`, ensembles, any `forward` that `torch.fx` can follow
+    model:nn.Module, # Not changed; sequences, `TabularModel`, ensembles, any `forward` that `torch.fx` can follow
+    fold:bool=False # Fold batch norms and embeddings too? The copy is faster, and for predictions only
 ) -> nn.Module: # A copy with the same arguments, and the same outputs in eval; a `CompactModel` if columns are gone
     "Return a smaller network with the same outputs, without what zeros have made useless"
     model = copy.deepcopy(inner_model(model))
     _forget_records_(model)
     if type(model).__name__ in _blends:
-        model.models = nn.ModuleList([compact(m) for m in model.models])
+        model.models = nn.ModuleList([compact(m, fold) for m in model.models])
         return model
-    if isinstance(model, CompactModel): return _compact_again(model)
+    if isinstance(model, CompactModel): return _compact_again(model, fold)
+    if type(model).__name__=='SummedCodes': return model
     graph = _graph_of(model)
     if graph is None: return model
     stays = graph.keep()
@@ -192,8 +209,9 @@ def compact(
     for step in graph.layers(): _cut_layer_(step, stays)
     _cut_rest_(graph, stays)
     columns = _columns_(model, graph, stays)
+    if fold: model = sum_codes(fold_norms_(model.eval()))
     if all(c is None for c in columns): return model
-    device = next((p.device for p in model.parameters()), None)
+    device = next((t.device for t in model.state_dict().values()), None)
     res = CompactModel(model, [c if c is None else c.to(device) for c in columns], n_columns)
     return res.train(model.training)
 

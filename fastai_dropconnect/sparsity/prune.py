@@ -49,13 +49,15 @@ def weight_scores(
 def keep_best(
     scores:dict, # From name to scores, as from `weight_scores`
     masks:dict, # From name to bool: the weights that can be chosen
-    n:int # How many to keep
+    n:int, # How many to keep
+    ascending:Tensor=None # All scores in order, if they are known
 ) -> dict: # From name to bool, `True` for the `n` best
     "Choose the weights with the highest scores"
     everything = torch.cat(list(scores.values()))
     chosen = torch.ones(len(everything), dtype=torch.bool)
     if n<len(everything):
-        limit = everything.kthvalue(len(everything)-n).values if n else everything.max()
+        k = len(everything)-n
+        limit = everything.kthvalue(k).values if ascending is None else ascending[k-1]
         chosen = everything>limit
         equal = (everything==limit).nonzero()[:,0]
         chosen[equal[:n-int(chosen.sum())]] = True
@@ -121,9 +123,12 @@ def largest(
     high:int # Largest candidate
 ) -> int:
     "Find the largest integer whose count is within a limit"
+    missing = limit-count(low)      # often a step of 1 adds 1 to the count
     while low<high:
-        middle = (low+high+1)//2
-        low,high = (middle,high) if count(middle)<=limit else (low,middle-1)
+        middle = min(low+max(missing, 1), (low+high+1)//2)
+        n = count(middle)
+        if n<=limit: low,missing = middle,limit-n
+        else: high,missing = middle-1,high
     return low
 
 # %% ../../nbs/244_sparsity.prune.ipynb #edf3cd11
@@ -135,12 +140,14 @@ def _prune_weights(self:Pruner, n:int, exact:bool):
     scores = weight_scores(self.weights, live, self.criterion)
     n_live = sum(map(len, scores.values()))
     if n_live<=n: return
-    def kept(n): # What reads a constant stays
-        best = keep_best(scores, live, n)
+    def kept(n, ascending=None): # What reads a constant stays
+        best = keep_best(scores, live, n, ascending)
         return {name: m | (self.masks[name] & adds[name]) if name in adds else m for name,m in best.items()}
     masks = kept(n)
     if exact or self.n_live_with(masks)<max(.95*n, self.least):
-        masks = self._filled(kept(largest(lambda k: self.n_live_with(kept(k)), n, n, n_live)), live, n)
+        ascending = torch.cat(list(scores.values())).sort().values
+        def count(k): return self.n_live_with(kept(k, ascending))
+        masks = self._filled(kept(largest(count, n, n, n_live)), live, n)
     self.masks = masks
 
 @patch
