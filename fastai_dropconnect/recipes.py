@@ -104,7 +104,7 @@ _restarts = dict(n_cycles=8, cycle_len=None, restart_sparsity=.3, embed_sparsity
 _ple = dict(num_embeddings='ple')
 _members = dict(members=8)
 _price = dict(price=300)
-_target = dict(target=20, regrow=.3)
+_target = dict(target=20)
 _residual = dict(weight_p=.1, path_p=.1)
 
 # %% ../nbs/400_recipes.ipynb #0c44f3f4

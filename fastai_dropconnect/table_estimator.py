@@ -257,7 +257,7 @@ def _keep_rows(self:TableEstimator):
 # %% ../nbs/528_table_estimator.ipynb #ec719a41
 @patch
 def _refit_share(self:TableEstimator, eval_set, time, n_folds):
-    "Return the weight of networks that are trained on all rows: 1 if they replace the others, 0 if there are none"
+    "Return the weight of networks that see all rows: 1 if they replace the others"
     if self.refit is False: return 0
     if time is not None: return 1
     if eval_set is not None: return int(self.refit is True)
@@ -287,7 +287,7 @@ def _refit(self:TableEstimator, again, share, end):
 
 @patch
 def _blend_in(self:TableEstimator, models, weights, dls):
-    "Let models that were trained on all rows replace the others, if their weights sum to 1, or join them"
+    "Let models that saw all rows replace the others, if their weights sum to 1, or join"
     old,left = self.learner_,1-sum(weights)
     if left>1e-6:
         weights = [*(old.model.weights*left).tolist(), *weights]
