@@ -11,7 +11,7 @@ LEVEL,WINDOW = .9,500
 Z = norm.ppf((1+LEVEL)/2)
 
 
-def _q(scores): return float(conformal_quantile(torch.as_tensor(scores), LEVEL))
+def _q(scores, level=LEVEL): return float(conformal_quantile(torch.as_tensor(scores), level))
 
 def _completed(valid:Prediction, test:Prediction, y:np.ndarray): # Quantiles and a scale for methods that have none
     if valid.quantiles is not None: return [(p.quantiles,p.sd) for p in (valid,test)]
@@ -28,14 +28,15 @@ def rolling_quantiles(
     valid_scores:np.ndarray, # Of the calibration rows, the latest last
     scores:np.ndarray, # Of the test rows
     days:pd.Series, # Of the test rows
-    window:int=WINDOW # Rows to look back
+    window:int=WINDOW, # Rows to look back
+    level:float=LEVEL # Share of rows that should stay below
 ) -> np.ndarray: # (n_rows,)
     "Return the correction of each test row, from the outcomes of the days before"
     known,res = list(valid_scores),np.empty(len(scores))
     days = days.to_numpy()
     for day in np.unique(days):
         today = np.flatnonzero(days==day)
-        res[today] = _q(np.array(known[-window:]))
+        res[today] = _q(np.array(known[-window:]), level)
         known += list(scores[today])
     return res
 
@@ -56,6 +57,9 @@ def intervals(
         order = np.argsort(days[0].to_numpy(), kind='stable')
         c = rolling_quantiles(local[order], np.abs(y_test-test.mean)/st, days[1])
         res[f'last {WINDOW}'] = test.mean-c*st,test.mean+c*st
+        below,above = [rolling_quantiles(s[order], new, days[1], level=(1+LEVEL)/2)
+                       for s,new in ((qv[:,0]-y,qt[:,0]-y_test), (y-qv[:,-1],y_test-qt[:,-1]))]
+        res[f'last {WINDOW}, ends apart'] = qt[:,0]-below,qt[:,-1]+above
     return res
 
 def _worst_quarter(inside, days): # Of those with at least 300 rows
