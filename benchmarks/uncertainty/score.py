@@ -79,6 +79,16 @@ def score_numbers(valid, test, y, y_test, days=(None,None)) -> list: # A diction
                                  width=(high-low).mean(), winkler=winkler_score(t(low), t(high), t(y_test), LEVEL).mean().item()))
     return res
 
+def ece_by_chance(
+    probs:torch.Tensor, # (n_rows, n_classes)
+    n_draws:int=200,
+    seed:int=0
+) -> np.ndarray: # (n_draws,)
+    "Return the calibration errors that a perfectly calibrated model would show: targets are drawn from `probs`"
+    gen = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.multinomial(probs, 1, generator=gen)[:,0]
+    return np.array([float(expected_calibration_error(probs, draw())) for _ in range(n_draws)])
+
 def score_classes(valid, test, y, y_test) -> list: # A dictionary for each calibration
     logits = torch.as_tensor(test.logits)
     temperature = best_temperature(torch.as_tensor(valid.logits), torch.as_tensor(y))
