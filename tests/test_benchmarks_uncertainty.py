@@ -1,7 +1,7 @@
 "The uncertainty benchmark on made-up numbers: scores, calibrations, and resumed runs"
 import sys
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, pytest, torch
 from conftest import make_table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -9,7 +9,7 @@ from benchmarks.uncertainty import __main__ as command
 from benchmarks.uncertainty.data import TABLES, Data
 from benchmarks.uncertainty.methods import LEVELS, NETWORKS, Prediction
 from benchmarks.uncertainty.report import report_text
-from benchmarks.uncertainty.score import intervals, rolling_quantiles, score_classes, score_numbers
+from benchmarks.uncertainty.score import ece_by_chance, intervals, rolling_quantiles, score_classes, score_numbers
 
 rng = np.random.default_rng(0)
 def normal(n=4000, spread=False):
@@ -42,12 +42,26 @@ def test_worst_quarter():
     rows = {r['calibration']:r for r in score_numbers(valid, test, y, y_test, (days,days))}
     assert all(.8<r['worst_quarter']<=r['coverage'] for r in rows.values()) and 'last 500' in rows
 
+def test_ends_that_move_apart_follow_a_shift():
+    (valid,y),(test,y_test) = normal(),normal()
+    days = pd.Series(pd.Timestamp('2010-01-01')+pd.to_timedelta(np.arange(4000)//20, unit='D'))
+    rows = {r['calibration']:r for r in score_numbers(valid, test, y, y_test+5, (days,days))}
+    both,apart = rows['last 500'],rows['last 500, ends apart']
+    assert apart['coverage']>.86 and apart['width']<.6*both['width'] and apart['winkler']<.6*both['winkler']
+
 def test_classes_get_a_temperature():
     z = rng.normal(size=(3000,2))
     y = (rng.random(3000) < 1/(1+np.exp(z[:,0]-z[:,1]))).astype(int)
     p = Prediction(z[:,1], logits=3*z)
     raw,calibrated = score_classes(p, p, y, y)
     assert abs(calibrated['temperature']-3)<.4 and calibrated['log_loss']<raw['log_loss'] and calibrated['ece']<raw['ece']
+
+def test_ece_by_chance():
+    p = torch.rand(500, generator=torch.Generator().manual_seed(0))
+    probs = torch.stack([1-p,p], 1)
+    few,many = ece_by_chance(probs, 50),ece_by_chance(probs.repeat(16, 1), 50)
+    # in each of 15 bins the mean of n/15 draws with the variance p(1-p): E|error| = sqrt(2/pi * 15/n * p(1-p)), about .8*.39*sqrt(15/n)
+    assert few.mean()==pytest.approx(.054, rel=.15) and many.mean()==pytest.approx(few.mean()/4, rel=.15)
 
 def made_up(options, classes=False):
     df = make_table(120).rename(columns=dict(y='target')).astype(dict(target=float))

@@ -67,9 +67,10 @@ def table():
     return dict(x=x, y=y, tr=tr, cal=cal, new=new, mean=LinearRegression().fit(x[tr], y[tr]),
                 quantiles=[QuantileRegressor(quantile=q, alpha=0).fit(x[tr], y[tr]) for q in (.05,.95,.5)])
 
-def ours(table, method, **preds): # Functions of x
+def ours(table, method, symmetric=True, **preds): # Functions of x
     at = lambda rows: {k:torch.from_numpy(f(table['x'][rows])) for k,f in preds.items()}
-    q = conformal_quantile(conformal_scores(torch.from_numpy(table['y'][table['cal']]), method, **at(table['cal'])), .9)
+    scores = conformal_scores(torch.from_numpy(table['y'][table['cal']]), method, **at(table['cal']), symmetric=symmetric)
+    q = conformal_quantile(scores, .9) if symmetric else conformal_quantile(scores, .95).unbind()
     return torch.stack(conformal_interval(q, method, **at(table['new'])), 1).numpy()
 
 def test_split_equals_mapie(table):
@@ -79,13 +80,14 @@ def test_split_equals_mapie(table):
     _,want = m.predict_interval(table['x'][table['new']])
     np.testing.assert_allclose(ours(table, 'split', mean=table['mean'].predict), want[:,:,0], rtol=1e-12, atol=1e-12)
 
-def test_cqr_equals_mapie(table):
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_cqr_equals_mapie(table, symmetric):
     mapie = pytest.importorskip('mapie.regression')
     low,high,_ = table['quantiles']
     m = mapie.ConformalizedQuantileRegressor(table['quantiles'], confidence_level=.9, prefit=True)
     m.conformalize(table['x'][table['cal']], table['y'][table['cal']])
-    _,want = m.predict_interval(table['x'][table['new']], symmetric_correction=True)
-    np.testing.assert_allclose(ours(table, 'cqr', lower=low.predict, upper=high.predict), want[:,:,0], rtol=1e-12, atol=1e-12)
+    _,want = m.predict_interval(table['x'][table['new']], symmetric_correction=symmetric)
+    np.testing.assert_allclose(ours(table, 'cqr', symmetric, lower=low.predict, upper=high.predict), want[:,:,0], rtol=1e-12, atol=1e-12)
 
 def test_cv_plus_equals_mapie(table):
     mapie = pytest.importorskip('mapie.regression')

@@ -209,12 +209,29 @@ def test_a_calibration_that_does_not_fit_is_refused():
     learn.loss_func = MSELossFlat()
     with pytest.raises(ValueError, match="calibration 'pit' does not fit"): learn.predict_distribution(DF[:2])
     ens = learner(None, restarts=True)
-    ens.calibrate()
-    ens.snapshot_ensemble.use = 'last'
-    with pytest.raises(ValueError, match="calibration 'local' does not fit"): ens.predict_distribution(DF[:2])
+    for method in ('local','pit','split'):
+        ens.snapshot_ensemble.use = 'average'
+        ens.calibrate(method=method)
+        ens.snapshot_ensemble.use = 'last'
+        with pytest.raises(ValueError, match="calibration is for use='average'"): ens.predict_distribution(DF[:2])
     plain = learner(None)
     plain.calibrate()
     assert calibration_of(plain.set_noise('quantile')) is None
+
+
+@pytest.mark.parametrize('noise,method', [(None,'split'),('quantile','cqr'),('quantile','split'),('quantile','local')])
+def test_ends_that_move_apart_follow_a_shift(noise, method, tmp_path):
+    learn,shifted = learner(noise, path=tmp_path),DF.assign(y=DF.y+3)
+    learn.calibrate(method=method, df=shifted)
+    wide = learn.predict_distribution(DF)
+    learn.calibrate(method=method, df=shifted[:100], symmetric=False)
+    learn.update_calibration(shifted[100:])
+    got = learn.predict_distribution(DF)
+    assert .85 < shifted.y.between(got.lower, got.upper).mean() < .95
+    assert (got.upper-got.lower).mean() < .7*(wide.upper-wide.lower).mean() and got.upper.mean() > DF.y.mean()+3
+    learn.export()
+    again = load_learner(tmp_path/'export.pkl').predict_distribution(DF)
+    np.testing.assert_array_equal(again[['lower','upper']], got[['lower','upper']])
 
 
 def test_no_rows_to_calibrate_with_are_named(tmp_path):

@@ -3,12 +3,13 @@ import numpy as np, pandas as pd
 
 NUMBERS = ['rmse','crps','coverage','width','winkler','worst_quarter']
 CLASSES = ['log_loss','brier','ece','temperature']
-BEST = {'raw': 'as predicted', 'split': 'split', 'local': 'local', 'cqr': 'CQR', 'last 500': 'last 500 sales', 'temperature': 'temperature'}
+BEST = {'raw': 'as predicted', 'split': 'split', 'local': 'local', 'cqr': 'CQR', 'last 500': 'last 500 sales',
+        'last 500, ends apart': 'last 500 sales, ends apart', 'temperature': 'temperature'}
 
 
 def shown_calibration(rows:pd.DataFrame) -> str: # Of a method
     "Return the calibration that `learn.calibrate` chooses, or that a table of distributions is for"
-    if rows.dataset.iloc[0]=='auctions_drift': return 'last 500'
+    if rows.dataset.iloc[0]=='auctions_drift': return 'last 500, ends apart'
     method = rows.method.iloc[0]
     if method=='plain': return 'split'
     is_dist = any(w in method for w in ('gaussian','mixture','quantile')) and not method.startswith(('MC','plain'))

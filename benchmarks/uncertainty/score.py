@@ -11,7 +11,7 @@ LEVEL,WINDOW = .9,500
 Z = norm.ppf((1+LEVEL)/2)
 
 
-def _q(scores): return float(conformal_quantile(torch.as_tensor(scores), LEVEL))
+def _q(scores, level=LEVEL): return float(conformal_quantile(torch.as_tensor(scores), level))
 
 def _completed(valid:Prediction, test:Prediction, y:np.ndarray): # Quantiles and a scale for methods that have none
     if valid.quantiles is not None: return [(p.quantiles,p.sd) for p in (valid,test)]
@@ -28,14 +28,15 @@ def rolling_quantiles(
     valid_scores:np.ndarray, # Of the calibration rows, the latest last
     scores:np.ndarray, # Of the test rows
     days:pd.Series, # Of the test rows
-    window:int=WINDOW # Rows to look back
+    window:int=WINDOW, # Rows to look back
+    level:float=LEVEL # Share of rows that should stay below
 ) -> np.ndarray: # (n_rows,)
     "Return the correction of each test row, from the outcomes of the days before"
     known,res = list(valid_scores),np.empty(len(scores))
     days = days.to_numpy()
     for day in np.unique(days):
         today = np.flatnonzero(days==day)
-        res[today] = _q(np.array(known[-window:]))
+        res[today] = _q(np.array(known[-window:]), level)
         known += list(scores[today])
     return res
 
@@ -56,6 +57,9 @@ def intervals(
         order = np.argsort(days[0].to_numpy(), kind='stable')
         c = rolling_quantiles(local[order], np.abs(y_test-test.mean)/st, days[1])
         res[f'last {WINDOW}'] = test.mean-c*st,test.mean+c*st
+        below,above = [rolling_quantiles(s[order], new, days[1], level=(1+LEVEL)/2)
+                       for s,new in ((qv[:,0]-y,qt[:,0]-y_test), (y-qv[:,-1],y_test-qt[:,-1]))]
+        res[f'last {WINDOW}, ends apart'] = qt[:,0]-below,qt[:,-1]+above
     return res
 
 def _worst_quarter(inside, days): # Of those with at least 300 rows
@@ -74,6 +78,16 @@ def score_numbers(valid, test, y, y_test, days=(None,None)) -> list: # A diction
         res.append(common | dict(calibration=name, coverage=inside.mean(), worst_quarter=_worst_quarter(inside, days[1]),
                                  width=(high-low).mean(), winkler=winkler_score(t(low), t(high), t(y_test), LEVEL).mean().item()))
     return res
+
+def ece_by_chance(
+    probs:torch.Tensor, # (n_rows, n_classes)
+    n_draws:int=200,
+    seed:int=0
+) -> np.ndarray: # (n_draws,)
+    "Return the calibration errors that a perfectly calibrated model would show: targets are drawn from `probs`"
+    gen = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.multinomial(probs, 1, generator=gen)[:,0]
+    return np.array([float(expected_calibration_error(probs, draw())) for _ in range(n_draws)])
 
 def score_classes(valid, test, y, y_test) -> list: # A dictionary for each calibration
     logits = torch.as_tensor(test.logits)

@@ -43,6 +43,7 @@ class CalibrationRecord(ModelRecord):
 class KeepCalibration(RecordingCallback):
     "Keep the calibration with the model, until training changes the model"
     keeps_predictions = True        # `FastPredict` asks
+    use = None      # of the snapshots when they were calibrated, if that is known
     def __init__(self): super().__init__(CalibrationRecord())
 
     def before_train(self):
@@ -66,6 +67,7 @@ def set_calibration(
         if value is None: return
         learn.add_cb(KeepCalibration())
     learn.keep_calibration.record.value = value
+    learn.keep_calibration.use = None
 
 def _restore(learn, saved): # After `learn.load`
     if saved is not None or calibration_of(learn): set_calibration(learn, saved and Calibration(**saved))
@@ -118,6 +120,15 @@ def _spread(learn, dl, passes, p): # Of members, or of noisy passes, or `None`
         if is_ensemble(learn): return learn.get_member_preds(dl=dl)[0].std(1, correction=0)
         return learn.get_mc_preds(passes, p, dl=dl, seed=0)[0].std(1) if passes else None
 
+def _use_of(learn): # Which snapshots predict, `None` without them
+    return next((cb.use for cb in learn._grab_cbs(SnapshotEnsemble)), None)
+
+def _current_calibration(learn): # Snapshots may predict otherwise than when they were calibrated
+    cal = calibration_of(learn)
+    if cal is None or learn.keep_calibration.use in (None,_use_of(learn)): return cal
+    raise ValueError(f'the calibration is for use={learn.keep_calibration.use!r}: call `learn.calibrate` again, '
+                     f'got use={_use_of(learn)!r}')
+
 def predicted(
     learn:Learner, # Of a table
     dl:DataLoader, # Rows, not shuffled
@@ -125,8 +136,9 @@ def predicted(
     p:float=None # Of the passes, as in `learn.get_mc_preds`
 ) -> tuple: # (`Predicted`, targets; `None` without them)
     "Predict rows with all that is known about each prediction"
-    cal = calibration_of(learn)
-    if passes is None: passes,p = (cal.passes,cal.p) if cal else (0,None)
+    if passes is None:
+        cal = _current_calibration(learn)
+        passes,p = (cal.passes,cal.p) if cal else (0,None)
     with _whole_outputs(learn): out,targs = learn.get_preds(dl=dl, act=noop)
     loss = learn.loss_func
     if hasattr(loss, 'distribution'):
@@ -227,7 +239,8 @@ def total_sd(
     if cal.noise is not None:
         spread = torch.zeros_like(pred.mean) if pred.spread is None else pred.spread
         return (cal.noise+cal.factor*spread.double().square()).sqrt()
-    return cal.scores.square().mean(0).sqrt().expand(len(pred.mean), -1)
+    errors = cal.scores if cal.symmetric else cal.scores[...,1]
+    return errors.square().mean(0).sqrt().expand(len(pred.mean), -1)
 
 def distribution_of(
     pred:Predicted, # Of numbers
@@ -243,6 +256,10 @@ def distribution_of(
 def _latest(columns, n, by=None, last=None): # Positions of the rows to use, in the order of time
     order = torch.arange(n) if by is None else torch.argsort(_times(columns[by]), stable=True)
     return order[n-last:] if last and last<n else order
+
+def _check_symmetric(symmetric, method):
+    if not symmetric and method in ('pit','temperature'):
+        raise ValueError(f'`symmetric` must be True with the method {method!r}, got symmetric={symmetric!r}')
 
 def _temperature(pred, targs, columns, group=None, half_life=None, **settings):
     for name,value in dict(group=group, half_life=half_life).items():
@@ -281,8 +298,7 @@ def _is_endless(cal):
 
 def _warn_if_endless(cal):
     if cal.scores is None or not _is_endless(cal): return
-    share = cal.level if cal.method!='pit' else (1+cal.level)/2     # of rows on one side
-    least = math.ceil(round(share/(1-share), 9))
+    least = math.ceil(round(cal.level_of_ends/(1-cal.level_of_ends), 9))
     given = f'{len(cal.scores)}' + (f' with half_life={cal.half_life}' if cal.half_life else '')
     groups = f', or fewer in a group of {cal.group!r}' if cal.group_q else ''
     warnings.warn(f'intervals are infinite: level={cal.level} needs at least {least} rows to calibrate with, '
@@ -301,30 +317,34 @@ def calibrate(self:Learner,
     df:pd.DataFrame=None, # Rows with targets; by default those of `ds_idx`
     ds_idx:int=1, # As in `learn.get_preds`
     passes:int=None, # Noisy passes that tell rows apart, of a single network; by default 50 if it has noise or `p`
-    p:float=None # Probability that a connection drops in a pass, as in `learn.get_mc_preds`
+    p:float=None, # Probability that a connection drops in a pass, as in `learn.get_mc_preds`
+    symmetric:bool=True # Move both ends of an interval by the same? `False` follows a drift, and needs twice the rows
 ) -> Calibration:
-    "Correct intervals or probabilities on rows that took no part in training"
+    "Correct intervals or probabilities on rows that took no part in training; small tables: `DropConnectRegressor`"
     dl,columns = _rows(self, df, ds_idx, (by,group))
     passes = _passes(self, method, passes, p)
     pred,targs = predicted(self, dl, passes, p)
     _check_rows(pred, targs)
     settings = dict(level=level, by=by, group=group, last=last, half_life=half_life, passes=passes, p=p)
     method = _method_for(pred, method)
+    _check_symmetric(symmetric, method)
     res = new_calibration(pred, targs, method, columns, **settings)
-    if method!='temperature': res.add(*scores_of(pred, targs, res, columns))
+    if method!='temperature': res.add(*scores_of(pred, targs, res, columns, symmetric))
     _warn_if_endless(res)
     set_calibration(self, res)
+    self.keep_calibration.use = _use_of(self)
     return res
 
 def scores_of(
     pred:Predicted, # Of numbers
     targs:Tensor, # (n_rows, n_targets)
     cal:Calibration,
-    columns:dict=None # Values of the columns that the calibration names
-) -> tuple: # Scores `(n_rows, n_targets)`, times, groups
+    columns:dict=None, # Values of the columns that the calibration names
+    symmetric:bool=True # As in `conformal_scores`
+) -> tuple: # Scores, times, groups
     "Score rows for a calibration"
     inputs = dict(cdf=distribution_of(pred, cal).cdf(targs)) if cal.method=='pit' else _inputs(pred, cal)
-    scores = conformal_scores(targs, cal.method, **inputs)
+    scores = conformal_scores(targs, cal.method, **inputs, symmetric=symmetric)
     times = None if cal.by is None else _times(columns[cal.by])
     return scores,times,_groups(cal, columns)
 
@@ -360,6 +380,6 @@ def update_calibration(self:Learner,
     dl,columns = _rows(self, df, 1, (cal.by,cal.group))
     pred,targs = predicted(self, dl)
     _check_rows(pred, targs)
-    cal.add(*scores_of(pred, targs, cal, columns))
+    cal.add(*scores_of(pred, targs, cal, columns, cal.symmetric))
     _warn_if_endless(cal)
     return cal

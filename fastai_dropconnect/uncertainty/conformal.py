@@ -16,10 +16,10 @@ from .noise import Distribution
 
 # %% ../../nbs/286_uncertainty.conformal.ipynb #6a1a2482
 def conformal_quantile(
-    scores:Tensor, # `(n_rows,)`, or `(n_rows, n_targets)`
+    scores:Tensor, # `(n_rows, *)`
     level:float=.9, # Share of new rows that should stay below
     weights:Tensor=None # `(n_rows,)`, how much each row resembles a new one, which counts 1; by default all 1
-) -> Tensor: # A number, or `(n_targets,)`; infinite if the rows are too few
+) -> Tensor: # `(*)`; infinite if the rows are too few
     "Return the score below which a new row stays with probability `level`"
     level,scores = check_p(level, 'level'),torch.as_tensor(scores).double().cpu()
     n = len(scores)
@@ -57,17 +57,19 @@ def conformal_scores(
     sd:Tensor=None, # `(*)`, above 0, for 'local'
     lower:Tensor=None, # `(*)`, for 'cqr'
     upper:Tensor=None, # `(*)`, for 'cqr'
-    cdf:Tensor=None # `(*)`, of the targets, for 'pit'
-) -> Tensor: # `(*)`, float64
+    cdf:Tensor=None, # `(*)`, of the targets, for 'pit'
+    symmetric:bool=True # One score for both ends of an interval? Not for 'pit'
+) -> Tensor: # `(*)`, float64; `(*, 2)`, for the lower and the upper end, unless `symmetric`
     "Return how far targets lie outside of what was predicted"
     if check_choice(method, 'method', METHODS)=='pit': return cdf.double().clamp(_least, 1-_least)
     targs = targs.double()
-    if method=='cqr': return torch.maximum(lower-targs, targs-upper)
-    error = (targs-mean).abs()
-    return error/sd if method=='local' else error
+    below,above = (lower-targs,targs-upper) if method=='cqr' else (mean-targs,targs-mean)
+    scores = torch.maximum(below, above) if symmetric else torch.stack([below,above], -1)
+    if method!='local': return scores
+    return scores/(sd if symmetric else sd[...,None])
 
 def conformal_interval(
-    q:Tensor, # From `conformal_quantile`: a number, `(n_targets,)`, or one for each row
+    q:Tensor|tuple, # From `conformal_quantile`, for each target or each row; a pair moves each end by its own
     method:str='cqr', # As in `conformal_scores`
     mean:Tensor=None, # `(*)`
     sd:Tensor=None, # `(*)`
@@ -76,10 +78,10 @@ def conformal_interval(
 ) -> tuple: # Lower and upper end, `(*)` each, float64
     "Return the corrected intervals"
     check_choice(method, 'method', METHODS[:3])
-    if method!='cqr':
-        half = q*(sd.double() if method=='local' else torch.ones_like(mean, dtype=torch.float64))
-        return mean-half,mean+half
-    low,high = lower.double()-q,upper.double()+q
+    below,above = q if isinstance(q, tuple) else (q,q)
+    if method!='cqr': lower,upper = mean,mean
+    unit = sd.double() if method=='local' else 1.
+    low,high = lower.double()-below*unit,upper.double()+above*unit
     middle = (low+high)/2
     return torch.where(low>high, middle, low),torch.where(low>high, middle, high)
 
@@ -107,12 +109,12 @@ def quantiles_at(
 
 # %% ../../nbs/286_uncertainty.conformal.ipynb #72cf52af
 def group_quantiles(
-    scores:Tensor, # `(n_rows, n_targets)`
+    scores:Tensor, # `(n_rows, *)`
     groups:list, # Of each row
     level:float=.9, # Share of new rows that should stay below
     weights:Tensor=None, # `(n_rows,)`, as in `conformal_quantile`
     least:int=50 # Rows that a group must have to get a quantile of its own
-) -> dict: # From group to `(n_targets,)`
+) -> dict: # From group to `(*)`
     "Return the quantile of each large group"
     places = {}
     for i,g in enumerate(groups): places.setdefault(g, []).append(i)
@@ -164,7 +166,7 @@ class Calibration:
     "How predictions are corrected, and the rows that say so"
     method:str # 'split', 'local', 'cqr', 'pit' or 'temperature'
     level:float=.9 # Share of targets that intervals should hold
-    scores:Tensor=None # `(n_rows, n_targets)`, float64, in the order of `times`, the latest last
+    scores:Tensor=None # `(n_rows, n_targets)`, or `(n_rows, n_targets, 2)`, float64, the latest last
     times:Tensor=None # `(n_rows,)`, float64: when each row happened, or `None`
     groups:list=None # Of each row, or `None`
     by:str=None # Column that orders the rows
@@ -188,14 +190,22 @@ class Calibration:
         if self.p is not None: check_p(self.p)
         if self.scores is not None: self._set(self.scores, self.times, self.groups)
 
+    @property
+    def symmetric(self) -> bool: return self.scores is None or self.scores.ndim==2
+
+    @property
+    def level_of_ends(self) -> float: # Share of rows that the score of an end should hold
+        return self.level if self.symmetric and self.method!='pit' else (1+self.level)/2
+
     def _set(self, scores, times, groups):
         order = torch.arange(len(scores)) if times is None else torch.argsort(times, stable=True)
         order = order[len(order)-self.last:] if self.last and self.last<len(order) else order
         self.scores = scores[order]
         self.times = None if times is None else times[order]
         self.groups = None if groups is None else [_as_key(groups[i]) for i in order.tolist()]
-        self.q = conformal_quantile(self.scores, self.level, self._weights())
-        self.group_q = {} if groups is None else group_quantiles(self.scores, self.groups, self.level, self._weights())
+        level,weights = round(self.level_of_ends, 12),self._weights()
+        self.q = conformal_quantile(self.scores, level, weights)
+        self.group_q = {} if groups is None else group_quantiles(self.scores, self.groups, level, weights)
 
     def _weights(self): return recency_weights(len(self.scores), self.half_life) if self.half_life else None
 
@@ -210,7 +220,7 @@ class Calibration:
         return {f.name:getattr(self, f.name) for f in fields(self)}
 
     def add(self,
-        scores:Tensor, # Of new rows, `(n_rows, n_targets)`
+        scores:Tensor, # Of new rows, from `conformal_scores`
         times:Tensor=None, # `(n_rows,)`, if the others have them
         groups:list=None # Of each row, if the others have them
     ):
@@ -223,7 +233,8 @@ class Calibration:
     def quantiles_for(self,
         n_rows:int, # New rows
         groups:list=None # Of each new row
-    ) -> Tensor: # `(n_rows, n_targets)`
+    ) -> Tensor|tuple: # `(n_rows, n_targets)`; a pair of such unless `symmetric`
         "Return the correction of each new row"
-        if not self.group_q or groups is None: return self.q.expand(n_rows, -1)
-        return torch.stack([self.group_q.get(_as_key(g), self.q) for g in groups]) if n_rows else self.q.expand(0, -1)
+        if self.group_q and groups: q = torch.stack([self.group_q.get(_as_key(g), self.q) for g in groups])
+        else: q = self.q.expand(n_rows, *self.q.shape)
+        return q if self.symmetric else q.unbind(-1)
