@@ -1,7 +1,7 @@
 "Files of models that strangers wrote: what does not fit is refused by name, before memory is taken, and nothing is run"
 import hashlib, json, os, shutil, struct
 from pathlib import Path
-import pytest, torch
+import pandas as pd, pytest, torch
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.calibrate import calibration_of
 from fastai_dropconnect.ensemble.blend import BlendedModel
@@ -223,6 +223,7 @@ def pruned(columns):
 
 KINDS = dict(blend=blend, split=lambda: calibrated(small()), temperature=lambda: calibrated(small(classes())), compact=lambda: pruned(False), columns=lambda: pruned(True),
              groups=lambda: calibrated(small(), .5, by='a', group='color', last=9, half_life=3.), quantiles=quantiles,
+             ends=lambda: calibrated(small(noise='quantile'), symmetric=False),
              noise=lambda: calibrated(small(noise='mixture', config=config(members=2)), method='local'))
 
 @pytest.fixture(scope='module')
@@ -238,6 +239,7 @@ def test_other_kinds_of_models_come_back(saved_kinds, kind):
     assert torch.equal(preds(again, df), preds(learn, df)) and repr(again.model)==repr(learn.model)
     a,b = calibration_of(learn),calibration_of(again)
     assert (a is None)==(b is None) and (a is None or str(a.settings())==str(b.settings()))
+    if a is not None: pd.testing.assert_frame_equal(learn.predict_distribution(df), again.predict_distribution(df))
 
 OTHER_FIELDS = [
     ('blend', ['network','models'], [], 'network.models'), ('blend', ['network','models'], {}, 'network.models'), ('blend', ['network','models',1,'out_sz'], 3, 'tensor|same columns'),
@@ -250,6 +252,8 @@ OTHER_FIELDS = [
     ('split', ['calibration'], None, 'no tensor .calibration'), ('split', ['calibration','method'], 'temperature', 'no tensor .calibration'),
     ('split', ['calibration','more'], 1, "'more'"),
     ('temperature', ['calibration','temperature'], -1, 'calibration.temperature'), ('temperature', ['calibration','method'], 'split', 'calibration.scores'),
+    ('ends', ['calibration','symmetric'], True, 'calibration.scores'), ('ends', ['calibration','symmetric'], 1, 'calibration.symmetric'),
+    ('ends', ['calibration','symmetric'], ..., 'calibration.scores'), ('ends', ['calibration','method'], 'pit', 'calibration.symmetric'),
     ('groups', ['calibration','groups',0], 3, 'calibration.groups'), ('groups', ['calibration','groups'], ['red'], 'calibration.groups'), ('groups', ['calibration','last'], 0, 'calibration.last'),
     ('groups', ['calibration','half_life'], 0, 'calibration.half_life'), ('groups', ['calibration','half_life'], 'x', 'calibration.half_life'), ('groups', ['calibration','last'], 2.5, 'calibration.last'),
     ('groups', ['calibration','by'], None, 'calibration.times'), ('groups', ['calibration','group'], None, 'calibration.groups'),

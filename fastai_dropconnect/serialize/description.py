@@ -91,11 +91,14 @@ def _check_calibration(config): # From the name of each tensor to (dtype, shape)
     f.int('passes')
     f.take('p', 'be null or a number with 0 <= p < 1', lambda v: v is None or is_p(v) and v<1)
     n_rows,n_targets = f.int('n_rows'),f.int('n_targets')
+    ends = () if 'symmetric' not in config or f.bool('symmetric') else (2,)     # older files have no such field
+    if ends and config['method'] in ('pit','temperature'):
+        raise ValueError(f'`calibration.symmetric` must be true with the method {config["method"]!r}, got false')
     f.list('groups', 'names, one per row', is_name, n_rows if config['group'] is not None else 0)
     has_noise = f.bool('fitted')
     f.end()
     if config['method']=='temperature': return {}
-    res = {'calibration.scores': ('F64', (n_rows,n_targets))}
+    res = {'calibration.scores': ('F64', (n_rows,n_targets,*ends))}
     if config['by'] is not None: res['calibration.times'] = 'F64',(n_rows,)
     if has_noise: res |= {f'calibration.{n}':('F64', (n_targets,)) for n in ('noise','factor')}
     return res

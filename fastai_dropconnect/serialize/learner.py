@@ -117,7 +117,8 @@ def _describe_calibration(cal): # JSON and tensors
     if cal is None: return None,{}
     size = (0,0) if cal.scores is None else cal.scores.shape
     config = {n:getattr(cal, n) for n in _plain_fields}
-    config |= dict(n_rows=size[0], n_targets=size[1], groups=list(cal.groups or []), fitted=cal.noise is not None)
+    config |= dict(n_rows=size[0], n_targets=size[1], groups=list(cal.groups or []), fitted=cal.noise is not None,
+                   symmetric=cal.symmetric)
     tensors = {n:getattr(cal, n) for n in _tensor_fields}
     return config,with_prefix('calibration', _arrays({n:t for n,t in tensors.items() if t is not None}))
 
