@@ -113,3 +113,10 @@ def test_a_dropped_bias_is_a_weight_of_one_more_input():
         out = linear_dropconnect(x, w, b, .3, mode, drop_bias=True)
         torch.manual_seed(3)
         torch.testing.assert_close(out, linear_dropconnect(F.pad(x, (0,1), value=1.), torch.cat([w, b[:,None]], 1), None, .3, mode))
+
+def test_rows_of_zeros_get_no_noise_from_what_torch_can_trace():
+    g = torch.Generator().manual_seed(0)
+    w,b,x = torch.randn(5, 4, generator=g),torch.randn(5, generator=g),torch.randn(3, 4, generator=g)
+    x[1] = 0
+    y = functional._gaussian_expression(x, w, b, .5, torch.tensor(7), None)
+    assert torch.equal(y[1], b) and not (y[[0,2]]==F.linear(x[[0,2]], w, b)).any()

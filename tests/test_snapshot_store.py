@@ -164,6 +164,14 @@ def test_old_files_without_a_manifest_are_not_run_either(tmp_path):
     assert not marker.exists() and (path/'progress.pth').exists() and (path/'cycle_000.pth').exists()
 
 
+def test_weights_of_a_user_in_the_folder_are_no_snapshots(tmp_path):
+    learn = small_learn(tmp_path)
+    folder = folder_of(learn)
+    folder.mkdir(parents=True)
+    torch.save({}, folder/'model.pth')
+    fit(learn, resume=True)
+    assert len(manifest_of(folder)['cycles'])==3 and (folder/'model.pth').exists()
+
 def test_a_manifest_with_an_empty_entry_is_refused(tmp_path):
     fit(small_learn(tmp_path))
     edit(tmp_path/'models/run', resume={})
