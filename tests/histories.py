@@ -39,6 +39,11 @@ class Break(Callback):
         self.n -= 1
         if self.n==0: raise self.error('stop')      # fastai fails on an exception without a message
 
+class Begins(Callback):
+    "Note that a fit has begun; weights of files that are older than the masks are zero from then on"
+    order,begun = 99,False
+    def before_fit(self): self.begun = True
+
 EVENTS = 'before_fit before_epoch before_train before_batch after_pred after_loss after_backward after_step after_batch before_validate after_epoch'.split()
 ERRORS = KeyboardInterrupt,Oops,CancelFitException,CancelBatchException
 
@@ -122,7 +127,7 @@ class History:
         "Do one step and check what must hold"
         r = random.Random(seed)
         set_seed(seed)
-        trained = False
+        trained = self.other_values = False     # a callback of one fit may hold weights at other values than zero
         if name in VALIDATIONS: self.validation(name)
         elif name in FITS or name=='temporary': trained = self.fit(name, r)
         else: getattr(self, name)(r)
@@ -142,23 +147,26 @@ class History:
         if named(learn, 'ZeroRestarts') and name in ('restarts','resume','folder'): return False
         was = tensors(learn),self.state(),[cb for cb in learn.cbs if type(cb).__name__!='SnapshotEnsemble']
         stop = Break(r.choice(EVENTS), r.choice([1,2,4]), r.choice(ERRORS)) if r.random()<.4 else None
-        if stop: learn.add_cb(stop)
+        begins = Begins()
+        for cb in (begins, *([stop] if stop else [])): learn.add_cb(cb)
         try: self.temporary(r) if name=='temporary' else FITS[name](learn, r)
         except (KeyboardInterrupt,Oops,CancelBatchException): pass       # the last one between batches
         except ValueError as e:
             foreign = name=='folder' and '`path` must' in str(e)        # another run is in the folder
             if not foreign and not refused(e): raise
         finally:
-            if stop: learn.remove_cb(stop)
+            for cb in (begins, *([stop] if stop else [])): learn.remove_cb(cb)
         assert [cb for cb in learn.cbs if type(cb).__name__!='SnapshotEnsemble']==was[2]
         if name=='lr_find' and not stop:
             assert equal(tensors(learn), was[0])
             assert self.state()==was[1]
-        return True
+        return begins.begun and name!='lr_find'     # which puts the weights of before back
 
     def temporary(self, r):
         learn = self.learn
-        learn.fit(1, 1e-2, cbs=[f(r) for n,f in self.usable.items() if n!='MixedPrecision' and r.random()<.3 and not named(learn, n)])
+        cbs = [f(r) for n,f in self.usable.items() if n!='MixedPrecision' and r.random()<.3 and not named(learn, n)]
+        self.other_values = any(isinstance(cb, FrozenZeroInit) and not cb.zero for cb in cbs)
+        learn.fit(1, 1e-2, cbs=cbs)
 
     def save(self, r):
         name = r.choice(FILES)
@@ -266,7 +274,7 @@ class History:
 
     def check_masks(self, trained):
         self.check_frozen(trained)
-        held_elsewhere = frozen(self.learn) and not frozen(self.learn).zero
+        held_elsewhere = self.other_values or frozen(self.learn) and not frozen(self.learn).zero
         ps = dict(self.learn.model.named_parameters())
         for cb in self.learn.cbs:
             if type(cb).__name__ not in HOLDERS: continue
