@@ -80,7 +80,7 @@ def _push_(graph:ChannelGraph, c:Channels, scale:Tensor, shift:Tensor):
 
 # %% ../../nbs/245_sparsity.fold.ipynb #462b460d
 def _remove_(model:nn.Module, module:nn.Module):
-    "Take a module out of a model; the others keep their names, by which `forward` may find them"
+    "Take a module out of a model, whose other modules keep their names"
     for parent in model.modules():
         for name,child in list(parent.named_children()):
             if child is module: setattr(parent, name, None if name=='bn_cont' else nn.Identity())
