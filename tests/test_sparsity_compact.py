@@ -270,3 +270,41 @@ def test_vectors_of_a_cut_column_leave_no_bins():
 
 def test_a_folded_table_is_refused_where_its_file_could_not_be_read():
     with pytest.raises(TypeError, match='got SummedCodes'): describe_network(compact(table_model()[0], fold=True))
+
+@pytest.mark.parametrize('names', [list('01234'), ['first','drop','norm','act','last']])
+def test_folding_keeps_the_names_of_layers(names):
+    "`forward` may find them in a sequence by number or by name"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential()
+            for n,m in zip(names, (nn.Linear(4,8), nn.Dropout(), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8,2))): self.net.add_module(n, m)
+
+        def forward(self, x):
+            for n in names: x = getattr(self.net, n)(x)
+            return self.net[4].bias+x
+    model,x = Net(),torch.randn(20, 4)
+    for _ in range(5): model(x)
+    fast = compact(model.eval(), fold=True)
+    assert_same(model, fast, (x,))
+    assert not any(isinstance(m, nn.BatchNorm1d) for m in fast.modules())
+
+@pytest.mark.parametrize('cls', [TabularModel,TabularDropConnectModel])
+def test_a_table_that_has_lost_its_numbers_is_one_of_its_class(cls):
+    model,args = table_model(cls)
+    model.layers[0][0].weight.data[:,16:] = 0
+    small = compact(model)
+    assert_same(model, small, args)
+    again = build_network(describe_network(small))
+    again.load_state_dict(small.state_dict())
+    assert torch.equal(outputs(again.eval(), args), outputs(small, args))
+    fast = compact(small, fold=True)
+    assert_same(model, fast, args)
+    assert any(type(m).__name__=='SummedCodes' for m in fast.modules())
+
+def test_a_table_of_categories_alone_is_folded():
+    model,codes = TabularModel([(10,5), (4,3)], 0, 1, [8]),torch.randint(0, 4, (20,2))
+    for _ in range(5): model(codes)
+    fast = compact(model.eval(), fold=True)
+    assert type(fast).__name__=='SummedCodes'
+    assert_same(model, fast, (codes,))

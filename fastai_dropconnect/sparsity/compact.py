@@ -145,9 +145,7 @@ def _cut_embeds_(
 def _cut_conts_(model:nn.Module, n_cont:int):
     "Set the number of continuous columns"
     model.n_cont = n_cont
-    if n_cont: return
-    model.bn_cont = None
-    if getattr(model, 'num_embeds', None) is not None: model.num_embeds = None
+    if not n_cont and getattr(model, 'num_embeds', None) is not None: model.num_embeds = None
 
 def _columns_(model:nn.Module, graph:ChannelGraph, stays:Tensor) -> list: # One for each argument
     "Return which columns of the arguments are left"

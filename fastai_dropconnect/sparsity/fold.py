@@ -80,12 +80,10 @@ def _push_(graph:ChannelGraph, c:Channels, scale:Tensor, shift:Tensor):
 
 # %% ../../nbs/245_sparsity.fold.ipynb #462b460d
 def _remove_(model:nn.Module, module:nn.Module):
-    "Take a module out of a model"
+    "Take a module out of a model, whose other modules keep their names"
     for parent in model.modules():
         for name,child in list(parent.named_children()):
-            if child is not module: continue
-            if isinstance(parent, nn.Sequential): del parent[list(parent).index(child)]
-            else: setattr(parent, name, None if name=='bn_cont' else nn.Identity())
+            if child is module: setattr(parent, name, None if name=='bn_cont' else nn.Identity())
 
 def fold_norms_(
     model:nn.Module # Changed in place
@@ -143,11 +141,13 @@ class SummedCodes(nn.Module):
 _classes = 'TabularModel','OnePassTabularModel','InputsModel','TabularDropConnectModel'
 
 def _leaves(m:nn.Module) -> list: # Of modules, in order
-    return [l for c in m for l in _leaves(c)] if isinstance(m, nn.Sequential) else [m]
+    if isinstance(m, nn.Sequential): return [l for c in m for l in _leaves(c)]
+    return [] if isinstance(m, nn.Identity) else [m]
 
 def _reads_codes(model:nn.Module) -> bool:
     "Tell whether the first layer of a model reads embeddings and numbers as they are"
-    if type(model).__name__ not in _classes or not len(model.embeds) or model.bn_cont is not None: return False
+    if type(model).__name__ not in _classes or not len(model.embeds): return False
+    if model.n_cont and model.bn_cont is not None: return False
     if any(getattr(model, n, None) is not None for n in ('num_embeds','n_members')): return False
     first = _leaves(model.layers)[0]
     plain = isinstance(first, nn.Linear) and not isinstance(first, EnsembleLinear)

@@ -184,7 +184,7 @@ def _add_module(self:ChannelGraph, name:str, x) -> Channels|None:
     if isinstance(m, (nn.Linear,nn.Conv2d)): return self._add_layer(name, m, x)
     if not isinstance(x, Channels): return self._fix(x)
     if is_column_vectors(m) and x.units is None and self._uses[name]==1: return self._add_vectors(name, m, x)
-    if isinstance(m, nn.Flatten) or type(m).__name__=='Flatten': return x
+    if isinstance(m, nn.Flatten) or type(m).__name__ in ('Flatten','Identity'): return x
     if isinstance(m, (nn.BatchNorm1d,nn.BatchNorm2d)) and m.running_mean is not None and self._is_plain(name, m):
         x = self._fit(x, m.num_features)
         res = self._add_one(x, _norm_map(m))
