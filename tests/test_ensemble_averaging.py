@@ -97,6 +97,6 @@ def test_a_mixture_is_the_members_side_by_side():
 
 def test_a_loss_of_members_can_be_pickled_and_has_what_the_loss_has():
     loss = pickle.loads(pickle.dumps(EnsembleLoss(CrossEntropyLossFlat())))
-    logits,y = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)),torch.tensor([0,1,2,2,1,0])
+    logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(loss.decodes(logits), logits.argmax(1))
     assert not hasattr(loss, '__wrapped__') and not hasattr(object.__new__(EnsembleLoss), 'anything')
