@@ -6,6 +6,7 @@ from fastai.tabular.all import Callback, CancelFitException, DataLoaders, L, Lea
 from torch import nn
 from torch.utils.data import TensorDataset
 from fastai_dropconnect.all import *
+from fastai_dropconnect.callback import batchnorm
 
 
 def make_learn(*cbs, p=.5, n=64, bs=16, seed=0, **kw):
@@ -137,3 +138,17 @@ def test_a_validation_in_the_middle_of_a_fit():
     learn = make_learn(RecalibrateBN(), Peek())
     learn.fit(1, 1e-2)
     assert as_after_recalibration(learn)
+
+@pytest.mark.parametrize('every_epoch,want', [(False, [2]), (True, [0,1,2])])
+def test_statistics_are_recalibrated_before_the_validations_that_were_asked_for(every_epoch, want, monkeypatch):
+    learn,epochs = make_learn(RecalibrateBN(every_epoch)),[]
+    monkeypatch.setattr(batchnorm, 'recalibrate_bn', lambda learn: epochs.append(learn.epoch))
+    learn.fit(3, 1e-2)
+    assert epochs==[*want, 2]       # once more after the fit
+
+def test_statistics_stay_where_no_step_was_taken(monkeypatch):
+    learn,epochs = make_learn(RecalibrateBN(True)),[]
+    monkeypatch.setattr(batchnorm, 'recalibrate_bn', lambda learn: epochs.append(learn.epoch))
+    learn.dls.train.n = 0       # no batches
+    learn.fit(2, 1e-2)
+    assert epochs==[]
