@@ -6,15 +6,10 @@ from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.hard_concrete import HardConcrete
 from conftest import Scaled
 from ensemble_learners import make_learn
-from test_callback_gates import Each, Seed
+from test_callback_gates import Each
+from test_callback_variational import check_resumed, fit, hidden
 
 
-def fit(learn, n=6, **kw):
-    torch.manual_seed(1)
-    learn.fit(n, 1e-2, **kw)
-    return learn
-
-def hidden(learn): return [learn.model[i].weight for i in (0,3)]
 def eager(**kw): return HardConcrete(**dict(dict(price=3., gate_lr=.5, warm=.1), **kw))       # closes gates within a few steps
 
 
@@ -88,14 +83,4 @@ def test_bad_arguments(kw):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    def new(): return make_learn(eager(per='input'), path=tmp_path, opt_func=SGD)
-    def save(learn, name): learn.save(f'e{learn.epoch}', with_opt=False)
-    whole = fit(new(), 4, cbs=[Seed(), Each(save, 'after_epoch')])
-    resumed = new().load('e1')
-    fit(resumed, 4, start_epoch=2, cbs=Seed())
-    assert all(torch.equal(v, w) for v,w in zip(hidden(whole), hidden(resumed))) and not resumed.cbs[-1].record.progress
-    anew = new().load('e3')             # the fit had not ended yet: what was learned is there, and no masks
-    record = anew.cbs[-1].record
-    assert record.progress and not record.masks
-    anew.load('e0').remove_cb(anew.cbs[-1])
-    assert not record.progress
+    check_resumed(lambda: make_learn(eager(per='input'), path=tmp_path, opt_func=SGD))

@@ -111,8 +111,8 @@ def test_snapshots_before_the_removal_are_refused(tmp_path):
         assert not any(state[n][z].any() for n,z in zip(learn.variational_drop_connect.record, zeros))
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    def new(): return make_learn(eager(), path=tmp_path, opt_func=SGD)
+def check_resumed(new): # `new` makes a Learner with the callback last, and a path
+    "Check that a run that goes on from a file equals one that was not interrupted"
     def save(learn, name): learn.save(f'e{learn.epoch}', with_opt=False)
     whole = fit(new(), 4, cbs=[Seed(), Each(save, 'after_epoch')])
     resumed = new().load('e1')
@@ -123,3 +123,5 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert record.progress and not record.masks
     anew.load('e0').remove_cb(anew.cbs[-1])
     assert not record.progress
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path): check_resumed(lambda: make_learn(eager(), path=tmp_path, opt_func=SGD))
