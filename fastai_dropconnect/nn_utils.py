@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['inner_model', 'hidden_linears', 'select_layers', 'layer_values', 'select_weights', 'call_with', 'model_tensors',
            'copy_state', 'load_state_', 'call_with_state', 'mean_state', 'hidden_state', 'set_hidden_state',
-           'ModelRecord', 'from_rank0', 'mean_over_ranks']
+           'ModelRecord', 'from_rank0', 'mean_over_ranks', 'scale_and_shift']
 
 # %% ../nbs/020_nn_utils.ipynb #89b47614
 import itertools
@@ -243,3 +243,11 @@ def mean_over_ranks(
         dist.all_reduce(t)
         t /= dist.get_world_size()
     return t
+
+# %% ../nbs/020_nn_utils.ipynb #020norm1
+def scale_and_shift(
+    norm:nn.Module # Batch norm with running statistics
+) -> tuple: # Tensors `(n_channels,)` in the type of the statistics
+    "Return what a batch norm in eval mode multiplies with and adds"
+    scale = (norm.running_var+norm.eps).rsqrt()*(1. if norm.weight is None else norm.weight)
+    return scale,(0. if norm.bias is None else norm.bias)-norm.running_mean*scale

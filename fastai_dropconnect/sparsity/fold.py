@@ -7,20 +7,19 @@ __all__ = ['fold_norms_', 'SummedCodes', 'sum_codes']
 
 # %% ../../nbs/245_sparsity.fold.ipynb #0b9bcbf7
 import torch
+from copy import deepcopy
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from ..layers.masked_ensemble import EnsembleLinear
+from ..nn_utils import scale_and_shift
 from .channels import CatStep, Channels, LinearStep, RepeatStep, Step
 from .graph import ChannelGraph
 
 # %% ../../nbs/245_sparsity.fold.ipynb #5d33fab5
 def _scale_and_shift(norm:nn.Module) -> tuple: # float64, `(n_channels,)` each
     "Return what a batch norm in eval multiplies with and adds"
-    scale = (norm.running_var.cpu().double()+norm.eps).rsqrt()
-    if norm.weight is not None: scale = scale*norm.weight.detach().cpu().double()
-    shift = -norm.running_mean.cpu().double()*scale
-    return scale,shift if norm.bias is None else shift+norm.bias.detach().cpu().double()
+    return tuple(t.detach() for t in scale_and_shift(deepcopy(norm).cpu().double()))
 
 def _set_(layer:nn.Module, weight:Tensor, bias:Tensor):
     "Give a layer other values"

@@ -19,7 +19,7 @@ from ..layers.masked_ensemble import EnsembleLinear
 from ..layers.noisy import Noisy, noisy, refusal
 from ..layers.weight_dropout import EmbeddingDropout, WeightDropout
 from ..masks import draw_seed
-from ..nn_utils import hidden_linears
+from ..nn_utils import hidden_linears, scale_and_shift
 
 # %% ../../nbs/283_uncertainty.mc.ipynb #5403defa
 NOISE = dict(_DropoutNd='p', RNNBase='dropout', MultiheadAttention='dropout', DropConnectLinear='p',
@@ -254,8 +254,7 @@ def _gaussian_step(m:nn.Module) -> Callable:
 
 def _norm_step(m:nn.BatchNorm1d) -> Callable:
     "Return a function that does what batch norm does in eval mode"
-    scale = (m.running_var+m.eps).rsqrt()*(1. if m.weight is None else m.weight)
-    shift = (0. if m.bias is None else m.bias)-m.running_mean*scale
+    scale,shift = scale_and_shift(m)
     return lambda x: (x*scale).add_(shift) if x.ndim==2 and x.dtype==scale.dtype else m(x)
 
 def _step(m:nn.Module) -> Callable:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from ..checks import check_int
 from ..layers.masked_ensemble import EnsembleLinear
+from ..nn_utils import scale_and_shift
 from .mc import find_tail, layer_noise, mc_noise, noise_probability, noise_variance
 
 # %% ../../nbs/284_uncertainty.moments.ipynb #23a36328
@@ -126,9 +127,7 @@ def _(module, m, member, diagonal):
 def _(module, m, member, diagonal):
     width = slice(None) if len(module.running_mean)==m.mean.shape[1] else None
     def own(t): return t[width] if width else member.part(t)
-    scale = (module.running_var+module.eps).rsqrt()*(1. if module.weight is None else module.weight)
-    shift = (0. if module.bias is None else module.bias)-module.running_mean*scale
-    scale,shift = own(scale),own(shift)
+    scale,shift = map(own, scale_and_shift(module))
     var = None if m.var is None else m.var*scale.square()
     return m.scaled(m.mean*scale+shift, var, scale)
 
