@@ -19,6 +19,7 @@ from fastai.tabular.core import TabDataLoader, TabWeightedDL
 from fastai.tabular.model import TabularModel
 from fastcore.basics import noop, patch
 from .optimizer import FusedAdam, convert_adam, is_adam
+from .products import fast_linears
 from .tabular.loader import FastTabDL, why_slow
 from .tabular.one_pass import OnePassTabularModel
 from .tabular.predict import FastPredict
@@ -100,7 +101,7 @@ class LeanEvents:
     def _do_one_batch(self):
         "Do what `learn._do_one_batch` does; the loss of plain tensors is a plain tensor"
         learn = self.learn
-        learn.pred = learn.model(*learn.xb)
+        with fast_linears(): learn.pred = learn.model(*learn.xb)
         self('after_pred')
         if len(learn.yb):
             is_plain = all(type(t) is torch.Tensor for t in (learn.pred, *learn.yb))

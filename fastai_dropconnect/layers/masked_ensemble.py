@@ -9,12 +9,12 @@ __all__ = ['pack_masks', 'unpack_masks', 'masked_weights', 'member_linear', 'Ens
 # %% ../../nbs/220_layers.masked_ensemble.ipynb #f4c82fbd
 import copy
 import numpy as np, torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from ..checks import check_int, check_p
 from ..functional import backend_module, choose_backend, linear_dropconnect, looks_inside
 from .dropconnect import DropConnectLinear
 from ..masks import exact_mask
+from ..products import fast_linear, onednn_pays
 
 # %% ../../nbs/220_layers.masked_ensemble.ipynb #b8c62f10
 def pack_masks(
@@ -79,7 +79,10 @@ def member_linear(
     if x.shape[-1]!=width:
         each = '' if shared_input else f' ({n_in} for each of {k} members)'
         raise ValueError(f'`x` must have {width} columns{each}, got x.shape={tuple(x.shape)}')
-    if shared_input: return F.linear(x, weight.flatten(0, 1), bias)
+    if shared_input: return fast_linear(x, weight.flatten(0, 1), bias)
+    if onednn_pays(x[...,:n_in], weight[0]):
+        biases = [None]*k if bias is None else bias.chunk(k)
+        return torch.cat([fast_linear(*xwb) for xwb in zip(x.chunk(k, -1), weight, biases, strict=True)], -1)
     rows = x.shape[:-1]
     x,weight = x.reshape(-1, k, n_in).transpose(0, 1),weight.transpose(1, 2)
     y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.view(k, 1, n_out), x, weight)

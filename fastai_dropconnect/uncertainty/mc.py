@@ -20,6 +20,7 @@ from ..layers.noisy import Noisy, noisy, refusal
 from ..layers.weight_dropout import EmbeddingDropout, WeightDropout
 from ..masks import draw_seed
 from ..nn_utils import hidden_linears, scale_and_shift
+from ..products import fast_linear
 
 # %% ../../nbs/283_uncertainty.mc.ipynb #5403defa
 NOISE = dict(_DropoutNd='p', RNNBase='dropout', MultiheadAttention='dropout', DropConnectLinear='p',
@@ -214,7 +215,7 @@ def noise_variance(
     drop_bias:bool # Are entries of the bias dropped too?
 ) -> Tensor: # (n_rows, n_out)
     "Compute the variance that dropped connections add"
-    var = x2@weight.square().t()
+    var = fast_linear(x2, weight.square())
     if drop_bias and bias is not None: var = var+bias.square()
     return var*(p/(1-p))
 
@@ -241,7 +242,7 @@ def _prepared(m:nn.Module) -> tuple: # Weight and bias of the mean, then those o
 def _mean_and_var(prepared:tuple, x:Tensor) -> tuple: # (n_out, n_rows) each
     "Return mean and variance of the output of a layer in mode 'gaussian'"
     weight,bias,weight2,bias2 = prepared
-    product = lambda w, b, x: w@x.t() if b is None else torch.addmm(b[:,None], w, x.t())
+    def product(w, b, x): return fast_linear(w, x) if b is None else fast_linear(w, x).add_(b[:,None])
     return product(weight, bias, x),product(weight2, bias2, x.square())
 
 def _gaussian_step(m:nn.Module) -> Callable:
