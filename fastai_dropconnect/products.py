@@ -57,9 +57,9 @@ def onednn_pays(
     weight:Tensor # `(n_out, n_in)`
 ) -> bool:
     "Tell whether `fast_linear` multiplies with oneDNN"
-    if looks_inside(x) or not is_mkl_slow() or not (_is_plain(x) and _is_plain(weight)): return False
-    return (x.shape[1]==weight.shape[1] and len(x)*weight.numel()>=LEAST_WORK and torch._C._get_mkldnn_enabled()
-            and not torch.is_autocast_enabled('cpu'))
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_mkl_slow(): return False
+    if x.numel()*len(weight)<LEAST_WORK or looks_inside(x) or not (_is_plain(x) and _is_plain(weight)): return False
+    return x.shape[1]==weight.shape[1] and torch._C._get_mkldnn_enabled() and not torch.is_autocast_enabled('cpu')
 
 # %% ../nbs/128_products.ipynb #1a72c7ce
 _torch_linear = F.linear
