@@ -15,13 +15,17 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 def slow_mkl(monkeypatch):
     "Let MKL count as slow on any CPU, and all products as large"
     monkeypatch.setattr(products, 'is_mkl_slow', lambda: True)
-    monkeypatch.setattr(products, 'LEAST_WORK', 1)
+    for name in ('LEAST_WORK','LEAST_IN','LEAST_OUT'): monkeypatch.setattr(products, name, 1)
 
 @pytest.fixture
 def used(slow_mkl, monkeypatch):
-    "Count the products by oneDNN"
+    "Note the products by oneDNN; other layouts can take it a thousand times as long"
     calls,made = [],products._onednn
-    monkeypatch.setattr(products, '_onednn', lambda *args: calls.append(args[0].shape) or made(*args))
+    def noted(x, weight, bias):
+        for t in (x,weight): assert t.is_contiguous() or t.t().is_contiguous(), t.stride()
+        calls.append(x.shape)
+        return made(x, weight, bias)
+    monkeypatch.setattr(products, '_onednn', noted)
     return calls
 
 def close(got, want):
@@ -45,8 +49,10 @@ def test_views_and_layouts(used):
     torch.manual_seed(0)
     wide,w = torch.randn(30, 40),torch.randn(6, 10)
     for x in (wide[:,5:15], wide[::3,20:30], wide.t()[:,:10], wide[:,::4], wide[:1,:10].expand(8, -1), wide[:4,:1].expand(-1, 10)):
-        assert close(fast_linear(x, w), F.linear(x, w))
-        assert close(fast_linear(x, wide.t()[:6,:10]), F.linear(x, wide.t()[:6,:10]))
+        for weight in (w, wide.t()[:6,:10]):
+            a,b = [x.detach().requires_grad_(),weight.detach().requires_grad_()],torch.randn(len(x), 20)[:,7:13]
+            (got,want) = [(linear(*a), torch.autograd.grad(linear(*a), a, b)) for linear in (fast_linear,F.linear)]
+            assert close(got[0], want[0]) and all(map(close, got[1], want[1]))
 
 def test_what_torch_must_do_itself(used):
     torch.manual_seed(0)
