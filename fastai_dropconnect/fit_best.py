@@ -282,14 +282,19 @@ class Search:
         if self._train(name, kind).loss<before: self.kind = kind
 
     def _restarts(self):
-        "Train zero restarts, and where they are the best so far those of a masked ensemble"
+        "Train zero restarts; while they are the best so far also those of a masked ensemble, and longer ones"
         n_batches = len(self.folds[0].train)
         cycle_len = math.ceil(max(self.best.epochs/4, 150/max(1, n_batches)))
         vectors = self.kind.recipe.settings.get('num_embeddings')
-        recipe = RECIPES['zero-restarts'].replace(num_embeddings=vectors, cycle_len=cycle_len)
-        if self._train('restarts', Kind(recipe), 8*cycle_len) is not self.best: return
+        recipe = RECIPES['zero-restarts'].replace(num_embeddings=vectors)
+        def helps(name, cycle_len, **settings):
+            kind = Kind(recipe.replace(cycle_len=cycle_len, **settings))
+            return self._train(name, kind, 8*cycle_len) is self.best
+        if not helps('restarts', cycle_len): return
         self.n_left += 1
-        self._train('masked restarts', Kind(recipe.replace(members=4)), 8*cycle_len)
+        if not helps('masked restarts', cycle_len, members=4): return
+        self.n_left += 1
+        helps('longer restarts', 2*cycle_len, members=4)
 
     def _train(self, name, kind, epochs=None):
         "Train a candidate on each fold and add it; raise `_TimeIsOver` if it is"

@@ -30,20 +30,22 @@ def names(learn): return list(learn.leaderboard.name)
 def test_budgets_try_what_they_say():
     dls = loaders()
     assert names(fit_best(dls, budget='quick', verbose=False))==list(KINDS)
-    assert [n for n in names(fit_best(dls, verbose=False)) if n!='masked restarts']==[*KINDS, *BUDGETS['default'][1]]
+    assert [n for n in names(fit_best(dls, verbose=False)) if n not in ('masked restarts','longer restarts')]==[*KINDS, *BUDGETS['default'][1]]
     with pytest.raises(ValueError, match='budget'): fit_best(dls, budget='huge')
 
 
-@pytest.mark.parametrize('loss,more', [(1., ['masked restarts']), (2.5, [])])
-def test_restarts_of_members_follow_where_restarts_are_the_best(loss, more):
-    offsets = {'numbers': 3., 'vectors': 2., 'restarts': loss, 'masked restarts': .5}
+@pytest.mark.parametrize('losses,more', [((2.5,0.,0.), []), ((1.,1.5,0.), ['masked restarts']), ((1.,.5,.4), ['masked restarts','longer restarts'])])
+def test_restarts_of_members_follow_while_restarts_are_the_best(losses, more):
+    offsets = dict(zip(('restarts','masked restarts','longer restarts'), losses)) | dict(numbers=3., vectors=2.)
     def train(dls, name, kind, score, epochs, work, deadline, seed):
-        tried.append((name,kind.recipe.settings.get('members'),epochs))
+        tried.append((name,kind.recipe.settings.get('members'),epochs,kind.recipe.settings.get('cycle_len')))
         return Candidate(name, 4., [], targets_of(dls)+offsets.get(name, 4.), 0., 0.)
     dls,tried = loaders(),[]
     search = Search([dls], score_for(dls.train_ds.loss_func), verbose=False, train=train).run()
     assert [name for name,*_ in tried]==['numbers','vectors','restarts',*more,'less dropout','smaller','levels'] and search.n_left==0
-    if more: assert tried[3][1]==4 and tried[3][2]==tried[2][2]
+    (_,members,epochs,cycle),*others = tried[2:3+len(more)]
+    assert members is None
+    for times,(_,members,*lengths) in zip((1,2), others): assert members==4 and lengths==[times*epochs,times*cycle]
 
 
 def test_a_table_of_categories_only_has_one_kind():
