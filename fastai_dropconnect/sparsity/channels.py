@@ -137,13 +137,13 @@ def forward(self:LinearStep):
 @patch
 def backward(self:LinearStep):
     x = self.ins[0]
-    alive = self.out.alive.view(self.n_members, -1, 1)
     folded = self.by_member(self.folded)[:,None]
-    self.used = self.connected & alive & ~folded
-    self.adds = self.connected & alive & folded     # these act as a bias
-    needed = self.used.any(1)
+    read = self.connected & self.out.alive.view(self.n_members, -1, 1)
+    self.used = read & ~folded
+    self.adds = read & folded                       # these act as a bias
+    stays = read.any(1)                             # constants that cannot be folded must stay
+    needed = stays & ~folded[:,0]
     x.needed |= needed.any(0) if len(x)==needed.shape[1] else needed.flatten()
-    stays = (self.connected & alive).any(1)          # constants that cannot be folded must stay
     stays = stays.any(0) if len(x)==stays.shape[1] else stays.flatten()
     self.unfolded = x.units[stays & x.const & ~self.folded]
 
