@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..layers.masked_ensemble import EnsembleLinear
 
 # %% ../../nbs/241_sparsity.channels.ipynb #c67bf38b
+NEVER = 2**62     # rank of a weight that never comes
+
 class Channels:
     "What is known about the channels of one tensor of a network"
     def __init__(self,
@@ -32,6 +34,18 @@ class Channels:
 
     @property
     def alive(self) -> Tensor: return self.needed & ~self.const
+
+    def clear_ranks(self):
+        "Forget what the last pass has found about ranks"
+        self.varies_from = torch.zeros(len(self), dtype=torch.int64)
+        self.needed_from = torch.full((len(self),), 0 if self.fixed else NEVER)
+
+    def need_from(self, ranks:Tensor):
+        "Note from which ranks on something else needs the channels"
+        self.needed_from = torch.minimum(self.needed_from, ranks)
+
+    @property
+    def alive_from(self) -> Tensor: return torch.maximum(self.varies_from, self.needed_from)
 
 # %% ../../nbs/241_sparsity.channels.ipynb #03aea90b
 class Step:
@@ -53,6 +67,15 @@ class Step:
         "Find the channels of the inputs that are needed"
         for c in self.ins: c.needed |= self.out.alive
 
+    def forward_ranks(self):
+        "Find from which ranks on the channels of the output vary"
+        if self.f is None: return
+        self.out.varies_from = torch.stack([c.varies_from for c in self.ins]).amin(0)
+
+    def backward_ranks(self):
+        "Find from which ranks on the channels of the inputs are needed"
+        for c in self.ins: c.need_from(self.out.alive_from)
+
 # %% ../../nbs/241_sparsity.channels.ipynb #671621ca
 class RepeatStep(Step):
     "Each channel becomes several, as by `flatten`"
@@ -63,6 +86,11 @@ class RepeatStep(Step):
 
     def backward(self): self.ins[0].needed |= self.out.alive.view(len(self.ins[0]), -1).any(1)
 
+    def forward_ranks(self):
+        self.out.varies_from = self.ins[0].varies_from.repeat_interleave(len(self.out)//len(self.ins[0]))
+
+    def backward_ranks(self): self.ins[0].need_from(self.out.alive_from.view(len(self.ins[0]), -1).amin(1))
+
 class CatStep(Step):
     "Channels side by side"
     def forward(self):
@@ -71,6 +99,11 @@ class CatStep(Step):
 
     def backward(self):
         for c,alive in zip(self.ins, self.out.alive.split([len(c) for c in self.ins])): c.needed |= alive
+
+    def forward_ranks(self): self.out.varies_from = torch.cat([c.varies_from for c in self.ins])
+
+    def backward_ranks(self):
+        for c,ranks in zip(self.ins, self.out.alive_from.split([len(c) for c in self.ins])): c.need_from(ranks)
 
 # %% ../../nbs/241_sparsity.channels.ipynb #dea409d5
 def layer_weights(
@@ -146,50 +179,6 @@ def backward(self:LinearStep):
     x.needed |= needed.any(0) if len(x)==needed.shape[1] else needed.flatten()
     stays = stays.any(0) if len(x)==stays.shape[1] else stays.flatten()
     self.unfolded = x.units[stays & x.const & ~self.folded]
-
-# %% ../../nbs/241_sparsity.channels.ipynb #b0ff9dee
-NEVER = 2**62     # rank of a weight that never comes
-
-@patch
-def clear_ranks(self:Channels):
-    "Forget what the last pass has found about ranks"
-    self.varies_from = torch.zeros(len(self), dtype=torch.int64)
-    self.needed_from = torch.full((len(self),), 0 if self.fixed else NEVER)
-
-@patch(as_prop=True)
-def alive_from(self:Channels) -> Tensor: return torch.maximum(self.varies_from, self.needed_from)
-
-@patch
-def need_from(self:Channels, ranks:Tensor):
-    "Note from which ranks on something else needs the channels"
-    self.needed_from = torch.minimum(self.needed_from, ranks)
-
-# %% ../../nbs/241_sparsity.channels.ipynb #b13809d0
-@patch
-def forward_ranks(self:Step):
-    "Find from which ranks on the channels of the output vary"
-    if self.f is None: return
-    self.out.varies_from = torch.stack([c.varies_from for c in self.ins]).amin(0)
-
-@patch
-def backward_ranks(self:Step):
-    "Find from which ranks on the channels of the inputs are needed"
-    for c in self.ins: c.need_from(self.out.alive_from)
-
-@patch
-def forward_ranks(self:RepeatStep):
-    self.out.varies_from = self.ins[0].varies_from.repeat_interleave(len(self.out)//len(self.ins[0]))
-
-@patch
-def backward_ranks(self:RepeatStep):
-    self.ins[0].need_from(self.out.alive_from.view(len(self.ins[0]), -1).amin(1))
-
-@patch
-def forward_ranks(self:CatStep): self.out.varies_from = torch.cat([c.varies_from for c in self.ins])
-
-@patch
-def backward_ranks(self:CatStep):
-    for c,ranks in zip(self.ins, self.out.alive_from.split([len(c) for c in self.ins])): c.need_from(ranks)
 
 # %% ../../nbs/241_sparsity.channels.ipynb #32b6d976
 @patch
