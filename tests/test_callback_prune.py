@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.penalty import GroupLasso
 from fastai_dropconnect.callback.prune import GradualPruning
+from fastai_dropconnect.sparsity.graph import ChannelGraph
 from fastai_dropconnect.sparsity.prune import Pruner, keep_best, watch_inputs
 
 torch.set_num_threads(1)
@@ -184,3 +185,44 @@ def test_masks_of_a_pruner_are_exact_and_shrink():
 def test_equal_scores_are_counted_exactly():
     scores,masks = dict(a=torch.ones(6)),dict(a=torch.ones(2, 3, dtype=torch.bool))
     for n in range(7): assert keep_best(scores, masks, n)['a'].sum()==n
+
+
+class Twice(nn.Module):
+    "Sums, columns side by side, and a layer that is not pruned"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c,self.last = nn.Linear(6, 8),nn.Linear(8, 8),nn.Linear(6, 5),nn.Linear(13, 3)
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        return self.last(torch.cat([h+F.relu(self.b(h)), torch.tanh(self.c(x))], 1))
+
+def convs(): return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 2), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(),
+                                  nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 3))
+def mlp(): return nn.Sequential(nn.Linear(7, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 2))
+
+@pytest.mark.parametrize('steps', [50, 3], ids=['distinct','equal scores'])
+@pytest.mark.parametrize('make', [Twice, convs, mlp])
+def test_ranks_find_what_the_search_finds(make, steps, monkeypatch):
+    "Once the numbers are counted again and again, and once they follow from the ranks"
+    assert ChannelGraph(make()).has_ranks
+    def masks(searches):
+        torch.manual_seed(steps)
+        net,res = make(),[]
+        for p in net.parameters(): p.data.copy_((p.data*steps).round()/steps + torch.randn_like(p)*(steps>3))
+        pruner = Pruner(net, {n: p for n,p in net.named_parameters() if p.dim()>1 and n!='b.weight'})
+        if searches: monkeypatch.setattr(ChannelGraph, 'has_ranks', False)
+        for share in (.6, .4, .3, .2, .1, .05, .02):
+            pruner.prune(share, exact=True)
+            res.append(pruner.masks)
+            for p in pruner.weights.values(): p.data.add_(.3*torch.randn_like(p)*(p!=0)) if steps>3 else None
+        monkeypatch.undo()
+        return res
+    a,b = masks(False),masks(True)
+    assert all(torch.equal(x[n], y[n]) for x,y in zip(a, b) for n in x) and 0<sum(m.sum() for m in a[-1].values())<sum(m.sum() for m in a[0].values())
+
+def test_padding_and_ensembles_have_no_ranks():
+    assert not ChannelGraph(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1))).has_ranks
+    net = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.Flatten(), nn.Linear(6*16, 4))
+    pruner = Pruner(net, {n: p for n,p in net.named_parameters() if p.dim()>1})
+    pruner.prune(.1, exact=True)
+    assert .09*pruner.n_all < pruner.n_live() <= round(.1*pruner.n_all)

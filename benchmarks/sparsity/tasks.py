@@ -84,8 +84,9 @@ def relu_net(*sizes):
     return nn.Sequential(*layers[:-1])
 
 def lenet5():
-    return nn.Sequential(nn.Unflatten(1, (1,28,28)), nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(20, 50, 5),
-                         nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
+    net = nn.Sequential(nn.Unflatten(1, (1,28,28)), nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(20, 50, 5),
+                        nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
+    return net.to(memory_format=torch.channels_last)    # steps take two thirds of the time
 
 def task_lenet300(options, validate, seed):
     train,test = parts(*mnist(options.mnist), validate)
@@ -93,7 +94,7 @@ def task_lenet300(options, validate, seed):
 
 def task_lenet5(options, validate, seed):
     train,test = parts(*mnist(options.mnist), validate)
-    return Task('lenet5', train, test, lenet5, F.cross_entropy, percent_wrong, 'error %', 6, 128, 1e-3)
+    return Task('lenet5', train, test, lenet5, F.cross_entropy, percent_wrong, 'error %', 12, 128, 3e-3)
 
 def task_autoencoder(options, validate, seed):
     "DropNeuron's autoencoder; what its authors print as NMSE is the mean squared error of the pixels"

@@ -64,6 +64,9 @@ class GradualPruning(FrozenZeroInit):
         self.every = None if every is None else check_int(every, 'every')
         self.record = PruneRecord()
 
+    def __call__(self, event_name:str): # Only whole units are measured in each batch
+        if self.structured or event_name not in ('before_batch','after_pred'): super().__call__(event_name)
+
     def weights(self) -> dict: # From the full name of each parameter to the pair (parameter, share of zeros aimed at)
         "Return the weights that are pruned"
         layers = select_layers(inner_model(self.learn.model), self.layers)

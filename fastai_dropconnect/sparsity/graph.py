@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from ..layers.masked_ensemble import EnsembleLinear, MaskedEnsembleLinear
 from ..layers.weight_dropout import WeightDropout
-from .channels import CatStep, Channels, LinearStep, RepeatStep, Step
+from .channels import NEVER, CatStep, Channels, LinearStep, RepeatStep, Step
 
 # %% ../../nbs/243_sparsity.graph.ipynb #73fc9f39
 _opaque = 'AWD_LSTM','AWD_QRNN'     # of fastai
@@ -300,6 +300,28 @@ def places(self:ChannelGraph) -> dict: # From the name of each weight to bool of
 def n_live(self:ChannelGraph) -> int: # After `update`
     "Count the live weights"
     return sum(int(m.sum()) for m in self.live().values())
+
+# %% ../../nbs/243_sparsity.graph.ipynb #13f58ab3
+@patch(as_prop=True)
+def has_ranks(self:ChannelGraph) -> bool:
+    "Tell whether `live_from` can tell what it is asked"
+    def is_simple(s): return not (isinstance(s.layer, EnsembleLinear) or s.pads) and s.layer.weight.numel()>0
+    return all(is_simple(s) for s in self.layers())
+
+def _spread(pairs:Tensor, w:Tensor) -> Tensor: return pairs.view(*pairs.shape, *[1]*(w.dim()-2))
+
+@patch
+def live_from(self:ChannelGraph,
+    ranks:dict # From the name of a weight to int64 of its shape; what is missing has 0, or `NEVER` where it is zero
+) -> dict: # From the name of each weight to int64 of its shape
+    "Find how many of the best weights are enough for each weight to be live"
+    for c in self.channels: c.clear_ranks()
+    for s in self.layers():
+        s.ranks = ranks.get(f'{s.name}.weight')
+        if s.ranks is None: s.ranks = torch.where(s.layer.weight.detach().cpu()!=0, 0, NEVER)
+    for s in self.steps: s.forward_ranks()
+    for s in reversed(self.steps): s.backward_ranks()
+    return {f'{s.name}.weight': torch.maximum(s.ranks, _spread(s.used_from, s.ranks)) for s in self.layers()}
 
 # %% ../../nbs/243_sparsity.graph.ipynb #46d8842d
 @patch
