@@ -1,13 +1,16 @@
 "Files of models that strangers wrote: what does not fit is refused by name, before memory is taken, and nothing is run"
-import hashlib, json, os, shutil, struct
+import hashlib, json, os, re, shutil, struct
+from functools import partial
 from pathlib import Path
 import pandas as pd, pytest, torch
+from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders
+from conftest import make_table
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.calibrate import calibration_of
 from fastai_dropconnect.ensemble.blend import BlendedModel
 from fastai_dropconnect.serialize.files import SavedModel
 from fastai_dropconnect.serialize.network import check_network
-from test_serialize import classes, config, frame_for, preds, quantiles, small, with_snapshots
+from test_serialize import LEARNERS, classes, config, frame_for, preds, quantiles, shake, small, with_snapshots
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -310,3 +313,75 @@ def test_containers_are_not_nested_without_end(saved_kinds, tmp_path):
     for _ in range(3): config['network'] = config['network'] | dict(models=[config['network']])
     write(path, config)
     with pytest.raises(ValueError, match='3 levels deep'): load_model(path)
+
+
+# Any value in any place
+
+def guarded():
+    dls = TabularDataLoaders.from_df(make_table(200), procs=[InputGuard(n_neighbors=0),Categorify,FillMissing,Normalize], cat_names=['color'], cont_names=['b'],
+                                     y_names='y', valid_idx=range(150, 200))
+    return shake(tabular_learner(dls, layers=[4]))
+
+def reported():
+    learn = small(opt_func=partial(FusedAdam, eps=1e-6), cbs=DropConnect({'layers.0.0': .2}))
+    learn.fit_zero_restarts(2, 1)
+    return learn
+
+def averaged():
+    learn = small()
+    learn.model = AveragedModel([learn.model, small(seed=1).model])
+    return learn
+
+def one_bias():
+    learn = pruned(False)
+    learn.model.model.layers[1][0].bias = torch.nn.Parameter(torch.zeros(1))
+    return learn
+
+def resnet(): return small(config=tabular_resnet_config(width=8, num_embeddings=PLE(2, 3), weight_p=.1))
+
+MORE_KINDS = dict(guarded=guarded, reported=reported, averaged=averaged, resnet=resnet, accelerated=LEARNERS['accelerated'], fastai=LEARNERS['fastai'],
+                  periodic=LEARNERS['periodic_members'], gelu=lambda: small(config=config(act_cls=torch.nn.GELU('tanh'))))
+STRANGE = [None, True, -1, 1.5, 2**60, 'no such', [], {}, ['no such'], [None], [2**60]]
+SAME = { # one name in place of a list of it, an average that the loss tells, a name twice, the kind of no values
+    'callbacks.0.layers"no such"', 'snapshots.averagenull', 'callbacks.0.masks["layers.0.0.weight", "layers.0.0.weight"]', 'table.procs.0.levels.0.values[]'}
+
+def places(obj, where=()):
+    "List the path of keys and the value of every field; of a list the first item"
+    items = obj.items() if isinstance(obj, dict) else [*enumerate(obj)][:1] if isinstance(obj, list) else []
+    return ([(where, obj)] if where else []) + [p for k,v in items for p in places(v, (*where, k))]
+
+def changes(config):
+    "Yield paths of keys with other values: foreign ones, a list of values that is one too long, an object with a field more"
+    for where,own in places(config):
+        more = [own | dict(hook=1)] if isinstance(own, dict) else [own+own[:1]] if isinstance(own, list) and not isinstance((own or [{}])[0], dict) else []
+        yield from ((where, v) for v in [*STRANGE, *more] if json.dumps(v)!=json.dumps(own))
+
+def plain(config): return json.dumps(json.loads(json.dumps(config), parse_int=float))      # 1 and 1.0 are the same, 1 and true are not
+
+def check_strange(config, read, describe, seen):
+    "Each change is refused, by name unless it is a list, or described as it was read"
+    for where,value in changes(config):
+        key = '.'.join(map(str, where)).replace('models.0.', '').replace('network.model.', 'network.')+json.dumps(value)
+        if key in seen: continue
+        seen.add(key)
+        other = json.loads(json.dumps(config))
+        put(other, where, value)
+        check_change(other, where, value, read, describe)
+
+def check_change(other, where, value, read, describe):
+    name = [k for k in where if isinstance(k, str)][-1]
+    try: res = read(other)
+    except ValueError as e: assert isinstance(value, list) or re.search(rf'\b({name}s?|class|hook|tensor)\b', str(e)), (where, value, e)
+    else: assert plain(describe(res))==plain(other), (where, value)
+
+def test_whatever_stands_in_place_of_a_value_is_refused_by_name_or_comes_back(saved, saved_kinds, tmp_path):
+    seen = set(SAME)
+    for path in [saved, *(p for _,p in saved_kinds.values()), *(save_model(f(), tmp_path/n) for n,f in MORE_KINDS.items())]:
+        path = Path(shutil.copytree(path, tmp_path/'m', dirs_exist_ok=True))
+        config = description(path)
+        own = {n: config.pop(n) for n in ('format','version','package','tensors')}
+        def read(other):
+            write(path, own | other)
+            return load_model(path)
+        def describe(learn): return {n: v for n,v in description(save_model(learn, tmp_path/'again')).items() if n not in own}
+        check_strange(config, read, describe, seen)
