@@ -9,7 +9,7 @@ from fastai.tabular.all import (Adam, Callback, CancelEpochException, CancelFitE
                                 get_model, mae, params, ranger, set_seed)
 from ensemble_learners import *
 from fastai_dropconnect.all import *
-from fastai_dropconnect.callback.zero_restarts import cosine_cycles
+from fastai_dropconnect.callback.zero_restarts import cosine_cycles, restart_weights
 from fastai_dropconnect.checks import check_lr
 
 torch.set_num_threads(1)
@@ -44,6 +44,12 @@ def test_embeddings_get_a_share_of_their_own_and_the_output_none():
     size = {n:p.numel() for n,p in learn.model.named_parameters()}
     assert any('embeds' in n for n in zeros.counts[1])
     for n,c in zeros.counts[1].items(): assert c == round(size[n]*(.5 if 'embeds' in n else .3 if not n.startswith('layers.2') else 0)), n
+
+
+def test_layers_that_are_named_need_not_be_hidden():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 1))
+    for kw in (dict(sparsity={'0': .5}), dict(sparsity=.5, layers='0'), dict(sparsity=.5, layers=lambda n,m: n=='0')):
+        assert {n:share for n,(_,share) in restart_weights(model, **kw).items()}=={'0.weight': .5}
 
 
 def test_a_model_of_embeddings_alone():
