@@ -52,7 +52,7 @@ FIELDS = [ # where, what, what the message names
     (['loss','class'], 'system', 'loss.class'), (['loss','func'], 'x', "'func'"), (['loss','reduction'], 'x', 'loss.reduction'),
     (['training','opt','class'], 'system', 'training.opt.class'), (['training','lr'], 'x', 'training.lr'), (['training','frozen'], ['x'], 'training.frozen'),
     (['callbacks',0,'class'], 'SaveModelCallback', r'callbacks\[0\].class'), (['callbacks',0,'sparsity'], 2, r'callbacks\[0\].sparsity'),
-    (['callbacks',0,'per'], 'col', '`per`'), (['callbacks',0,'masks'], ['layers.9.weight'], 'layers.9.weight'), (['callbacks',0,'masks'], ['layers.0.2.weight'], 'mask.layers.0.2'),
+    (['callbacks',0,'per'], 'col', r'`callbacks\[0\]`: `per`'), (['callbacks',0,'masks'], ['layers.9.weight'], 'layers.9.weight'), (['callbacks',0,'masks'], ['layers.0.2.weight'], 'mask.layers.0.2'),
     (['callbacks',0,'masks'], [], 'no tensor .mask'), (['callbacks',0,'seed'], 'x', 'seed'), (['snapshots','cycles'], [0,0,1], 'snapshots.cycles'),
     (['snapshots','cycles'], [0,1], 'no tensor .snapshot.2'), (['snapshots','cycles'], [0,1,2,3], 'snapshot.3'), (['snapshots','use'], 'weights', 'snapshots.use'),
     (['snapshots','average'], ['median',-1], 'snapshots.average'), (['snapshots','mean'], True, 'mean.'), (['snapshots'], 3, 'snapshots'), (['calibration'], {}, 'calibration'),
@@ -62,6 +62,9 @@ FIELDS = [ # where, what, what the message names
     (['network'], 3, 'network'), (['table'], 3, 'table'), (['loss'], [], 'loss'), (['training'], [], 'training'), (['table','y_names'], [1], 'table.y_names'),
     (['network','act','more'], 1, "'more'"), (['network','num_embeddings','more'], 1, "'more'"), (['network','members','more'], 1, "'more'"),
     (['network','hook'], 1, "'hook'"), (['network','y_range'], [1], 'network.y_range'), (['network','y_range'], [0,'a'], 'network.y_range'),
+    (['tensors'], 3, '`tensors` must have'), (['tensors','more'], 1, '`tensors` must have'), (['tensors','size'], '1', '`tensors` must have'),
+    (['network','members','sparsity'], 1, 'network.members.sparsity'), (['network','num_embeddings','weight_p'], 1.5, 'network.num_embeddings.weight_p'),
+    (['network','num_embeddings','n_bins'], [5], 'network.num_embeddings.n_bins'), (['network','layers',0], True, 'network.layers'),
     (['network','emb_szs',0], 3, 'network.emb_szs'), (['network','emb_szs',0], [3], 'network.emb_szs'), (['network','emb_szs',0], [3,2,1], 'network.emb_szs')]
 
 @pytest.mark.parametrize('where,value,named', FIELDS, ids=lambda v: '.'.join(map(str, v)) if isinstance(v, list) and v and isinstance(v[0], str) else None)
@@ -72,7 +75,12 @@ def test_a_field_that_does_not_fit_is_refused_by_name(path, where, value, named,
     with pytest.raises(ValueError, match=named): load_model(path)
 
 
-CATEGORIES = [(dict(kind='int'), 'kind'), (dict(values=[{}]), 'of kind'), (dict(values=['a']*1000), 'at most'), (dict(kind='os.system'), 'kind'), (dict(column=1), 'column'), (dict(column=['color']), 'column')]
+CATEGORIES = [(dict(kind='int'), 'kind'), (dict(values=[{}]), 'of kind'), (dict(values=['a']*1000), 'at most'), (dict(kind='os.system'), 'kind'), (dict(column=1), 'column'), (dict(column=['color']), 'column'),
+              (dict(more=1), '`kind` and `values`'), (dict(values='abc'), '`kind` and `values`'), (dict(kind=3), 'got kind=3'), (dict(kind=['str']), 'got kind='),
+              (dict(kind=['str']*4), 'got kind='), (dict(kind=['str','str',1]), 'got kind='), (dict(kind='numpy.object_'), 'of kind'), (dict(kind='os.int64', values=[1]), 'of kind'),
+              (dict(kind='time.D', values=['2020-01-01']), 'of kind'), (dict(kind='os.us', values=['2020-01-01']), 'of kind'), (dict(kind='numpy.int8', values=[1000]), 'of kind'),
+              (dict(kind='float', values=['1']), 'of kind'), (dict(kind='float', values=[1]), 'of kind'), (dict(kind='int', values=[True]), 'of kind'), (dict(kind='bool', values=[1]), 'of kind'),
+              (dict(kind='date', values=['today']), 'of kind'), (dict(kind='date', values=[1]), 'of kind'), (dict(kind='time.us', values=['today']), 'of kind'), (dict(kind='time.us', values=[0]), 'of kind'), (dict(kind='time.us', values=[{}]), 'of kind')]
 
 @pytest.mark.parametrize('change,named', CATEGORIES)
 def test_categories_that_do_not_fit_are_refused(path, change, named):
@@ -131,7 +139,11 @@ HEADERS = [
     (lambda h,b: (h | {NAME: h[NAME] | dict(more=1)}, b), NAME), (lambda h,b: (h | {NAME: 3}, b), NAME), (lambda h,b: (h, b[:-1]), 'fill'), (lambda h,b: (h, b+b'x'), 'fill'),
     (lambda h,b: (json.dumps(h).replace('{', '{"a": NaN, ', 1).encode(), b), 'NaN'), (lambda h,b: (b'['*10**6, b), 'plain JSON'), (lambda h,b: ([], b), 'object'),
     (lambda h,b: ((json.dumps(h)[:-1]+f', "{NAME}": {json.dumps(h[NAME])}'+'}').encode(), b), 'twice'),
-    (lambda h,b: (h | {NAME: h[NAME] | dict(shape=h[NAME]['shape'][::-1])}, b), f'{NAME}.*must have')]
+    (lambda h,b: (h | {NAME: h[NAME] | dict(shape=h[NAME]['shape'][::-1])}, b), f'{NAME}.*must have'),
+    (lambda h,b: (h | {NAME: h[NAME] | dict(shape=h[NAME]['shape']+[1]*7)}, b), 'at most 8 sizes'), (lambda h,b: (h | {NAME: h[NAME] | dict(shape=[-n for n in h[NAME]['shape']])}, b), 'at most 8 sizes'),
+    (lambda h,b: (h | {NAME: h[NAME] | dict(shape=12)}, b), 'at most 8 sizes'), (lambda h,b: (h | {NAME: h[NAME] | dict(shape=[*h[NAME]['shape'],True])}, b), 'at most 8 sizes'),
+    (lambda h,b: (h | {NAME: h[NAME] | dict(data_offsets=h[NAME]['data_offsets']+[0])}, b), 'two offsets'), (lambda h,b: (h | {NAME: h[NAME] | dict(data_offsets=3)}, b), 'two offsets'),
+    (lambda h,b: (h | {NAME: h[NAME] | dict(data_offsets=[float(n) for n in h[NAME]['data_offsets']])}, b), 'two offsets'), (lambda h,b: (h | {NAME: h[NAME] | dict(dtype=['F32'])}, b), 'a dtype of')]
 
 @pytest.mark.parametrize('change,named', HEADERS, ids=range(len(HEADERS)))
 def test_a_header_that_does_not_fit_is_refused(path, change, named):
@@ -181,7 +193,19 @@ def test_files_that_are_cut_swapped_missing_or_no_files_are_refused(path):
         (path/'model.json').unlink()
         (path/'model.json').symlink_to('/dev/zero')
         with pytest.raises(ValueError, match='regular file'): load_model(path)
-    with pytest.raises(ValueError, match='readable'): load_model(path/'nothing')
+        (path/'model.json').unlink()
+        (path/'model.json').symlink_to('/proc/self/mem')     # a file that says it has no bytes, and fails when it is read
+        with pytest.raises(ValueError, match='readable'): load_model(path)
+    for name in ('nothing', 'a\0b'):
+        with pytest.raises(ValueError, match='readable'): load_model(path/name)
+
+def test_a_description_that_is_too_large_is_neither_read_nor_written(path, monkeypatch):
+    import fastai_dropconnect.serialize.files as files
+    learn = load_model(path)
+    monkeypatch.setattr(files, 'MAX_JSON', 1000)
+    with pytest.raises(ValueError, match='model.json must have at most 1000 bytes'): load_model(path)
+    with pytest.raises(ValueError, match='model.json must have at most 1000 bytes'): save_model(learn, path.parent/'other')
+    assert not (path.parent/'other').exists()
 
 
 class Runs:
@@ -267,7 +291,13 @@ OTHER_FIELDS = [
     ('noise', ['network','noise','kind'], 'x', 'network.noise.kind'), ('noise', ['network','noise','n_parts'], HUGE, 'network.out_sz'), ('noise', ['network','noise','n_levels'], 1, 'network.noise.n_levels'),
     ('noise', ['network','noise','more'], 1, "'more'"),
     ('noise', ['network','noise','beta'], 1, 'network.noise.beta'), ('noise', ['network','noise','n_targets'], 0, 'network.noise.n_targets'), ('noise', ['network','y_range'], [0,1], 'network.y_range'),
+    ('noise', ['loss','shares'], [1], 'loss.shares` must be 2'), ('noise', ['loss','shares'], [1,-1], 'loss.shares'), ('noise', ['loss','shares'], [1,'x'], 'loss.shares'),
+    ('noise', ['network','noise','beta'], -1, 'network.noise.beta'), ('noise', ['network','noise','beta'], '0', 'network.noise.beta'), ('noise', ['network','noise','n_parts'], 0, 'network.noise.n_parts'),
     ('noise', ['loss','sd'], [1,1], 'loss.sd'), ('noise', ['loss','sd'], [0], 'loss.sd'), ('noise', ['loss','n_parts'], 7, 'loss.n_parts'), ('noise', ['loss','reduction'], 'x', 'loss.reduction'),
+    ('columns', ['network','columns',0], [1,0,2,3], 'network.columns'), ('columns', ['network','columns',1], [2], 'network.columns` must be 1 numbers below 2'), ('columns', ['network','columns',1], [True], 'network.columns'),
+    ('columns', ['network','columns',1], None, 'network.columns` must be 1 numbers'), ('columns', ['network','n_columns'], [4], 'network.n_columns'), ('columns', ['network','hook'], 1, "'hook'"),
+    ('columns', ['network','model','layers'], [-1], 'network.layers'), ('columns', ['network','model','class'], 'CompactModel', 'network.model'), ('columns', ['network','model'], [], 'network.model'),
+    ('split', ['calibration','p'], 1, 'calibration.p'), ('split', ['calibration','p'], 'x', 'calibration.p'),
     ('compact', ['network','layers',0], 12, 'layers.0.0.weight'), ('compact', ['network','ps'], [0], 'network.ps'), ('compact', ['network','class'], 'CompactModel', 'network.n_columns')]
 
 @pytest.mark.parametrize('kind,where,value,named', OTHER_FIELDS, ids=lambda v: '.'.join(map(str, v)) if isinstance(v, list) and v and isinstance(v[0], str) else None)
@@ -339,7 +369,7 @@ def one_bias():
 
 def resnet(): return small(config=tabular_resnet_config(width=8, num_embeddings=PLE(2, 3), weight_p=.1))
 
-MORE_KINDS = dict(guarded=guarded, reported=reported, averaged=averaged, resnet=resnet, accelerated=LEARNERS['accelerated'], fastai=LEARNERS['fastai'],
+MORE_KINDS = dict(guarded=guarded, reported=reported, averaged=averaged, one_bias=one_bias, resnet=resnet, accelerated=LEARNERS['accelerated'], fastai=LEARNERS['fastai'],
                   periodic=LEARNERS['periodic_members'], gelu=lambda: small(config=config(act_cls=torch.nn.GELU('tanh'))))
 STRANGE = [None, True, -1, 1.5, 2**60, 'no such', [], {}, ['no such'], [None], [2**60]]
 SAME = { # one name in place of a list of it, an average that the loss tells, a name twice, the kind of no values
