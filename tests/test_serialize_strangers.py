@@ -62,7 +62,7 @@ FIELDS = [ # where, what, what the message names
     (['network'], 3, 'network'), (['table'], 3, 'table'), (['loss'], [], 'loss'), (['training'], [], 'training'), (['table','y_names'], [1], 'table.y_names'),
     (['network','act','more'], 1, "'more'"), (['network','num_embeddings','more'], 1, "'more'"), (['network','members','more'], 1, "'more'"),
     (['network','hook'], 1, "'hook'"), (['network','y_range'], [1], 'network.y_range'), (['network','y_range'], [0,'a'], 'network.y_range'),
-    (['tensors'], 3, '`tensors` must have'), (['tensors','more'], 1, '`tensors` must have'), (['tensors','size'], '1', '`tensors` must have'),
+    (['snapshots','use'], True, 'snapshots.use'), (['tensors'], 3, '`tensors` must have'), (['tensors','more'], 1, '`tensors` must have'), (['tensors','size'], '1', '`tensors` must have'),
     (['network','members','sparsity'], 1, 'network.members.sparsity'), (['network','num_embeddings','weight_p'], 1.5, 'network.num_embeddings.weight_p'),
     (['network','num_embeddings','n_bins'], [5], 'network.num_embeddings.n_bins'), (['network','layers',0], True, 'network.layers'),
     (['network','emb_szs',0], 3, 'network.emb_szs'), (['network','emb_szs',0], [3], 'network.emb_szs'), (['network','emb_szs',0], [3,2,1], 'network.emb_szs')]
@@ -319,6 +319,50 @@ def test_boosted_trees_of_strangers_are_checked(change, named):
     check_network(BOOSTED | dict(n_levels=[]))
     with pytest.raises(ValueError, match=named): check_network(BOOSTED | change)
 
+VECTORS = {'class': 'Periodic'} | dict(dim=2, weight_p=0., frequency_scale=.1)
+MEMBERS = dict(n=2, sparsity=.5, average='mean')
+ACT = {'class': 'LeakyReLU'} | dict(negative_slope=.1, inplace=True)
+
+@pytest.mark.parametrize('change,named', [
+    (dict(act=ACT | dict(negative_slope='x')), 'network.act.negative_slope'), (dict(act=ACT | dict(inplace=1)), 'network.act.inplace'), (dict(act={'class': 'GELU', 'approximate': 'x'}), 'network.act.approximate'),
+    (dict(num_embeddings=VECTORS | dict(frequency_scale=0)), 'network.num_embeddings.frequency_scale'), (dict(num_embeddings=VECTORS | dict(frequency_scale='x')), 'network.num_embeddings.frequency_scale'),
+    (dict(num_embeddings=VECTORS | {'class': 'x'}), 'network.num_embeddings.class'), (dict(members=MEMBERS | dict(sparsity=-1)), 'network.members.sparsity'), (dict(members=MEMBERS | dict(sparsity='x')), 'network.members.sparsity'),
+    (dict(members=MEMBERS | dict(average='max')), 'network.members.average'), (dict(mode='x'), 'network.mode'), (dict(bias=[True]), 'network.bias'), (dict(bias=[True,True,1]), 'network.bias'), (dict(bias=1), 'network.bias'),
+    (dict(use_bn=1), 'network.use_bn'), (dict(use_bn=None), 'network.use_bn'), (dict(embed_p=2), 'network.embed_p'), (dict(embed_p=-1), 'network.embed_p'), (dict(weight_p=[0.]), 'network.weight_p'), (dict(out_p=2), 'network.out_p'),
+    (dict(embed_weight_p=2), 'network.embed_weight_p'), (dict(out_sz=0), 'network.out_sz'), (dict(n_cont=-1), 'network.n_cont'), ({'class': 'TabularModel'}, 'network.num_embeddings'),
+    (dict(noise=dict(kind='gaussian', n_levels=19, n_parts=0, beta=0, n_targets=1), out_sz=2), 'network.noise.n_parts')])
+def test_settings_of_a_network_of_strangers_are_checked(path, change, named):
+    network = description(path)['network']
+    for fine in (dict(act=ACT), dict(act={'class': 'GELU', 'approximate': 'tanh'}), dict(num_embeddings=VECTORS), dict(bias=[True]*3), dict(members=None)): check_network(network | fine)
+    with pytest.raises(ValueError, match=named): check_network(network | change)
+
+@pytest.mark.parametrize('change,named', [
+    ({'class': 'x'}, 'network.class'), (dict(emb_szs=[[3]]), 'network.emb_szs'), (dict(n_cont=-1), 'network.n_cont'), (dict(out_sz=0), 'network.out_sz'), (dict(width=0), 'network.width'), (dict(layers=[0]), 'network.layers'),
+    (dict(path_p=2), 'network.path_p'), (dict(dropout='x'), 'network.dropout'), (dict(mode='x'), 'network.mode'), (dict(bn_cont=1), 'network.bn_cont'), (dict(y_range=[1]), 'network.y_range'), (dict(members={}), 'network.members'),
+    (dict(num_embeddings=3), 'network.num_embeddings'), (dict(num_embeddings={'class': 'PLE'} | dict(dim=2, weight_p=0., n_bins=[2,2])), 'network.num_embeddings.n_bins'), (dict(hook=1), "'hook'"),
+    (dict(emb_szs=[], n_cont=0, num_embeddings=None), 'must have embeddings or continuous columns')])
+def test_a_residual_network_of_strangers_is_checked(change, named):
+    network = {'class': 'TabularResNetModel'} | dict(emb_szs=[[3,2]], n_cont=1, out_sz=1, width=8, layers=[8], weight_p=.1, path_p=.1, dropout=0., embed_p=0., embed_weight_p=0., mode='example', bn_cont=True,
+                                                    y_range=None, members=None, num_embeddings=None)
+    for fine in ({}, dict(num_embeddings=VECTORS), dict(y_range=[0,1]), dict(layers=[])): check_network(network | fine)
+    with pytest.raises(ValueError, match=named): check_network(network | change)
+
+@pytest.mark.parametrize('change,named', [
+    (dict(average='max'), 'network.average'), (dict(class_dim=9), 'network.class_dim'), (dict(class_dim=True), 'network.class_dim'), (dict(class_dim='x'), 'network.class_dim'), (dict(models=[]), 'at least one'),
+    (dict(models=[1]), 'network.models'), (dict(hook=1), "'hook'")])
+def test_an_average_of_strangers_is_checked(path, change, named):
+    network = {'class': 'AveragedModel'} | dict(average='mean', class_dim=-8, models=[description(path)['network']])
+    check_network(network)
+    with pytest.raises(ValueError, match=named): check_network(network | change)
+
+def test_models_side_by_side_predict_the_same_distributions(saved_kinds):
+    plain,noise = [description(saved_kinds[n][1])['network'] for n in ('split','noise')]
+    plain = plain | dict(out_sz=noise['out_sz'], emb_szs=noise['emb_szs'])
+    average = {'class': 'AveragedModel'} | dict(average='mean', class_dim=-1)
+    check_network(average | dict(models=[noise,noise]))
+    with pytest.raises(ValueError, match='same columns'): check_network(average | dict(models=[noise,plain]))
+    with pytest.raises(ValueError, match='same columns'): check_network(average | dict(models=[plain,plain | dict(emb_szs=plain['emb_szs'][:-1])]))
+
 def test_a_network_needs_columns(path):
     network = description(path)['network'] | dict(emb_szs=[], n_cont=0)
     vectors = network['num_embeddings'] | dict(n_bins=[])
@@ -364,7 +408,8 @@ def averaged():
 
 def one_bias():
     learn = pruned(False)
-    learn.model.model.layers[1][0].bias = torch.nn.Parameter(torch.zeros(1))
+    first = learn.model.layers[1][0]
+    first.bias = torch.nn.Parameter(torch.zeros(len(first.weight)))
     return learn
 
 def resnet(): return small(config=tabular_resnet_config(width=8, num_embeddings=PLE(2, 3), weight_p=.1))
