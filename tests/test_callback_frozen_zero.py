@@ -541,6 +541,16 @@ def test_report_metric_and_plot():
     assert learn.recorder.metric_names[3] == 'zeros' and learn.recorder.values[0][2] == pytest.approx((36+48)/144)
     cb.plot()
 
+def test_report_counts_dead_inputs_and_outputs():
+    cb = FrozenZeroInit(.1, layers=['0'])
+    learn = make_learn(cb)
+    with torch.no_grad():
+        learn.model[0].weight[:,1] = 0
+        learn.model[0].weight[[2,5,7]] = 0
+    r = cb.report()
+    assert (r.dead_inputs.item(), r.dead_outputs.item())==(1, 3)
+
+
 def test_plot_of_a_weight_without_rows():
     cb = FrozenZeroInit(layers='0', params=['weight','bias'])
     make_learn(cb).fit(1)

@@ -182,6 +182,13 @@ def test_an_interrupted_plain_fit_leaves_the_metrics_as_before():
     assert list(ensemble(learn).record)==[0] and ensemble(learn).use=='average' and len(learn.validate())==2
 
 
+@pytest.mark.parametrize('use', ['average','last'])
+def test_an_interrupted_fit_predicts_with_what_was_asked_for(use):
+    learn = make_learn()
+    with pytest.raises(KeyboardInterrupt): learn.fit_zero_restarts(3, 1, use=use, cbs=StopAt(2))
+    assert len(ensemble(learn).record)==2 and ensemble(learn).use==use
+
+
 @pytest.mark.parametrize('use', ['average','weights','last'])
 @pytest.mark.parametrize('between', ['another process','another fit','nothing'])
 def test_resume_of_a_whole_fit_gives_its_predictions(tmp_path, use, between):

@@ -61,6 +61,10 @@ def test_rows_of_a_predictor_are_checked(saved):
     with pytest.raises(ValueError, match="column 'day' must have a value"): load_predictor(FIXTURE).predict(row | dict(day='yesterday'))
 
 
+def test_an_encoder_takes_names_of_columns():
+    with pytest.raises(ValueError, match=r'`categories\[0\].column` must be a name'): RowEncoder([dict(column=1, kind='int', values=[1])], [])
+
+
 @pytest.mark.parametrize('where,value', [(['network','layers',0], 2**40), (['table','procs'], []), (['table','procs',0,'na_dict'], 3), (['snapshots','use'], 'weights'),
                                          (['hook'], 1), (['table','procs',0,'add_col'], ...)], ids=str)
 def test_a_predictor_refuses_files_of_strangers(path, where, value):

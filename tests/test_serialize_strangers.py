@@ -10,6 +10,8 @@ from fastai_dropconnect.callback.calibrate import calibration_of
 from fastai_dropconnect.ensemble.blend import BlendedModel
 from fastai_dropconnect.serialize.files import SavedModel
 from fastai_dropconnect.serialize.network import check_network
+from fastai_dropconnect.serialize.reader import build_frame, build_reader, describe_frame, describe_reader
+from fastai_dropconnect.tabular.frames import FrameReader
 from test_serialize import LEARNERS, classes, config, frame_for, preds, quantiles, shake, small, with_snapshots
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -77,7 +79,7 @@ def test_a_field_that_does_not_fit_is_refused_by_name(path, where, value, named,
 
 CATEGORIES = [(dict(kind='int'), 'kind'), (dict(values=[{}]), 'of kind'), (dict(values=['a']*1000), 'at most'), (dict(kind='os.system'), 'kind'), (dict(column=1), 'column'), (dict(column=['color']), 'column'),
               (dict(more=1), '`kind` and `values`'), (dict(values='abc'), '`kind` and `values`'), (dict(kind=3), 'got kind=3'), (dict(kind=['str']), 'got kind='),
-              (dict(kind=['str']*4), 'got kind='), (dict(kind=['str','str',1]), 'got kind='), (dict(kind='numpy.object_'), 'of kind'), (dict(kind='os.int64', values=[1]), 'of kind'),
+              (dict(kind=['str']*4), 'got kind='), (dict(kind=['str','str',1]), 'got kind='), (dict(kind='numpy.object_'), 'of kind'), (dict(kind='os.int64', values=[1]), 'of kind'), (dict(kind='numpy.complex64', values=[1.5]), 'of kind'),
               (dict(kind='time.D', values=['2020-01-01']), 'of kind'), (dict(kind='os.us', values=['2020-01-01']), 'of kind'), (dict(kind='numpy.int8', values=[1000]), 'of kind'),
               (dict(kind='float', values=['1']), 'of kind'), (dict(kind='float', values=[1]), 'of kind'), (dict(kind='int', values=[True]), 'of kind'), (dict(kind='bool', values=[1]), 'of kind'),
               (dict(kind='date', values=['today']), 'of kind'), (dict(kind='date', values=[1]), 'of kind'), (dict(kind='time.us', values=['today']), 'of kind'), (dict(kind='time.us', values=[0]), 'of kind'), (dict(kind='time.us', values=[{}]), 'of kind')]
@@ -89,6 +91,13 @@ def test_categories_that_do_not_fit_are_refused(path, change, named):
     proc['classes'][0].update(change)
     write(path, config)
     with pytest.raises(ValueError, match=named): load_model(path)
+
+
+def test_a_number_of_targets_is_a_number(path):
+    config = description(path)
+    next(p for p in config['table']['procs'] if p['class']=='RegressionSetup')['c'] = 'one'
+    write(path, config)
+    with pytest.raises(ValueError, match=r'table.procs\[\d\].c'): load_model(path)
 
 
 def test_shapes_are_checked_before_anything_is_read(path, monkeypatch):
@@ -316,7 +325,7 @@ BOOSTED = {'class': 'BoostedModel'} | dict(n_bytes=[5], n_levels=[3], n_cont=1, 
     (dict(out_sz=0), 'network.out_sz'), (dict(average='sigmoid'), 'network.average'), (dict(hook=1), "'hook'")])
 def test_boosted_trees_of_strangers_are_checked(change, named):
     check_network(BOOSTED)
-    check_network(BOOSTED | dict(n_levels=[]))
+    for fine in (dict(n_levels=[]), dict(n_cont=0)): check_network(BOOSTED | fine)
     with pytest.raises(ValueError, match=named): check_network(BOOSTED | change)
 
 VECTORS = {'class': 'Periodic'} | dict(dim=2, weight_p=0., frequency_scale=.1)
@@ -359,7 +368,10 @@ def test_models_side_by_side_predict_the_same_distributions(saved_kinds):
     plain,noise = [description(saved_kinds[n][1])['network'] for n in ('split','noise')]
     plain = plain | dict(out_sz=noise['out_sz'], emb_szs=noise['emb_szs'])
     average = {'class': 'AveragedModel'} | dict(average='mean', class_dim=-1)
-    check_network(average | dict(models=[noise,noise]))
+    def of(*models): return average | dict(models=list(models))
+    check_network(of(of(of(noise, noise))))
+    reads_fewer = {'class': 'CompactModel'} | dict(n_columns=[4,2], columns=[[0,1,2],None], model=plain | dict(emb_szs=plain['emb_szs'][:-1]))
+    check_network(of(plain, reads_fewer))
     with pytest.raises(ValueError, match='same columns'): check_network(average | dict(models=[noise,plain]))
     with pytest.raises(ValueError, match='same columns'): check_network(average | dict(models=[plain,plain | dict(emb_szs=plain['emb_szs'][:-1])]))
 
@@ -418,25 +430,28 @@ MORE_KINDS = dict(guarded=guarded, reported=reported, averaged=averaged, one_bia
                   periodic=LEARNERS['periodic_members'], gelu=lambda: small(config=config(act_cls=torch.nn.GELU('tanh'))))
 STRANGE = [None, True, -1, 1.5, 2**60, 'no such', [], {}, ['no such'], [None], [2**60]]
 SAME = { # one name in place of a list of it, an average that the loss tells, a name twice, the kind of no values
-    'callbacks.0.layers"no such"', 'snapshots.averagenull', 'callbacks.0.masks["layers.0.0.weight", "layers.0.0.weight"]', 'table.procs.0.levels.0.values[]'}
+    'callbacks.FrozenZeroInit.layers"no such"', 'callbacks.DropConnect.layers"no such"', 'snapshots.averagenull',
+    'callbacks.FrozenZeroInit.masks["layers.0.0.weight", "layers.0.0.weight"]', 'table.procs.InputGuard.levels.0.values[]', 'table.procs.Categorify.classes.0.values[]', 'table.procs.Categorize.vocab.values[]'}
 
-def places(obj, where=()):
-    "List the path of keys and the value of every field; of a list the first item"
-    items = obj.items() if isinstance(obj, dict) else [*enumerate(obj)][:1] if isinstance(obj, list) else []
-    return ([(where, obj)] if where else []) + [p for k,v in items for p in places(v, (*where, k))]
+def class_of(v): return v.get('class') if isinstance(v, dict) else None
+
+def places(obj, where=(), kinds=()):
+    "List the path of keys, the same with classes in place of numbers, and the value of each field; of a list the first item and those with a class"
+    items = obj.items() if isinstance(obj, dict) else [(i, v) for i,v in enumerate(obj) if i==0 or class_of(v)] if isinstance(obj, list) else []
+    return ([(where, kinds, obj)] if where else []) + [p for k,v in items for p in places(v, (*where, k), (*kinds, isinstance(k, int) and class_of(v) or k))]
 
 def changes(config):
-    "Yield paths of keys with other values: foreign ones, a list of values that is one too long, an object with a field more"
-    for where,own in places(config):
+    "Yield places with other values: foreign ones, a list of values that is one too long, an object with a field more"
+    for where,kinds,own in places(config):
         more = [own | dict(hook=1)] if isinstance(own, dict) else [own+own[:1]] if isinstance(own, list) and not isinstance((own or [{}])[0], dict) else []
-        yield from ((where, v) for v in [*STRANGE, *more] if json.dumps(v)!=json.dumps(own))
+        yield from ((where, kinds, v) for v in [*STRANGE, *more] if json.dumps(v)!=json.dumps(own))
 
 def plain(config): return json.dumps(json.loads(json.dumps(config), parse_int=float))      # 1 and 1.0 are the same, 1 and true are not
 
 def check_strange(config, read, describe, seen):
     "Each change is refused, by name unless it is a list, or described as it was read"
-    for where,value in changes(config):
-        key = '.'.join(map(str, where)).replace('models.0.', '').replace('network.model.', 'network.')+json.dumps(value)
+    for where,kinds,value in changes(config):
+        key = '.'.join(map(str, kinds)).replace('network.models.', '').replace('network.model.', '')+json.dumps(value)
         if key in seen: continue
         seen.add(key)
         other = json.loads(json.dumps(config))
@@ -460,3 +475,11 @@ def test_whatever_stands_in_place_of_a_value_is_refused_by_name_or_comes_back(sa
             return load_model(path)
         def describe(learn): return {n: v for n,v in description(save_model(learn, tmp_path/'again')).items() if n not in own}
         check_strange(config, read, describe, seen)
+
+def test_a_reader_and_a_leaderboard_of_strangers():
+    df = pd.DataFrame(dict(color=['red','blue']*40, day=['2020-01-01','2020-01-02']*40, x=range(80), same=[1]*80))
+    reader = FrameReader().fit(df)
+    config = describe_reader(reader, list(df))
+    check_strange(dict(reader=config), lambda c: build_reader(c['reader'], list(df)), lambda r: dict(reader=describe_reader(r, list(df))), {'reader.columns.0.new_name"no such"'})
+    frame = pd.DataFrame(dict(name=['a','b'], loss=[.5,.25]))
+    check_strange(dict(leaderboard=describe_frame(frame)), lambda c: build_frame(c['leaderboard']), lambda f: dict(leaderboard=describe_frame(f)), set())
