@@ -11,7 +11,7 @@ TESTS = { # Module: its fast tests, the likeliest to fail first
     'callback.core': 'test_callback_core', 'callback.batchnorm': 'test_callback_batchnorm test_no_trace',
     'callback.dropconnect': 'test_callback_dropconnect', 'callback.frozen_zero': 'test_callback_frozen_zero test_no_trace',
     'callback.columns': 'test_callback_columns test_no_trace', 'callback.snapshots': 'test_callback_snapshots test_callback_columns test_no_trace test_details',
-    'callback.zero_restarts': 'test_callback_zero_restarts test_details test_no_trace', 'callback.members': 'test_callback_members',
+    'callback.zero_restarts': 'test_callback_zero_restarts test_details test_no_trace test_snapshot_store', 'callback.members': 'test_callback_members',
     'sparsity.core': 'test_sparsity_core test_details', 'ensemble.averaging': 'test_ensemble_averaging test_details',
     'ensemble.snapshots': 'test_ensemble_snapshots test_snapshot_store', 'ensemble.folder': 'test_snapshot_store test_details', 'recipes': 'test_recipes'}
 

@@ -144,3 +144,22 @@ def test_what_on_add_raises_leaves_the_callback_free():
     with pytest.raises(ValueError, match='not this one'): other.add_cb(cb)
     assert cb.learn is None and cb not in other.cbs
     assert make_learn(cb).cbs[-1] is cb
+
+
+def test_a_broken_fit_is_told_once_to_each_callback_that_is_still_there():
+    told = []
+    class Told(LeanCallback):
+        def __init__(self, name, other=None): self.called,self.other = name,other
+        def on_broken_fit(self):
+            told.append(self.called)
+            if self.other: self.learn.remove_cb(self.other)
+    class Break(LeanCallback):
+        def after_step(self): raise KeyboardInterrupt
+    gone = Told('gone')
+    learn = make_learn(Told('first', gone), gone, Told('last'))
+    fit(learn)
+    assert not told
+    with pytest.raises(KeyboardInterrupt): fit(learn, Break())
+    assert told==['first','last'] and gone.learn is None
+    fit(learn)
+    assert len(told)==2

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from fastai_dropconnect.all import *
 from fastai_dropconnect.nn_utils import inner_model
-from fastai_dropconnect.sparsity.core import as_bits, bit_mask
+from fastai_dropconnect.sparsity.core import HeldWeights, as_bits, bit_mask
 
 torch.set_num_threads(1)
 
@@ -134,6 +134,15 @@ def test_gradients_are_masked_before_anyone_sees_them():
             for w,m in zip(hidden(self.learn), masked(self.learn)): assert (w.grad[m]==0).all() and (w.grad[~m]!=0).any()
     learn = make_learn(FrozenZeroInit(.5), Norm(), GradientClip(.1))
     learn.fit(1)
+
+
+def test_a_plain_fit_does_not_mask_gradients(monkeypatch):
+    "It takes time, and the weights are set back after each step anyway"
+    calls = []
+    monkeypatch.setattr(HeldWeights, 'mask_grads', lambda self: calls.append(1))
+    learn = make_learn(FrozenZeroInit(.5))
+    learn.fit(1)
+    assert not calls and same(zeros(learn), masked(learn))
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
@@ -531,6 +540,16 @@ def test_report_metric_and_plot():
     assert (r.std_after < r.std_before).all()
     assert learn.recorder.metric_names[3] == 'zeros' and learn.recorder.values[0][2] == pytest.approx((36+48)/144)
     cb.plot()
+
+def test_report_counts_dead_inputs_and_outputs():
+    cb = FrozenZeroInit(.1, layers=['0'])
+    learn = make_learn(cb)
+    with torch.no_grad():
+        learn.model[0].weight[:,1] = 0
+        learn.model[0].weight[[2,5,7]] = 0
+    r = cb.report()
+    assert (r.dead_inputs.item(), r.dead_outputs.item())==(1, 3)
+
 
 def test_plot_of_a_weight_without_rows():
     cb = FrozenZeroInit(layers='0', params=['weight','bias'])

@@ -9,7 +9,7 @@ from fastai.tabular.all import (Adam, Callback, CancelEpochException, CancelFitE
                                 get_model, mae, params, ranger, set_seed)
 from ensemble_learners import *
 from fastai_dropconnect.all import *
-from fastai_dropconnect.callback.zero_restarts import cosine_cycles
+from fastai_dropconnect.callback.zero_restarts import cosine_cycles, restart_weights
 from fastai_dropconnect.checks import check_lr
 
 torch.set_num_threads(1)
@@ -44,6 +44,12 @@ def test_embeddings_get_a_share_of_their_own_and_the_output_none():
     size = {n:p.numel() for n,p in learn.model.named_parameters()}
     assert any('embeds' in n for n in zeros.counts[1])
     for n,c in zeros.counts[1].items(): assert c == round(size[n]*(.5 if 'embeds' in n else .3 if not n.startswith('layers.2') else 0)), n
+
+
+def test_layers_that_are_named_need_not_be_hidden():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 1))
+    for kw in (dict(sparsity={'0': .5}), dict(sparsity=.5, layers='0'), dict(sparsity=.5, layers=lambda n,m: n=='0')):
+        assert {n:share for n,(_,share) in restart_weights(model, **kw).items()}=={'0.weight': .5}
 
 
 def test_a_model_of_embeddings_alone():
@@ -174,6 +180,13 @@ def test_an_interrupted_plain_fit_leaves_the_metrics_as_before():
     with contextlib.suppress(KeyboardInterrupt): learn.fit(6, 1e-2, cbs=[ZeroRestarts(2), StopAt(3)])
     assert list(learn.metrics)==before and ensemble(learn).shows.name=='PREDICTION'
     assert list(ensemble(learn).record)==[0] and ensemble(learn).use=='average' and len(learn.validate())==2
+
+
+@pytest.mark.parametrize('use', ['average','last'])
+def test_an_interrupted_fit_predicts_with_what_was_asked_for(use):
+    learn = make_learn()
+    with pytest.raises(KeyboardInterrupt): learn.fit_zero_restarts(3, 1, use=use, cbs=StopAt(2))
+    assert len(ensemble(learn).record)==2 and ensemble(learn).use==use
 
 
 @pytest.mark.parametrize('use', ['average','weights','last'])

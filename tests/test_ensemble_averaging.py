@@ -63,6 +63,11 @@ def test_classes_on_any_dimension(dim):
     got = average(outs, CrossEntropyLossFlat(axis=dim))
     torch.testing.assert_close(got.softmax(dim), torch.stack([o.softmax(dim) for o in outs]).mean(0))
 
+def test_classes_of_sequences():
+    outs = [3*torch.randn(2, 4, 5) for _ in range(3)]
+    got = average(outs, CrossEntropyLossFlat(axis=1))
+    torch.testing.assert_close(got.softmax(1), torch.stack([o.softmax(1) for o in outs]).mean(0))
+
 
 def test_outputs_of_one_dimension_and_single_numbers():
     torch.testing.assert_close(average([torch.zeros(4), torch.ones(4)], F.mse_loss), torch.full((4,), .5))

@@ -99,6 +99,14 @@ def test_only_the_gradients_asked_for(mode, needed):
     for name in needed: torch.testing.assert_close(grads[name], ts[name].grad)
 
 
+@pytest.mark.parametrize('mode', MODES)
+def test_the_type_under_autocast_is_that_of_a_linear_layer(mode):
+    for dtype in (torch.float32, torch.float64):
+        x,w,b,_ = tensors(dtype=dtype)
+        with torch.autocast('cpu', torch.bfloat16):
+            for bias in (b, None): assert linear_dropconnect(x, w, bias, mode=mode).dtype==F.linear(x, w, bias).dtype
+
+
 def test_a_weight_without_noise_is_the_weight_itself():
     w = torch.randn(3, 4)
     assert dropconnect(w, 0) is w and dropconnect(w, .5, training=False) is w

@@ -60,6 +60,11 @@ def test_settings_of_the_model_combine_with_any_recipe(dls):
     a,b = [preds(train_recipe(dls, r.replace(n_cycles=2, cycle_len=1), layers=[8])) for r in (a,b)]
     assert torch.equal(a, b)
 
+def test_a_twentieth_of_the_weights_is_left(dls):
+    learn = train_recipe(dls, 'pruned', epochs=2, layers=[50,25])
+    n = sum(p.numel() for p,_ in learn.gradual_pruning.weights().values())
+    assert learn.gradual_pruning.report().live.sum()/n==pytest.approx(.05, rel=.02)
+
 def test_a_recipe_for_each_price(dls):
     recipes = gates_recipes((30,0))
     assert list(recipes)==['gates-30','gates-0'] and [r.settings['price'] for r in recipes.values()]==[30,0]

@@ -5,14 +5,16 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from fastai.tabular import learner as fastai_learner
-from fastai.tabular.all import (Callback, Categorify, CrossEntropyLossFlat, FillMissing, Normalize, OptimWrapper, ProgressCallback,
-                                TabularDataLoaders, TabularPandas, TabularProc, mae, noop, set_seed, tabular_config)
+from fastai.tabular.all import (Callback, Categorify, CrossEntropyLossFlat, FillMissing, Normalize, OptimWrapper, ProgressCallback, TabDataLoader,
+                                TabularDataLoaders, TabularPandas, TabularProc, Transform, mae, noop, set_seed, tabular_config)
 from torch import nn
 from conftest import make_dls, make_table
 from fastai_dropconnect import files
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.snapshots import snapshot_ensemble
+from fastai_dropconnect.serialize.fields import encode_values
 from fastai_dropconnect.serialize.learner import load_model, save_model
+from fastai_dropconnect.sparsity.compact import CompactModel
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 FIXTURE = Path(__file__).parent/'fixtures'/'model_v1'
@@ -161,8 +163,10 @@ def test_categories_keep_their_types(name, reduce, tmp_path):
     assert torch.equal(preds(learn, other), preds(again, other))
 
 
-def fails(match, change, *args):
-    with pytest.raises(TypeError, match=match): save_model(change, *args)
+@pytest.mark.parametrize('value', [1j, np.complex64(1), pd.Timestamp('2020-01-01', tz='UTC'), pd.NaT, pd.Interval(0, 1), (1,2), None], ids=str)
+def test_categories_of_other_types_are_not_saved(value):
+    with pytest.raises(TypeError, match='column must hold text, numbers, bools or dates'): encode_values(['a', value], 'column')
+
 
 def test_what_cannot_be_saved_is_refused_by_name_and_nothing_is_written(tmp_path):
     class Mine(Callback): pass
@@ -172,7 +176,38 @@ def test_what_cannot_be_saved_is_refused_by_name_and_nothing_is_written(tmp_path
         learn = small()
         learn.model.layers[0] = nn.Sequential(*learn.model.layers[0])
         return learn
-    cases = [(small(cbs=Mine()), 'got Mine.*removed_cbs'), (small(cbs=DropConnect(lambda pos: .1*pos)), '`weight_p` of DropConnect'),
+    def changed(f):
+        learn = small()
+        f(learn)
+        return learn
+    def loaded(f, procs=(Categorify,FillMissing,Normalize), conts=('a',)):
+        df = make_table().rename(columns={'b': 0})
+        dls = TabularDataLoaders.from_df(df, procs=list(procs), cat_names=['color'], cont_names=list(conts), y_names='y')
+        f(dls)
+        return tabular_learner(dls, layers=[4])
+    def mse_loss(p, y): return F.mse_loss(p, y)
+    class MSELoss(nn.Module):
+        reduction = 'mean'
+        def forward(self, p, y): return F.mse_loss(p, y)
+    class ReLU(nn.ReLU): pass
+    class MyLearner(type(small())): pass
+    class MyLoader(TabDataLoader): pass
+    def my_loader(dls): dls.loaders[0].__class__ = MyLoader
+    def my_transform(dls): dls.train.after_batch.add(Transform(noop))
+    def own_mean(dls): dls.train_ds.procs.normalize.mean = 0.
+    def sequential(learn): learn.model = nn.Sequential(nn.Linear(1, 1))
+    def other_act(learn): learn.model.layers[1][1] = nn.Tanh()
+    def one_layer_more(learn): learn.model.layers.append(nn.Identity())
+    def halves(learn): learn.model.half()
+    def compact_sequential(learn): learn.model = CompactModel(nn.Sequential(nn.Linear(1, 1)), [None], [1])
+    def my_learner(learn): learn.__class__ = MyLearner
+    cases = [(loaded(my_loader), '`dls` must have loaders of .* got MyLoader'), (loaded(my_transform), '`dls` must have no transforms'), (loaded(own_mean), '`Normalize` must have no mean'),
+             (loaded(noop, conts=['a',0]), 'names of columns must be text'), (loaded(noop, [Categorify,FillMissing,QuantileNormalize(),QuantileNormalize()]), 'one QuantileNormalize'),
+             (changed(sequential), 'the model must be .* got Sequential'), (changed(other_act), 'the model must be .* it was changed, got .*Tanh'), (changed(one_layer_more), 'the model must be .* it was changed'),
+             (changed(halves), 'the model must be .* it was changed: .*float16'), (changed(compact_sequential), 'inside a CompactModel'), (changed(my_learner), '`learn` must be a TabularLearner'),
+             (small(loss_func=mse_loss), '`loss_func` must be'), (small(loss_func=MSELoss()), '`loss_func` must be'), (small(config=tabular_config(act_cls=ReLU())), '`act_cls` must be'),
+             (small(opt_func=partial(partial(FusedAdam), eps='x')), '`opt_func` must be'), (small(opt_func=lambda ps, lr: FusedAdam(ps, lr)), '`opt_func` must be'), (small(opt_func=partial(FusedAdam, 1)), '`opt_func` must be'),
+             (small(cbs=Mine()), 'got Mine.*removed_cbs'), (small(cbs=DropConnect(lambda pos: .1*pos)), '`weight_p` of DropConnect'),
              (small(cbs=FrozenZeroInit(layers=lambda n,m: n=='layers.0.0')), '`layers` of FrozenZeroInit'), (tabular_learner(dls), '`procs` must be.*got MyProc'),
              (small(loss_func=lambda p,y: 0), '`loss_func` must be'), (small(opt_func=partial(OptimWrapper, opt=torch.optim.SGD)), '`opt_func` must be'),
              (small(splitter=lambda m: [list(m.parameters())]), '`splitter` must be'), (small(config=tabular_config(act_cls=nn.Hardtanh())), '`act_cls` must be'),
@@ -243,6 +278,25 @@ def test_other_peoples_files_are_neither_replaced_nor_deleted(tmp_path):
     (tmp_path.parent/'keep.txt').write_text('x')
     save_model(small(), tmp_path)
     assert (tmp_path.parent/'keep.txt').exists() and len(os.listdir(tmp_path))==2
+    (tmp_path/'model.json').write_text(json.dumps(dict(format='fastai_dropconnect.model', tensors=dict(file=3))))
+    check_same(learn := small(), load_model(save_model(learn, tmp_path)))
+
+
+def test_tensors_that_were_lost_or_damaged_are_written_again(tmp_path):
+    learn = small()
+    file = next(save_model(learn, tmp_path/'m').glob('*.safetensors'))
+    file.unlink()
+    check_same(learn, load_model(save_model(learn, tmp_path/'m')))
+    (save_model(small(seed=1), tmp_path/'n')/file.name).write_bytes(b'')
+    check_same(learn, load_model(save_model(learn, tmp_path/'n')))
+
+
+def test_a_snapshot_of_another_model_is_not_saved(tmp_path):
+    learn = with_snapshots(small())
+    state = learn.snapshot_ensemble.record.states[0]
+    state['layers.0.0.weight'] = state['layers.0.0.weight'].double()
+    with pytest.raises(ValueError, match='snapshot.0.layers.0.0.weight.*F64'): save_model(learn, tmp_path/'m')
+    assert not (tmp_path/'m').exists()
 
 
 # The format

@@ -50,13 +50,19 @@ def test_rows_of_a_predictor_are_checked(saved):
     predictor = load_predictor(saved)
     row = dict(color='red', code=1, flag=True, a=.5, b=.5)
     for change,match in [(dict(a='x'), "column 'a' must have a number"), (dict(b=None), "column 'b' must have a number, as it had no gaps"),
-                         (dict(color=[1]), "column 'color' must have a value")]:
+                         (dict(color=[1]), "column 'color' must have a value"), (dict(a=[1]), "column 'a' must have a number")]:
         with pytest.raises(ValueError, match=match): predictor.predict(row | change)
     for name in row:
         with pytest.raises(ValueError, match=f"the column '{name}'"): predictor.predict({k:v for k,v in row.items() if k!=name})
     unknown = [predictor.predict(row | dict(color=v)) for v in ('pink', None, float('nan'), pd.NA)]
     assert all((u==unknown[0]).all() for u in unknown) and (predictor.predict(row)!=unknown[0]).any()
     assert predictor.predict_rows([]).shape==(0,1)
+    row = fixture_frame().iloc[0].to_dict()
+    with pytest.raises(ValueError, match="column 'day' must have a value"): load_predictor(FIXTURE).predict(row | dict(day='yesterday'))
+
+
+def test_an_encoder_takes_names_of_columns():
+    with pytest.raises(ValueError, match=r'`categories\[0\].column` must be a name'): RowEncoder([dict(column=1, kind='int', values=[1])], [])
 
 
 @pytest.mark.parametrize('where,value', [(['network','layers',0], 2**40), (['table','procs'], []), (['table','procs',0,'na_dict'], 3), (['snapshots','use'], 'weights'),

@@ -1,13 +1,18 @@
 "Files of models that strangers wrote: what does not fit is refused by name, before memory is taken, and nothing is run"
-import hashlib, json, os, shutil, struct
+import hashlib, json, os, re, shutil, struct
+from functools import partial
 from pathlib import Path
 import pandas as pd, pytest, torch
+from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders
+from conftest import make_table
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.calibrate import calibration_of
 from fastai_dropconnect.ensemble.blend import BlendedModel
 from fastai_dropconnect.serialize.files import SavedModel
 from fastai_dropconnect.serialize.network import check_network
-from test_serialize import classes, config, frame_for, preds, quantiles, small, with_snapshots
+from fastai_dropconnect.serialize.reader import build_frame, build_reader, describe_frame, describe_reader
+from fastai_dropconnect.tabular.frames import FrameReader
+from test_serialize import LEARNERS, classes, config, frame_for, preds, quantiles, shake, small, with_snapshots
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -49,7 +54,7 @@ FIELDS = [ # where, what, what the message names
     (['loss','class'], 'system', 'loss.class'), (['loss','func'], 'x', "'func'"), (['loss','reduction'], 'x', 'loss.reduction'),
     (['training','opt','class'], 'system', 'training.opt.class'), (['training','lr'], 'x', 'training.lr'), (['training','frozen'], ['x'], 'training.frozen'),
     (['callbacks',0,'class'], 'SaveModelCallback', r'callbacks\[0\].class'), (['callbacks',0,'sparsity'], 2, r'callbacks\[0\].sparsity'),
-    (['callbacks',0,'per'], 'col', '`per`'), (['callbacks',0,'masks'], ['layers.9.weight'], 'layers.9.weight'), (['callbacks',0,'masks'], ['layers.0.2.weight'], 'mask.layers.0.2'),
+    (['callbacks',0,'per'], 'col', r'`callbacks\[0\]`: `per`'), (['callbacks',0,'masks'], ['layers.9.weight'], 'layers.9.weight'), (['callbacks',0,'masks'], ['layers.0.2.weight'], 'mask.layers.0.2'),
     (['callbacks',0,'masks'], [], 'no tensor .mask'), (['callbacks',0,'seed'], 'x', 'seed'), (['snapshots','cycles'], [0,0,1], 'snapshots.cycles'),
     (['snapshots','cycles'], [0,1], 'no tensor .snapshot.2'), (['snapshots','cycles'], [0,1,2,3], 'snapshot.3'), (['snapshots','use'], 'weights', 'snapshots.use'),
     (['snapshots','average'], ['median',-1], 'snapshots.average'), (['snapshots','mean'], True, 'mean.'), (['snapshots'], 3, 'snapshots'), (['calibration'], {}, 'calibration'),
@@ -59,6 +64,9 @@ FIELDS = [ # where, what, what the message names
     (['network'], 3, 'network'), (['table'], 3, 'table'), (['loss'], [], 'loss'), (['training'], [], 'training'), (['table','y_names'], [1], 'table.y_names'),
     (['network','act','more'], 1, "'more'"), (['network','num_embeddings','more'], 1, "'more'"), (['network','members','more'], 1, "'more'"),
     (['network','hook'], 1, "'hook'"), (['network','y_range'], [1], 'network.y_range'), (['network','y_range'], [0,'a'], 'network.y_range'),
+    (['snapshots','use'], True, 'snapshots.use'), (['tensors'], 3, '`tensors` must have'), (['tensors','more'], 1, '`tensors` must have'), (['tensors','size'], '1', '`tensors` must have'),
+    (['network','members','sparsity'], 1, 'network.members.sparsity'), (['network','num_embeddings','weight_p'], 1.5, 'network.num_embeddings.weight_p'),
+    (['network','num_embeddings','n_bins'], [5], 'network.num_embeddings.n_bins'), (['network','layers',0], True, 'network.layers'),
     (['network','emb_szs',0], 3, 'network.emb_szs'), (['network','emb_szs',0], [3], 'network.emb_szs'), (['network','emb_szs',0], [3,2,1], 'network.emb_szs')]
 
 @pytest.mark.parametrize('where,value,named', FIELDS, ids=lambda v: '.'.join(map(str, v)) if isinstance(v, list) and v and isinstance(v[0], str) else None)
@@ -69,7 +77,12 @@ def test_a_field_that_does_not_fit_is_refused_by_name(path, where, value, named,
     with pytest.raises(ValueError, match=named): load_model(path)
 
 
-CATEGORIES = [(dict(kind='int'), 'kind'), (dict(values=[{}]), 'of kind'), (dict(values=['a']*1000), 'at most'), (dict(kind='os.system'), 'kind'), (dict(column=1), 'column'), (dict(column=['color']), 'column')]
+CATEGORIES = [(dict(kind='int'), 'kind'), (dict(values=[{}]), 'of kind'), (dict(values=['a']*1000), 'at most'), (dict(kind='os.system'), 'kind'), (dict(column=1), 'column'), (dict(column=['color']), 'column'),
+              (dict(more=1), '`kind` and `values`'), (dict(values='abc'), '`kind` and `values`'), (dict(kind=3), 'got kind=3'), (dict(kind=['str']), 'got kind='),
+              (dict(kind=['str']*4), 'got kind='), (dict(kind=['str','str',1]), 'got kind='), (dict(kind='numpy.object_'), 'of kind'), (dict(kind='os.int64', values=[1]), 'of kind'), (dict(kind='numpy.complex64', values=[1.5]), 'of kind'),
+              (dict(kind='time.D', values=['2020-01-01']), 'of kind'), (dict(kind='os.us', values=['2020-01-01']), 'of kind'), (dict(kind='numpy.int8', values=[1000]), 'of kind'),
+              (dict(kind='float', values=['1']), 'of kind'), (dict(kind='float', values=[1]), 'of kind'), (dict(kind='int', values=[True]), 'of kind'), (dict(kind='bool', values=[1]), 'of kind'),
+              (dict(kind='date', values=['today']), 'of kind'), (dict(kind='date', values=[1]), 'of kind'), (dict(kind='time.us', values=['today']), 'of kind'), (dict(kind='time.us', values=[0]), 'of kind'), (dict(kind='time.us', values=[{}]), 'of kind')]
 
 @pytest.mark.parametrize('change,named', CATEGORIES)
 def test_categories_that_do_not_fit_are_refused(path, change, named):
@@ -78,6 +91,13 @@ def test_categories_that_do_not_fit_are_refused(path, change, named):
     proc['classes'][0].update(change)
     write(path, config)
     with pytest.raises(ValueError, match=named): load_model(path)
+
+
+def test_a_number_of_targets_is_a_number(path):
+    config = description(path)
+    next(p for p in config['table']['procs'] if p['class']=='RegressionSetup')['c'] = 'one'
+    write(path, config)
+    with pytest.raises(ValueError, match=r'table.procs\[\d\].c'): load_model(path)
 
 
 def test_shapes_are_checked_before_anything_is_read(path, monkeypatch):
@@ -128,7 +148,11 @@ HEADERS = [
     (lambda h,b: (h | {NAME: h[NAME] | dict(more=1)}, b), NAME), (lambda h,b: (h | {NAME: 3}, b), NAME), (lambda h,b: (h, b[:-1]), 'fill'), (lambda h,b: (h, b+b'x'), 'fill'),
     (lambda h,b: (json.dumps(h).replace('{', '{"a": NaN, ', 1).encode(), b), 'NaN'), (lambda h,b: (b'['*10**6, b), 'plain JSON'), (lambda h,b: ([], b), 'object'),
     (lambda h,b: ((json.dumps(h)[:-1]+f', "{NAME}": {json.dumps(h[NAME])}'+'}').encode(), b), 'twice'),
-    (lambda h,b: (h | {NAME: h[NAME] | dict(shape=h[NAME]['shape'][::-1])}, b), f'{NAME}.*must have')]
+    (lambda h,b: (h | {NAME: h[NAME] | dict(shape=h[NAME]['shape'][::-1])}, b), f'{NAME}.*must have'),
+    (lambda h,b: (h | {NAME: h[NAME] | dict(shape=h[NAME]['shape']+[1]*7)}, b), 'at most 8 sizes'), (lambda h,b: (h | {NAME: h[NAME] | dict(shape=[-n for n in h[NAME]['shape']])}, b), 'at most 8 sizes'),
+    (lambda h,b: (h | {NAME: h[NAME] | dict(shape=12)}, b), 'at most 8 sizes'), (lambda h,b: (h | {NAME: h[NAME] | dict(shape=[*h[NAME]['shape'],True])}, b), 'at most 8 sizes'),
+    (lambda h,b: (h | {NAME: h[NAME] | dict(data_offsets=h[NAME]['data_offsets']+[0])}, b), 'two offsets'), (lambda h,b: (h | {NAME: h[NAME] | dict(data_offsets=3)}, b), 'two offsets'),
+    (lambda h,b: (h | {NAME: h[NAME] | dict(data_offsets=[float(n) for n in h[NAME]['data_offsets']])}, b), 'two offsets'), (lambda h,b: (h | {NAME: h[NAME] | dict(dtype=['F32'])}, b), 'a dtype of')]
 
 @pytest.mark.parametrize('change,named', HEADERS, ids=range(len(HEADERS)))
 def test_a_header_that_does_not_fit_is_refused(path, change, named):
@@ -178,7 +202,19 @@ def test_files_that_are_cut_swapped_missing_or_no_files_are_refused(path):
         (path/'model.json').unlink()
         (path/'model.json').symlink_to('/dev/zero')
         with pytest.raises(ValueError, match='regular file'): load_model(path)
-    with pytest.raises(ValueError, match='readable'): load_model(path/'nothing')
+        (path/'model.json').unlink()
+        (path/'model.json').symlink_to('/proc/self/mem')     # a file that says it has no bytes, and fails when it is read
+        with pytest.raises(ValueError, match='readable'): load_model(path)
+    for name in ('nothing', 'a\0b'):
+        with pytest.raises(ValueError, match='readable'): load_model(path/name)
+
+def test_a_description_that_is_too_large_is_neither_read_nor_written(path, monkeypatch):
+    import fastai_dropconnect.serialize.files as files
+    learn = load_model(path)
+    monkeypatch.setattr(files, 'MAX_JSON', 1000)
+    with pytest.raises(ValueError, match='model.json must have at most 1000 bytes'): load_model(path)
+    with pytest.raises(ValueError, match='model.json must have at most 1000 bytes'): save_model(learn, path.parent/'other')
+    assert not (path.parent/'other').exists()
 
 
 class Runs:
@@ -264,7 +300,13 @@ OTHER_FIELDS = [
     ('noise', ['network','noise','kind'], 'x', 'network.noise.kind'), ('noise', ['network','noise','n_parts'], HUGE, 'network.out_sz'), ('noise', ['network','noise','n_levels'], 1, 'network.noise.n_levels'),
     ('noise', ['network','noise','more'], 1, "'more'"),
     ('noise', ['network','noise','beta'], 1, 'network.noise.beta'), ('noise', ['network','noise','n_targets'], 0, 'network.noise.n_targets'), ('noise', ['network','y_range'], [0,1], 'network.y_range'),
+    ('noise', ['loss','shares'], [1], 'loss.shares` must be 2'), ('noise', ['loss','shares'], [1,-1], 'loss.shares'), ('noise', ['loss','shares'], [1,'x'], 'loss.shares'),
+    ('noise', ['network','noise','beta'], -1, 'network.noise.beta'), ('noise', ['network','noise','beta'], '0', 'network.noise.beta'), ('noise', ['network','noise','n_parts'], 0, 'network.noise.n_parts'),
     ('noise', ['loss','sd'], [1,1], 'loss.sd'), ('noise', ['loss','sd'], [0], 'loss.sd'), ('noise', ['loss','n_parts'], 7, 'loss.n_parts'), ('noise', ['loss','reduction'], 'x', 'loss.reduction'),
+    ('columns', ['network','columns',0], [1,0,2,3], 'network.columns'), ('columns', ['network','columns',1], [2], 'network.columns` must be 1 numbers below 2'), ('columns', ['network','columns',1], [True], 'network.columns'),
+    ('columns', ['network','columns',1], None, 'network.columns` must be 1 numbers'), ('columns', ['network','n_columns'], [4], 'network.n_columns'), ('columns', ['network','hook'], 1, "'hook'"),
+    ('columns', ['network','model','layers'], [-1], 'network.layers'), ('columns', ['network','model','class'], 'CompactModel', 'network.model'), ('columns', ['network','model'], [], 'network.model'),
+    ('split', ['calibration','p'], 1, 'calibration.p'), ('split', ['calibration','p'], 'x', 'calibration.p'),
     ('compact', ['network','layers',0], 12, 'layers.0.0.weight'), ('compact', ['network','ps'], [0], 'network.ps'), ('compact', ['network','class'], 'CompactModel', 'network.n_columns')]
 
 @pytest.mark.parametrize('kind,where,value,named', OTHER_FIELDS, ids=lambda v: '.'.join(map(str, v)) if isinstance(v, list) and v and isinstance(v[0], str) else None)
@@ -283,8 +325,55 @@ BOOSTED = {'class': 'BoostedModel'} | dict(n_bytes=[5], n_levels=[3], n_cont=1, 
     (dict(out_sz=0), 'network.out_sz'), (dict(average='sigmoid'), 'network.average'), (dict(hook=1), "'hook'")])
 def test_boosted_trees_of_strangers_are_checked(change, named):
     check_network(BOOSTED)
-    check_network(BOOSTED | dict(n_levels=[]))
+    for fine in (dict(n_levels=[]), dict(n_cont=0)): check_network(BOOSTED | fine)
     with pytest.raises(ValueError, match=named): check_network(BOOSTED | change)
+
+VECTORS = {'class': 'Periodic'} | dict(dim=2, weight_p=0., frequency_scale=.1)
+MEMBERS = dict(n=2, sparsity=.5, average='mean')
+ACT = {'class': 'LeakyReLU'} | dict(negative_slope=.1, inplace=True)
+
+@pytest.mark.parametrize('change,named', [
+    (dict(act=ACT | dict(negative_slope='x')), 'network.act.negative_slope'), (dict(act=ACT | dict(inplace=1)), 'network.act.inplace'), (dict(act={'class': 'GELU', 'approximate': 'x'}), 'network.act.approximate'),
+    (dict(num_embeddings=VECTORS | dict(frequency_scale=0)), 'network.num_embeddings.frequency_scale'), (dict(num_embeddings=VECTORS | dict(frequency_scale='x')), 'network.num_embeddings.frequency_scale'),
+    (dict(num_embeddings=VECTORS | {'class': 'x'}), 'network.num_embeddings.class'), (dict(members=MEMBERS | dict(sparsity=-1)), 'network.members.sparsity'), (dict(members=MEMBERS | dict(sparsity='x')), 'network.members.sparsity'),
+    (dict(members=MEMBERS | dict(average='max')), 'network.members.average'), (dict(mode='x'), 'network.mode'), (dict(bias=[True]), 'network.bias'), (dict(bias=[True,True,1]), 'network.bias'), (dict(bias=1), 'network.bias'),
+    (dict(use_bn=1), 'network.use_bn'), (dict(use_bn=None), 'network.use_bn'), (dict(embed_p=2), 'network.embed_p'), (dict(embed_p=-1), 'network.embed_p'), (dict(weight_p=[0.]), 'network.weight_p'), (dict(out_p=2), 'network.out_p'),
+    (dict(embed_weight_p=2), 'network.embed_weight_p'), (dict(out_sz=0), 'network.out_sz'), (dict(n_cont=-1), 'network.n_cont'), ({'class': 'TabularModel'}, 'network.num_embeddings'),
+    (dict(noise=dict(kind='gaussian', n_levels=19, n_parts=0, beta=0, n_targets=1), out_sz=2), 'network.noise.n_parts')])
+def test_settings_of_a_network_of_strangers_are_checked(path, change, named):
+    network = description(path)['network']
+    for fine in (dict(act=ACT), dict(act={'class': 'GELU', 'approximate': 'tanh'}), dict(num_embeddings=VECTORS), dict(bias=[True]*3), dict(members=None)): check_network(network | fine)
+    with pytest.raises(ValueError, match=named): check_network(network | change)
+
+@pytest.mark.parametrize('change,named', [
+    ({'class': 'x'}, 'network.class'), (dict(emb_szs=[[3]]), 'network.emb_szs'), (dict(n_cont=-1), 'network.n_cont'), (dict(out_sz=0), 'network.out_sz'), (dict(width=0), 'network.width'), (dict(layers=[0]), 'network.layers'),
+    (dict(path_p=2), 'network.path_p'), (dict(dropout='x'), 'network.dropout'), (dict(mode='x'), 'network.mode'), (dict(bn_cont=1), 'network.bn_cont'), (dict(y_range=[1]), 'network.y_range'), (dict(members={}), 'network.members'),
+    (dict(num_embeddings=3), 'network.num_embeddings'), (dict(num_embeddings={'class': 'PLE'} | dict(dim=2, weight_p=0., n_bins=[2,2])), 'network.num_embeddings.n_bins'), (dict(hook=1), "'hook'"),
+    (dict(emb_szs=[], n_cont=0, num_embeddings=None), 'must have embeddings or continuous columns')])
+def test_a_residual_network_of_strangers_is_checked(change, named):
+    network = {'class': 'TabularResNetModel'} | dict(emb_szs=[[3,2]], n_cont=1, out_sz=1, width=8, layers=[8], weight_p=.1, path_p=.1, dropout=0., embed_p=0., embed_weight_p=0., mode='example', bn_cont=True,
+                                                    y_range=None, members=None, num_embeddings=None)
+    for fine in ({}, dict(num_embeddings=VECTORS), dict(y_range=[0,1]), dict(layers=[])): check_network(network | fine)
+    with pytest.raises(ValueError, match=named): check_network(network | change)
+
+@pytest.mark.parametrize('change,named', [
+    (dict(average='max'), 'network.average'), (dict(class_dim=9), 'network.class_dim'), (dict(class_dim=True), 'network.class_dim'), (dict(class_dim='x'), 'network.class_dim'), (dict(models=[]), 'at least one'),
+    (dict(models=[1]), 'network.models'), (dict(hook=1), "'hook'")])
+def test_an_average_of_strangers_is_checked(path, change, named):
+    network = {'class': 'AveragedModel'} | dict(average='mean', class_dim=-8, models=[description(path)['network']])
+    check_network(network)
+    with pytest.raises(ValueError, match=named): check_network(network | change)
+
+def test_models_side_by_side_predict_the_same_distributions(saved_kinds):
+    plain,noise = [description(saved_kinds[n][1])['network'] for n in ('split','noise')]
+    plain = plain | dict(out_sz=noise['out_sz'], emb_szs=noise['emb_szs'])
+    average = {'class': 'AveragedModel'} | dict(average='mean', class_dim=-1)
+    def of(*models): return average | dict(models=list(models))
+    check_network(of(of(of(noise, noise))))
+    reads_fewer = {'class': 'CompactModel'} | dict(n_columns=[4,2], columns=[[0,1,2],None], model=plain | dict(emb_szs=plain['emb_szs'][:-1]))
+    check_network(of(plain, reads_fewer))
+    with pytest.raises(ValueError, match='same columns'): check_network(average | dict(models=[noise,plain]))
+    with pytest.raises(ValueError, match='same columns'): check_network(average | dict(models=[plain,plain | dict(emb_szs=plain['emb_szs'][:-1])]))
 
 def test_a_network_needs_columns(path):
     network = description(path)['network'] | dict(emb_szs=[], n_cont=0)
@@ -310,3 +399,87 @@ def test_containers_are_not_nested_without_end(saved_kinds, tmp_path):
     for _ in range(3): config['network'] = config['network'] | dict(models=[config['network']])
     write(path, config)
     with pytest.raises(ValueError, match='3 levels deep'): load_model(path)
+
+
+# Any value in any place
+
+def guarded():
+    dls = TabularDataLoaders.from_df(make_table(200), procs=[InputGuard(n_neighbors=0),Categorify,FillMissing,Normalize], cat_names=['color'], cont_names=['b'],
+                                     y_names='y', valid_idx=range(150, 200))
+    return shake(tabular_learner(dls, layers=[4]))
+
+def reported():
+    learn = small(opt_func=partial(FusedAdam, eps=1e-6), cbs=DropConnect({'layers.0.0': .2}))
+    learn.fit_zero_restarts(2, 1)
+    return learn
+
+def averaged():
+    learn = small()
+    learn.model = AveragedModel([learn.model, small(seed=1).model])
+    return learn
+
+def one_bias():
+    learn = pruned(False)
+    first = learn.model.layers[1][0]
+    first.bias = torch.nn.Parameter(torch.zeros(len(first.weight)))
+    return learn
+
+def resnet(): return small(config=tabular_resnet_config(width=8, num_embeddings=PLE(2, 3), weight_p=.1))
+
+MORE_KINDS = dict(guarded=guarded, reported=reported, averaged=averaged, one_bias=one_bias, resnet=resnet, accelerated=LEARNERS['accelerated'], fastai=LEARNERS['fastai'],
+                  periodic=LEARNERS['periodic_members'], gelu=lambda: small(config=config(act_cls=torch.nn.GELU('tanh'))))
+STRANGE = [None, True, -1, 1.5, 2**60, 'no such', [], {}, ['no such'], [None], [2**60]]
+SAME = { # one name in place of a list of it, an average that the loss tells, a name twice, the kind of no values
+    'callbacks.FrozenZeroInit.layers"no such"', 'callbacks.DropConnect.layers"no such"', 'snapshots.averagenull',
+    'callbacks.FrozenZeroInit.masks["layers.0.0.weight", "layers.0.0.weight"]', 'table.procs.InputGuard.levels.0.values[]', 'table.procs.Categorify.classes.0.values[]', 'table.procs.Categorize.vocab.values[]'}
+
+def class_of(v): return v.get('class') if isinstance(v, dict) else None
+
+def places(obj, where=(), kinds=()):
+    "List the path of keys, the same with classes in place of numbers, and the value of each field; of a list the first item and those with a class"
+    items = obj.items() if isinstance(obj, dict) else [(i, v) for i,v in enumerate(obj) if i==0 or class_of(v)] if isinstance(obj, list) else []
+    return ([(where, kinds, obj)] if where else []) + [p for k,v in items for p in places(v, (*where, k), (*kinds, isinstance(k, int) and class_of(v) or k))]
+
+def changes(config):
+    "Yield places with other values: foreign ones, a list of values that is one too long, an object with a field more"
+    for where,kinds,own in places(config):
+        more = [own | dict(hook=1)] if isinstance(own, dict) else [own+own[:1]] if isinstance(own, list) and not isinstance((own or [{}])[0], dict) else []
+        yield from ((where, kinds, v) for v in [*STRANGE, *more] if json.dumps(v)!=json.dumps(own))
+
+def plain(config): return json.dumps(json.loads(json.dumps(config), parse_int=float))      # 1 and 1.0 are the same, 1 and true are not
+
+def check_strange(config, read, describe, seen):
+    "Each change is refused, by name unless it is a list, or described as it was read"
+    for where,kinds,value in changes(config):
+        key = '.'.join(map(str, kinds)).replace('network.models.', '').replace('network.model.', '')+json.dumps(value)
+        if key in seen: continue
+        seen.add(key)
+        other = json.loads(json.dumps(config))
+        put(other, where, value)
+        check_change(other, where, value, read, describe)
+
+def check_change(other, where, value, read, describe):
+    name = [k for k in where if isinstance(k, str)][-1]
+    try: res = read(other)
+    except ValueError as e: assert isinstance(value, list) or re.search(rf'\b({name}s?|class|hook|tensor)\b', str(e)), (where, value, e)
+    else: assert plain(describe(res))==plain(other), (where, value)
+
+def test_whatever_stands_in_place_of_a_value_is_refused_by_name_or_comes_back(saved, saved_kinds, tmp_path):
+    seen = set(SAME)
+    for path in [saved, *(p for _,p in saved_kinds.values()), *(save_model(f(), tmp_path/n) for n,f in MORE_KINDS.items())]:
+        path = Path(shutil.copytree(path, tmp_path/'m', dirs_exist_ok=True))
+        config = description(path)
+        own = {n: config.pop(n) for n in ('format','version','package','tensors')}
+        def read(other):
+            write(path, own | other)
+            return load_model(path)
+        def describe(learn): return {n: v for n,v in description(save_model(learn, tmp_path/'again')).items() if n not in own}
+        check_strange(config, read, describe, seen)
+
+def test_a_reader_and_a_leaderboard_of_strangers():
+    df = pd.DataFrame(dict(color=['red','blue']*40, day=['2020-01-01','2020-01-02']*40, x=range(80), same=[1]*80))
+    reader = FrameReader().fit(df)
+    config = describe_reader(reader, list(df))
+    check_strange(dict(reader=config), lambda c: build_reader(c['reader'], list(df)), lambda r: dict(reader=describe_reader(r, list(df))), {'reader.columns.0.new_name"no such"'})
+    frame = pd.DataFrame(dict(name=['a','b'], loss=[.5,.25]))
+    check_strange(dict(leaderboard=describe_frame(frame)), lambda c: build_frame(c['leaderboard']), lambda f: dict(leaderboard=describe_frame(f)), set())

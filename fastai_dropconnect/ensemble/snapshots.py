@@ -97,8 +97,8 @@ def __getstate__(self:Snapshots):
 @patch
 def claim(self:Snapshots,
     path:Path|None, # Folder of the next fit, absolute; `None` keeps its snapshots in memory
-    resume:bool=False, # Does the fit go on with the run in `path`?
-    overwrite:bool=False # May the fit replace the run in `path`?
+    resume:bool, # Does the fit go on with the run in `path`?
+    overwrite:bool # May the fit replace the run in `path`?
 ):
     "Prepare `path` for a fit, or raise `ValueError` if it holds another run"
     self._claimed = None

@@ -6,7 +6,7 @@
 __all__ = ['encode_values', 'decode_values', 'is_int', 'is_number', 'is_p', 'is_name', 'Fields']
 
 # %% ../../nbs/422_serialize.fields.ipynb #4221cd8c
-import math
+import math, re
 from collections.abc import Callable, Iterable
 from datetime import date, datetime
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 # %% ../../nbs/422_serialize.fields.ipynb #42215ef6
 _NUMPY = 'bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64'.split()
 _UNITS = 's','ms','us','ns'
+_TIME = re.compile('[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+')    # pandas would also take 'today'
 
 def _kind(value, name):
     if type(value) in (bool,int,float,str): return type(value).__name__
@@ -53,7 +54,7 @@ def _decode(kind, value, timestamp):
     if kind in ('bool','int','float'): return _number_of(kind, value)
     if group=='numpy' and detail in _NUMPY: return np.dtype(detail).type(_number_of(detail, value))
     if kind=='date': return date.fromisoformat(value)
-    if group=='time' and detail in _UNITS:
+    if group=='time' and detail in _UNITS and _TIME.fullmatch(value):
         res = timestamp(value)
         return res.as_unit(detail) if hasattr(res, 'as_unit') else res
     raise ValueError

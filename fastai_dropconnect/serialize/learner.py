@@ -106,7 +106,9 @@ def _restore_snapshots(record, config, tensors):
     for i,row in enumerate(config['rows']):
         f = Fields(row, f'snapshots.rows[{i}]')
         cycle,columns = f.int('cycle'),f.list('columns', 'names', is_name)
-        record.rows[cycle] = dict(zip(columns, decode_values(f.left, f'`{f.where}`')))
+        values = decode_values(f.left, f'`{f.where}`')
+        if len(values)!=len(columns): raise ValueError(f'`{f.where}` must have a value for each column')
+        record.rows[cycle] = dict(zip(columns, values))
     record.use = config['use']
 
 # %% ../../nbs/428_serialize.learner.ipynb #42853e9a
@@ -196,6 +198,10 @@ def _freeze(model, names):
         if n not in params: raise ValueError(f'`training.frozen` must be names of parameters, got {n!r:.200}')
         params[n].requires_grad_(False)
 
+def _accelerate(learn):
+    try: learn.accelerate()
+    except ValueError as e: raise ValueError(f'`training.accelerated` must be false without fast loaders: {e}') from e
+
 def _restore_masks(cb, config, tensors, shapes):
     for n in config['masks']: cb.record.masks[n] = tuple(shapes[n][1]),torch.from_numpy(tensors[f'mask.{n}'])
 
@@ -223,5 +229,6 @@ def load_model(
             if isinstance(cb, FrozenZeroInit): _restore_masks(cb, c, tensors, network_shapes(config['network']))
         if config['snapshots'] is not None: _restore_snapshots(own[-1].record, config['snapshots'], tensors)
         if config['calibration'] is not None: set_calibration(learn, _build_calibration(config['calibration'], tensors))
+        if accelerated: _accelerate(learn)
     except ValueError as e: raise ValueError(f'{saved.path}: {e}') from e
-    return learn.accelerate() if accelerated else learn
+    return learn

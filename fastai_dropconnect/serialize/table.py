@@ -110,7 +110,8 @@ def _build_guard(f):
         column = g.take('column', 'be a name', is_name)
         res.levels[column] = decode_values(g.left, f'`{g.where}`', pd.Timestamp)
     low,high = _take_by_name(f, 'low'),_take_by_name(f, 'high')
-    res.ranges = {n:(v,high.get(n, v)) for n,v in low.items()}
+    if list(low)!=list(high): raise ValueError(f'`{f.where}.high` must have the columns of `low`, got {list(high)}')
+    res.ranges = {n:(low[n],high[n]) for n in low}
     res.with_gaps = f.list('with_gaps', 'names', is_name)
     return res
 
