@@ -57,7 +57,8 @@ def onednn_pays(
 ) -> bool:
     "Tell whether `fast_linear` multiplies with oneDNN"
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_mkl_slow(): return False
-    if len(weight)<LEAST_OUT or x.numel()*len(weight)<LEAST_WORK or looks_inside(x): return False
+    n_out = weight.shape[0]
+    if n_out<LEAST_OUT or x.numel()*n_out<LEAST_WORK or looks_inside(x): return False
     if not (_is_plain(x) and _is_plain(weight)) or x.shape[1]!=weight.shape[1]: return False
     return x.shape[1]>=LEAST_IN and torch._C._get_mkldnn_enabled() and not torch.is_autocast_enabled('cpu')
 
@@ -92,8 +93,8 @@ def fast_linear(
     bias:Tensor=None # `(n_out,)`
 ) -> Tensor: # `(*, n_out)`
     "Compute `F.linear`, with oneDNN where MKL is slow"
-    fits = bias is None or bias.shape==weight.shape[:1]
-    if not fits or not onednn_pays(x, weight): return _torch_linear(x, weight, bias)
+    if not onednn_pays(x, weight): return _torch_linear(x, weight, bias)
+    if bias is not None and bias.shape!=weight.shape[:1]: return _torch_linear(x, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     return _FastLinear.apply(x, weight, bias) if needs_grad else _onednn(_dense(x), _dense(weight), bias)
 
