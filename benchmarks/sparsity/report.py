@@ -42,6 +42,10 @@ def figure(
             line = line.sort_values('times')
             ax.plot(line.times, line.error, 'o-' if len(line)>1 else 'o', color=f'C{methods.index(method)}', label=method)
         ax.set(xscale='log', xlabel='times fewer live weights', ylabel=part.metric.iloc[0], title=task)
+        low,high = ax.get_xlim()
+        ticks = [t for t in (1,2,5,10,20,50,100,200) if low<=t<=high]
+        ax.set_xticks(ticks, map(str, ticks))
+        ax.set_xticks([], minor=True)
         if part.error.min()>0 and part.error.max()>30*part.error.min(): ax.set_yscale('log')
         ax.legend(fontsize='x-small', frameon=False)
     return fig
