@@ -282,7 +282,7 @@ class Search:
         if self._train(name, kind).loss<before: self.kind = kind
 
     def _restarts(self):
-        "Train zero restarts; while they are the best so far also those of a masked ensemble, and longer ones"
+        "Train zero restarts and, while they are the best so far, masked and longer ones"
         n_batches = len(self.folds[0].train)
         cycle_len = math.ceil(max(self.best.epochs/4, 150/max(1, n_batches)))
         vectors = self.kind.recipe.settings.get('num_embeddings')
