@@ -110,7 +110,8 @@ class LeanEvents:
                 learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
             learn.loss = learn.loss_grad.clone()
         self('after_loss')
-        if learn.training and len(learn.yb): learn._do_grad_opt()
+        if learn.training and len(learn.yb):
+            with fast_linears(): learn._do_grad_opt()       # where backward runs parts of the model again
 
     def install(self):
         "Replace the methods of the Learner, unless somebody has changed them"

@@ -3,6 +3,7 @@ import copy, os, subprocess, sys
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from fastai.tabular.all import CancelBatchException, L1LossFlat, SGD, TabularDataLoaders, set_seed
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from fastai_dropconnect import products
 from fastai_dropconnect.functional import linear_dropconnect
 from fastai_dropconnect.layers.masked_ensemble import MaskedEnsembleLinear, member_linear
@@ -149,6 +150,17 @@ def test_an_accelerated_learner_multiplies_with_onednn(used):
     learn.decelerate()
     with learn.no_bar(): learn.get_preds()
     assert len(used)==seen
+
+def test_parts_that_backward_runs_again(used):
+    class Again(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+        def forward(self, *xb): return checkpoint(self.model, *xb, use_reentrant=False)
+    learn = tabular_learner(dls(), layers=[16,8], loss_func=L1LossFlat(), opt_func=SGD).accelerate()
+    learn.model = Again(learn.model)
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 1e-2)
+    assert used and np.isfinite(learn.recorder.values[-1]).all()
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt,ValueError,CancelBatchException])
 def test_a_broken_batch_gives_torch_its_linear_back(used, error):
