@@ -27,27 +27,38 @@ def markdown(table:pd.DataFrame) -> str:
     return '\n'.join('| '+' | '.join(l)+' |' for l in lines)
 
 
+AXES = dict(times='times fewer live weights', macs_times='times fewer multiply-adds')
+
+def plain_ticks(axis, low, high):
+    "Write plain numbers along a logarithmic axis, as many as there is room for"
+    steps = (1,1.2,1.4,1.6,1.8,2,2.5) if high<3*low else (1,2,5,10,20,50) if high<100*low else (1,5,20,100,500)
+    ticks = [t for t in steps if low<=t<=high]
+    axis.set_ticks(ticks, [f'{t:g}' for t in ticks])
+    axis.set_ticks([], minor=True)
+
+def panel(ax, part, x, methods):
+    "Plot the error of a task against one measure of size"
+    for method,line in part.groupby('method', sort=False):
+        line = line.sort_values(x)
+        ax.plot(line[x], line.error, 'o-' if len(line)>1 else 'o', color=f'C{methods.index(method)}', label=method)
+    ax.set(xscale='log', xlabel=AXES[x], ylabel=part.metric.iloc[0], title=part.task.iloc[0])
+    plain_ticks(ax.xaxis, *ax.get_xlim())
+    if part.error.min()>0 and part.error.max()>10*part.error.min():
+        ax.set_yscale('log')
+        if part.error.min()>.1: plain_ticks(ax.yaxis, *ax.get_ylim())
+    ax.legend(fontsize='x-small', frameon=False)
+
 def figure(
     rows:pd.DataFrame # From `summary`
 ) -> plt.Figure:
-    "Plot the error of each task against how many times fewer live weights there are"
-    tasks = rows.task.unique()
-    n = min(len(tasks), 3)
-    fig,axs = plt.subplots(-(-len(tasks)//n), n, figsize=(3.4*n, 3*-(-len(tasks)//n)), squeeze=False, layout='constrained')
-    methods = list(rows.method.unique())
-    for ax in axs.flat[len(tasks):]: ax.axis('off')
-    for ax,task in zip(axs.flat, tasks):
-        part = rows[rows.task==task]
-        for method,line in part.groupby('method', sort=False):
-            line = line.sort_values('times')
-            ax.plot(line.times, line.error, 'o-' if len(line)>1 else 'o', color=f'C{methods.index(method)}', label=method)
-        ax.set(xscale='log', xlabel='times fewer live weights', ylabel=part.metric.iloc[0], title=task)
-        low,high = ax.get_xlim()
-        ticks = [t for t in (1,2,5,10,20,50,100,200) if low<=t<=high]
-        ax.set_xticks(ticks, map(str, ticks))
-        ax.set_xticks([], minor=True)
-        if part.error.min()>0 and part.error.max()>30*part.error.min(): ax.set_yscale('log')
-        ax.legend(fontsize='x-small', frameon=False)
+    "Plot the error of each task against how many times fewer live weights, and multiply-adds, there are"
+    tasks,methods = rows.task.unique(),list(rows.method.unique())
+    n_rows = -(-len(tasks)//2)
+    fig,axs = plt.subplots(n_rows, 4, figsize=(13.6, 3*n_rows), squeeze=False, layout='constrained')
+    pairs = axs.reshape(-1, 2)
+    for pair in pairs[len(tasks):]: [ax.axis('off') for ax in pair]
+    for pair,task in zip(pairs, tasks):
+        for ax,x in zip(pair, AXES): panel(ax, rows[rows.task==task], x, methods)
     return fig
 
 
