@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 from conftest import make_table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.uncertainty import __main__ as command
+from benchmarks.uncertainty import __main__ as command, uci
 from benchmarks.uncertainty.data import TABLES, Data
 from benchmarks.uncertainty.methods import LEVELS, NETWORKS, Prediction
 from benchmarks.uncertainty.report import report_text
@@ -89,3 +89,19 @@ def test_unknown_names_are_refused(capsys):
     assert command.main(['--tables', 'x'])==2 and '`tables` must' in capsys.readouterr().err
     assert command.main(['--methods', 'plain; x'])==2 and "got ['x']" in capsys.readouterr().err
     assert all(m.nets>=1 for m in NETWORKS.values())
+
+
+def test_splits_of_concrete():
+    "Test rows choose nothing, and each row is in one part"
+    df = pd.DataFrame(dict(row=range(100)))
+    train,test = [p.row.tolist() for p in uci.parts(df, 3, choose=False)]
+    assert len(test)==10 and sorted(train+test)==list(range(100))
+    fit,valid = [p.row.tolist() for p in uci.parts(df, 3, choose=True)]
+    assert len(valid)==18 and sorted(fit+valid)==sorted(train)
+
+def test_scores_of_concrete_have_the_unit_of_the_target():
+    r = np.random.default_rng(0)
+    df = pd.DataFrame(dict(a=r.normal(size=200), b=r.normal(size=200)))
+    df[uci.TARGET] = 50 + 10*df.a + r.normal(size=200)
+    rmse,nll = uci.scores(df, 0, 30, noise='gaussian')
+    assert .5<rmse<5 and .5<nll<4      # noise of 1 has .92 + .5
