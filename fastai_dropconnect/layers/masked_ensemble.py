@@ -11,10 +11,10 @@ import copy
 import numpy as np, torch
 from torch import Tensor, nn
 from ..checks import check_int, check_p
-from ..functional import backend_module, choose_backend, linear_dropconnect, looks_inside
+from ..functional import backend_module, choose_backend, linear_dropconnect
 from .dropconnect import DropConnectLinear
 from ..masks import exact_mask
-from ..products import fast_linear, onednn_pays
+from ..products import fast_linear, looks_inside, onednn_pays
 
 # %% ../../nbs/220_layers.masked_ensemble.ipynb #b8c62f10
 def pack_masks(

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from ..checks import check_layers
-from ..functional import _add_noise_, _autocast, _no_autocast, _normals, looks_inside
+from ..functional import _add_noise_, _autocast, _no_autocast, _normals
 from .dropconnect import _view_as, refuse_script
 from ..masks import draw_seed
 from ..nn_utils import select_layers
+from ..products import looks_inside
 
 # %% ../../nbs/230_layers.variational.ipynb #939116e6
 K1,K2,K3 = .63576,1.87320,1.48695      # of Molchanov et al., equation 14

@@ -272,10 +272,10 @@ def _setting(value):
     "Turn a list of numbers into a tensor"
     return torch.tensor(value, dtype=torch.float32) if isinstance(value, list) else value
 
-def _is_number(value): return isinstance(value, (bool,int,float))
+def _is_scalar(value): return isinstance(value, (bool,int,float))
 
 def _is_setting(value):
-    return value is None or _is_number(value) or value in ('none','mean','sum') or (
+    return value is None or _is_scalar(value) or value in ('none','mean','sum') or (
         isinstance(value, list) and all(map(is_number, value)))
 
 def build_loss(
@@ -291,7 +291,7 @@ def build_loss(
     inner = _flat[name][1] if name in _flat else _modules.get(name, ())
     outer = [n for n in _outer if n in f.left] if name in _flat else []
     take = lambda n: _setting(f.take(n, 'be a number, null, a list of numbers, or a reduction', _is_setting))
-    settings,own = {n:take(n) for n in inner},{n:f.take(n, 'be a number', _is_number) for n in outer}
+    settings,own = {n:take(n) for n in inner},{n:f.take(n, 'be a number', _is_scalar) for n in outer}
     f.end()
     if name in _functions: loss = getattr(F, name)
     else:
@@ -336,5 +336,5 @@ def build_opt(
     "Build an `opt_func`"
     f = Fields(config, 'training.opt')
     func = OPTIMIZERS[f.choice('class', OPTIMIZERS)]
-    kw = {n:f.take(n, 'be a number', _is_number) for n in list(f.left)}
+    kw = {n:f.take(n, 'be a number', _is_scalar) for n in list(f.left)}
     return partial(func, **kw) if kw else func

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..checks import check_int, check_p
-from ..functional import looks_inside
 from ..layers.dropconnect import _view_as
+from ..products import looks_inside
 
 # %% ../../nbs/247_sparsity.csr.ipynb #54bbdc6d
 class SparseLinear(nn.Linear):
