@@ -15,7 +15,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import check_consistent_length, check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from .blended_learner import blended_learner
-from .boosting import boosted_candidate
+from .boosting import TREES, boosted_candidate
 from .callback.calibrate import calibration_of, set_calibration
 from .checks import check_choice, check_positive
 from .drift import beyond_range, leave_out
@@ -332,12 +332,15 @@ def _drop_drifting(self:TableEstimator, df, targets, rows, weights):
 # %% ../nbs/528_table_estimator.ipynb #1e704f50
 @patch
 def _boosted(self:TableEstimator, folds, score, seed, start):
-    "Return boosted trees as a list of one candidate, if they are wanted"
+    "Return boosted trees as candidates, if they are wanted"
     if not self.with_gbm: return []
-    deadline = start + self.time_limit/4 if self.time_limit else np.inf
-    made = boosted_candidate(folds, score, seed, deadline)
-    if self.verbose: print(f'{made.name}: {made.loss:.4f}, {made.seconds:.1f} s')
-    return [made]
+    names = list(TREES)[:1 if self.budget=='quick' else None]
+    made = []
+    for i,name in enumerate(names):
+        deadline = start + self.time_limit*(i+1)/(4*len(names)) if self.time_limit else np.inf
+        made.append(boosted_candidate(folds, score, seed+i, deadline, name))
+        if self.verbose: print(f'{name}: {made[i].loss:.4f}, {made[i].seconds:.1f} s')
+    return made
 
 # %% ../nbs/528_table_estimator.ipynb #9c388313
 @patch
