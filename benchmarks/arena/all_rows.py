@@ -40,6 +40,7 @@ def main():
     parser.add_argument('--data', default=None, help="Kaggle's TrainAndValid.csv of bulldozers")
     parser.add_argument('--wheels', default=None, help='folder with wheels, as for the arena')
     parser.add_argument('--budget', default='default')
+    parser.add_argument('--with-gbm', action='store_true', help='blend boosted trees with the networks')
     parser.add_argument('--seeds', type=int, default=2)
     parser.add_argument('--out', default=str(RESULTS/'all_rows.csv'))
     args = parser.parse_args()
@@ -49,18 +50,20 @@ def main():
     out = Path(args.out)
     rows = list(csv.DictReader(out.open())) if out.exists() else []
     options = Options(args.data, Path(args.wheels)) if args.wheels else Options(args.data)
+    settings = dict(budget=args.budget) | (dict(with_gbm=True) if args.with_gbm else {})
+    call = args.budget + (', trees' if args.with_gbm else '')
     for name in args.tables.split(','):
         if name=='auctions' and args.data is None: continue
         for seed in range(args.seeds):
-            key = dict(table=name, budget=args.budget, seed=str(seed))
+            key = dict(table=name, budget=call, seed=str(seed))
             if any(key.items()<=r.items() for r in rows): continue
-            found = fit_all_rows(name, seed, options, budget=args.budget)
+            found = fit_all_rows(name, seed, options, **settings)
             rows.append(key | dict(score=f'{found["score"]:.5g}', cpu=f'{found["cpu"]:.1f}', machine=cpu_name()))
             with out.open('w', newline='') as f:
                 writer = csv.DictWriter(f, list(rows[0]))
                 writer.writeheader()
                 writer.writerows(rows)
-        ours = np.mean([float(r['score']) for r in rows if r['table']==name and r['budget']==args.budget])
+        ours = np.mean([float(r['score']) for r in rows if r['table']==name and r['budget']==call])
         print(f'{name:11} {ours:.4f}', *(f'  {k} {v:.4f} ({100*(ours/v-1):+.1f} %)' for k,v in references(TABLES[name]).items()), flush=True)
 
 
