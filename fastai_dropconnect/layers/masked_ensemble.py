@@ -232,7 +232,7 @@ class OnlyMembers:
     ):
         modules = list(model.modules())
         first = next((i for i,m in enumerate(modules) if isinstance(m, EnsembleLinear)), None)
-        if first is None: raise TypeError(f'`model` must be an ensemble, but this {type(model).__name__} has no members')
+        if first is None: raise TypeError(f'`model` must be an ensemble, but {type(model).__name__} has no members')
         self.n_members = modules[first].n_members
         if members.step!=1 or not 0<=members.start<members.stop<=self.n_members:
             raise ValueError(f'`members` must be a part of {range(self.n_members)}, got members={members}')

@@ -82,7 +82,8 @@ def rank_loader(
     seed:int # Of the order of the rows, the same on all ranks
 ) -> DataLoader: # With as many batches on each rank
     "Make a loader of one rank's part of an epoch"
-    if world_size>1 and hasattr(dl, 'world_size'): return dl.new(rank=rank, world_size=world_size, n=len(dl.dataset)//world_size)
+    if world_size>1 and hasattr(dl, 'world_size'):
+        return dl.new(rank=rank, world_size=world_size, n=len(dl.dataset)//world_size)
     n = dl.n//world_size if dl.drop_last else -(-dl.n//world_size)
     return dl.new(get_idxs=_Part(dl, rank, world_size, seed), n=n)
 
