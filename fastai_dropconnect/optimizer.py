@@ -29,10 +29,12 @@ def _is_fusable(
     "Return whether the fused kernel can update a parameter"
     if p.dtype not in _fused_types or g.dtype!=p.dtype or g.layout!=torch.strided: return False
     if not (p.is_cpu or p.is_cuda): return False
-    averages = (state['grad_avg'],state['sqr_avg']) if state.get('step') else ()
     # the kernel on the CPU reads memory in order and ignores strides
-    if p.is_contiguous(): return all(t.is_contiguous() for t in (g, *averages))
-    return _is_dense(p) and all(t.stride()==p.stride() for t in (g, *averages))
+    if p.is_contiguous():
+        if not g.is_contiguous(): return False
+        return not state.get('step') or (state['grad_avg'].is_contiguous() and state['sqr_avg'].is_contiguous())
+    others = (g, state['grad_avg'], state['sqr_avg']) if state.get('step') else (g,)
+    return _is_dense(p) and all(t.stride()==p.stride() for t in others)
 
 # %% ../nbs/334_optimizer.ipynb #04a6b474
 def _buckets(
