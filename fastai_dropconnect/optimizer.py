@@ -13,6 +13,14 @@ from torch import Tensor
 # %% ../nbs/334_optimizer.ipynb #9e91df47
 _fused_types = torch.float32,torch.float64
 
+def _is_dense(t:Tensor) -> bool:
+    "Return whether the elements of a tensor fill its memory, in any order"
+    expected = 1
+    for stride,size in sorted(zip(t.stride(), t.shape)):
+        if size!=1 and stride!=expected: return False
+        expected *= size
+    return True
+
 def _is_fusable(
     p:Tensor, # Parameter
     g:Tensor, # Its gradient
@@ -20,9 +28,13 @@ def _is_fusable(
 ) -> bool:
     "Return whether the fused kernel can update a parameter"
     if p.dtype not in _fused_types or g.dtype!=p.dtype or g.layout!=torch.strided: return False
+    if not (p.is_cpu or p.is_cuda): return False
     # the kernel on the CPU reads memory in order and ignores strides
-    if not (p.is_contiguous() and g.is_contiguous() and (p.is_cpu or p.is_cuda)): return False
-    return not state.get('step') or (state['grad_avg'].is_contiguous() and state['sqr_avg'].is_contiguous())
+    if p.is_contiguous():
+        if not g.is_contiguous(): return False
+        return not state.get('step') or (state['grad_avg'].is_contiguous() and state['sqr_avg'].is_contiguous())
+    others = (g, state['grad_avg'], state['sqr_avg']) if state.get('step') else (g,)
+    return _is_dense(p) and all(t.stride()==p.stride() for t in others)
 
 # %% ../nbs/334_optimizer.ipynb #04a6b474
 def _buckets(

@@ -1,5 +1,6 @@
 "The benchmark of small networks runs each method, counts what is left, and draws its figure"
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import pandas as pd, pytest, torch
@@ -7,7 +8,7 @@ import pandas as pd, pytest, torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.sparsity import __main__ as command, report
 from benchmarks.sparsity.methods import METHODS, TARGETS
-from benchmarks.sparsity.run import COLUMNS, run
+from benchmarks.sparsity.run import COLUMNS, n_epochs, run
 from benchmarks.sparsity.tasks import TASKS, Missing
 
 OPTIONS = SimpleNamespace(mnist='no/such/folder', data='no/such.csv', wheel='no/such.whl')
@@ -52,7 +53,27 @@ def test_the_command_resumes_and_reports(tmp_path):
     assert len(pd.read_csv(out))==2
     go()
     assert out.read_text()==first
+    command.main(tasks='regression', methods='plain', seeds=1, epochs=3, out=str(out))      # longer: another row
+    assert list(pd.read_csv(out).epochs)==[2,2,3] and out.read_text().startswith(first)
     table = report.summary(pd.read_csv(out))
-    assert list(table.method)==['plain','pruned'] and '| regression | pruned |' in report.markdown(table)
+    assert list(table.method)==['plain','pruned','plain'] and '| regression | pruned |' in report.markdown(table)
     report.figure(table).savefig(tmp_path/'r.png')
     with pytest.raises(ValueError, match="`tasks` must be 'all' or some of"): command.names('x', TASKS, 'tasks')
+
+
+def test_a_run_with_the_usual_epochs_counts_as_done(tmp_path, monkeypatch):
+    "Whether they are given or not, and where a method has its own number"
+    calls = []
+    def fake(task, m, target, seed, epochs):
+        calls.append(m)
+        return dict(task=task.name, method=m, target=target, seed=seed, epochs=n_epochs(m, task.name, task.epochs, epochs), metric='x', error=1., live=1, weights=1,
+                    times=1., macs_times=1., units='', seconds=1., settings={})
+    monkeypatch.setattr(command, 'run', fake)
+    monkeypatch.setitem(METHODS, 'l1', replace(METHODS['l1'], changes=dict(regression=dict(epochs=7))))
+    task,out = TASKS['regression'](OPTIONS, False, 0),str(tmp_path/'r.csv')
+    def go(**kw):
+        calls.clear()
+        command.main(tasks='regression', methods='plain,l1', seeds=1, out=out, **kw)
+        return list(calls)
+    assert go()==['plain','l1'] and go()==[]
+    assert go(epochs=task.epochs)==['l1'] and go(epochs=7)==['plain'] and go(epochs=7)==[]

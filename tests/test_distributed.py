@@ -3,6 +3,7 @@ import faulthandler, os, runpy, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 import torch.distributed as dist
+from fastai.callback.core import CancelFitException
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback, TerminateOnNaNCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -42,8 +43,52 @@ def plain_learner(rank=0, n=209, bs=8, drop_last=True, config=None, **kwargs):
     learn.remove_cb(learn.progress)
     return learn
 
-def distributed(learn, f):
-    with learn.distributed(),quiet(learn): return f(learn)
+def distributed(learn, f, **kwargs):
+    with learn.distributed(**kwargs),quiet(learn): return f(learn)
+
+class WatchMembers(Callback):
+    "Remember the targets of each training batch, how many members see them, and the statistics of batch norm then"
+    order = 100
+    def __init__(self): self.batches,self.widths,self.stats = [],set(),[]
+    def after_batch(self):
+        if self.training: self.stats.append(self.model.module.layers[0][2].running_mean.tolist())
+    def after_pred(self):
+        if not self.training: return
+        self.batches.append(self.yb[0].flatten().tolist())
+        self.widths.add(self.pred.shape[1])
+
+def ensemble(k, seed=0, n=209, **kwargs):
+    "Make a Learner of a masked ensemble; the target of a row is its number"
+    df = make_table(n)
+    df['y'] = np.arange(n, dtype='float32')/n
+    set_seed(seed)
+    learn = tabular_learner(make_dls(df, bs=16), layers=[12,8], config=tabular_dropconnect_config(members=k), fast=True, **kwargs)
+    learn.remove_cb(learn.progress)
+    return learn
+
+def fit_members(learn, restarts):
+    with quiet(learn):
+        if restarts: learn.fit_zero_restarts(2, 1, 1e-2, seed=3, use='average')
+        else: learn.fit_one_cycle(2, 1e-2)
+        logged,losses = [list(row) for row in learn.recorder.values],[l.item() for l in learn.recorder.losses]
+        return dict(state=copy_state(learn.model), preds=learn.get_preds()[0], losses=losses, logged=logged)
+
+def members(rank, folder, k, restarts=False):
+    learn = ensemble(k, seed=rank, cbs=WatchMembers())
+    res = distributed(learn, lambda l: fit_members(l, restarts), divide='members')
+    watch = learn.watch_members
+    return res | dict(batches=watch.batches, stats=watch.stats, n_members=watch.widths, alone=learn.get_preds()[0])
+
+def broken_off(rank, folder):
+    class Stop(Callback):
+        def before_step(self):
+            raise CancelFitException
+    learn = ensemble(3, seed=rank, path=folder, cbs=[Stop(), WatchMembers()])
+    def f(l):
+        l.fit(1, 1e-2)
+        l.remove_cb(l.stop)
+        return dict(batch=l.watch_members.batches[0], state=copy_state(l.model), lr=l.lr_find(show_plot=False, num_it=12).valley, after=copy_state(l.model))
+    return distributed(learn, f, divide='members')
 
 def rows(rank, folder, drop_last):
     learn = plain_learner(rank, drop_last=drop_last, cbs=Watch())
@@ -70,14 +115,14 @@ def predictions(rank, folder):
     res['alone'] = learn.get_preds()[0]
     return res | dict(state=learn.model.state_dict())
 
-def contract(rank, folder, name):
-    learn = learner(**LEARNERS[name], seed=rank, path=folder/name, n=99, fast=rank==0)     # other weights, other random numbers
+def contract(rank, folder, name, **kwargs):
+    learn = learner(**(LEARNERS | DIVIDED)[name], seed=rank, path=folder/name, n=99, fast=rank==0)     # other weights, other random numbers
     learn.accelerate()
     def f(l):
         if name=='zero_restarts': l.fit_zero_restarts(2, 1, path='run', use='average')
         else: l.fit_one_cycle(1, 1e-2, cbs=[GradientClip(.1), GradientAccumulation(20), Autocast()])
         return l.get_preds()[0]
-    res = dict(preds=distributed(learn, f), alone=learn.get_preds()[0], state=copy_state(learn.model))
+    res = dict(preds=distributed(learn, f, **kwargs), alone=learn.get_preds()[0], state=copy_state(learn.model))
     if hasattr(learn, 'frozen_zero_init'): res['masks'] = {n: learn.frozen_zero_init.record[n] for n in learn.frozen_zero_init.record}
     if hasattr(learn, 'snapshot_ensemble'): res['snapshots'] = [learn.snapshot_ensemble.record[c] for c in learn.snapshot_ensemble.record]
     return res
@@ -117,7 +162,12 @@ def refusal(rank, folder):
 
 def example(rank, folder): return runpy.run_path(HERE.parent/'examples'/'distributed.py')['train'](n_rows=1503, epochs=4)
 
-TASKS = dict(script=example, rows_dropped=lambda *a: rows(*a, True), rows_filled=lambda *a: rows(*a, False), noise=noise, predictions=predictions,
+# The Learners whose members can be divided
+DIVIDED = dict(best_members=dict(config=dict(members=3), cbs=lambda: BestAverage(every=2)),
+               zeros_of_members=dict(config=dict(members=3), cbs=lambda: [DropConnect(.2), FrozenZeroInit(.5), ZeroRestarts(1), RecalibrateBN(True)]),
+               **{name: LEARNERS[name] for name in ('members','mixtures','ple_gates')})
+
+TASKS = dict(equal=lambda *a: members(*a, 4), unequal=lambda *a: members(*a, 3), restarts=lambda *a: members(*a, 3, True), broken_off=broken_off, script=example, rows_dropped=lambda *a: rows(*a, True), rows_filled=lambda *a: rows(*a, False), noise=noise, predictions=predictions,
              files=files, tuning=tuning, refusal=refusal)
 
 def main(folder):
@@ -127,6 +177,7 @@ def main(folder):
     assert (rank,world_size) == (int(os.environ['RANK']),2)
     results = {name: task(rank, folder) for name,task in TASKS.items()}
     results |= {name: contract(rank, folder, name) for name in LEARNERS}
+    results |= {f'divided {name}': contract(rank, folder, name, divide='members') for name in DIVIDED}
     torch.save(results, folder/f'{rank}.pt')
     dist.destroy_process_group()
     os._exit(0)     # where the interpreter takes torch down by itself, one run in thirty ends with SIGABRT
@@ -198,7 +249,7 @@ def test_predictions_and_metrics_are_those_of_one_process(results):
     torch.testing.assert_close(ours['alone'], expected[0][0])
 
 
-@pytest.mark.parametrize('name', LEARNERS)
+@pytest.mark.parametrize('name', [*LEARNERS, *[f'divided {name}' for name in DIVIDED]])
 def test_every_learner_trains_one_network(results, name):
     ours,theirs = [r[name] for r in results]
     assert same(ours['state'], theirs['state']) and torch.equal(ours['preds'], theirs['preds'])
@@ -206,6 +257,33 @@ def test_every_learner_trains_one_network(results, name):
     assert torch.equal(ours['alone'], theirs['alone'])
     for part in {'masks','snapshots'} & set(ours):
         for a,b in zip(ours[part], theirs[part], strict=True): assert (a==b and torch.equal(ours[part][a], theirs[part][b])) if part=='masks' else same(a, b)
+
+
+@pytest.mark.parametrize('task,k,each', [('equal', 4, (2,2)), ('unequal', 3, (1,2)), ('restarts', 3, (1,2))])
+def test_divided_members_are_one_process(results, task, k, each):
+    "Ranks that divide the members train the network of one process, with the same rows in each batch"
+    ours,theirs = [r[task] for r in results]
+    assert same(ours['state'], theirs['state']) and ours['losses']==theirs['losses'] and torch.equal(ours['preds'], theirs['preds'])
+    assert ours['batches']==theirs['batches'] and ours['stats']==theirs['stats'] and (ours['n_members'],theirs['n_members']) == tuple({n} for n in each)
+    learn = ensemble(k)
+    number = {y: i for i,y in enumerate(learn.dls.train_ds.items.y.tolist())}
+    order = [number[y] for batch in ours['batches'] for y in batch]
+    epochs = np.split(np.array(order), len(order)//160)
+    learn.dls.loaders[0] = learn.dls.train.new(get_idxs=lambda: epochs[learn.epoch], n=160)
+    alone = fit_members(learn, restarts=task=='restarts')
+    assert not same(ours['state'], copy_state(ensemble(k).model)) and len(epochs)==2
+    for name in ('state','preds','losses','logged'): torch.testing.assert_close(ours[name], alone[name], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours['alone'], alone['preds'], rtol=1e-5, atol=1e-5)
+
+
+def test_divided_members_are_whole_after_a_fit_that_breaks_off(results):
+    ours,theirs = [r['broken_off'] for r in results]
+    assert same(ours['state'], theirs['state']) and same(ours['state'], ours['after']) and ours['lr']==theirs['lr']
+    learn = ensemble(3)
+    number = {y: i for i,y in enumerate(learn.dls.train_ds.items.y.tolist())}
+    dl = learn.dls.train.new(get_idxs=lambda: [number[y] for y in ours['batch']], n=16)
+    learn.model.train()(*dl.one_batch()[:2])      # changes only the statistics of batch norm
+    torch.testing.assert_close(ours['state'], copy_state(learn.model))
 
 
 def test_masks_hold(results):

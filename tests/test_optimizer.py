@@ -115,17 +115,27 @@ def test_strides_of_gradients(layout):
     for a,b in zip(steps(FusedAdam, [p], grads), steps(Adam, [p], grads)): torch.testing.assert_close(a, b, **CLOSE)
 
 
-def test_strides_of_parameters():
-    conv = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+ORDERS = dict(channels_last=lambda m: m.to(memory_format=torch.channels_last), turned=lambda m: setattr(m, 'weight', nn.Parameter(m.weight.detach().permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0))) or m)
+
+@pytest.mark.parametrize('order', ORDERS)
+@pytest.mark.parametrize('half_way', [False,True])
+def test_strides_of_parameters(order, half_way, monkeypatch):
+    "Weights in another order take the fused kernel; those that have changed their order on the way end where they should"
+    conv = nn.Conv2d(3, 4, 2)
+    if not half_way: conv = ORDERS[order](conv)
     twin = deepcopy(conv)
+    plain = []
+    monkeypatch.setattr(FusedAdam, '_plain_step', lambda self, p, hypers, step=FusedAdam._plain_step: plain.append(p) or step(self, p, hypers))
     for model,cls in ((conv,FusedAdam), (twin,Adam)):
         opt = cls(list(model.parameters()), lr=.1)
         torch.manual_seed(0)
-        for _ in range(3):
+        for i in range(4):
             model(torch.randn(2, 3, 4, 4)).pow(2).sum().backward()
             opt.step()
             opt.zero_grad()
+            if half_way and i==1: model.weight.data = ORDERS[order](deepcopy(model)).weight.data
     torch.testing.assert_close(conv.weight, twin.weight, **CLOSE)
+    assert conv.weight.stride()!=(12,4,2,1) and len(plain)==(2 if half_way else 0)
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])

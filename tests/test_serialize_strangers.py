@@ -306,7 +306,7 @@ OTHER_FIELDS = [
     ('columns', ['network','columns',0], [1,0,2,3], 'network.columns'), ('columns', ['network','columns',1], [2], 'network.columns` must be 1 numbers below 2'), ('columns', ['network','columns',1], [True], 'network.columns'),
     ('columns', ['network','columns',1], None, 'network.columns` must be 1 numbers'), ('columns', ['network','n_columns'], [4], 'network.n_columns'), ('columns', ['network','hook'], 1, "'hook'"),
     ('columns', ['network','model','layers'], [-1], 'network.layers'), ('columns', ['network','model','class'], 'CompactModel', 'network.model'), ('columns', ['network','model'], [], 'network.model'),
-    ('split', ['calibration','p'], 1, 'calibration.p'), ('split', ['calibration','p'], 'x', 'calibration.p'),
+    ('split', ['calibration','p'], 1, 'calibration.p'), ('split', ['calibration','p'], 'x', 'calibration.p'), ('split', ['calibration','use'], 'best', 'calibration.use'), ('split', ['calibration','use'], -1, 'calibration.use'),
     ('compact', ['network','layers',0], 12, 'layers.0.0.weight'), ('compact', ['network','ps'], [0], 'network.ps'), ('compact', ['network','class'], 'CompactModel', 'network.n_columns')]
 
 @pytest.mark.parametrize('kind,where,value,named', OTHER_FIELDS, ids=lambda v: '.'.join(map(str, v)) if isinstance(v, list) and v and isinstance(v[0], str) else None)

@@ -1,6 +1,6 @@
 "Learners with noise models and calibrations: every way to save, copy and predict keeps what they predict"
 from copy import deepcopy
-import warnings
+import json, warnings
 import numpy as np, pandas as pd, pytest, torch
 from fastai.tabular.all import (Categorify, FillMissing, MSELossFlat, Normalize, TabularDataLoaders, load_learner, rmse,
                                 set_seed)
@@ -217,6 +217,45 @@ def test_a_calibration_that_does_not_fit_is_refused():
     plain = learner(None)
     plain.calibrate()
     assert calibration_of(plain.set_noise('quantile')) is None
+
+
+@pytest.mark.parametrize('use', ['average', 'last', 1, 'weights'])
+def test_a_calibration_remembers_which_snapshots_predicted(use, tmp_path):
+    "Also in a file: other snapshots are refused, and the same ones are not"
+    learn = learner(None, restarts=True, path=tmp_path)
+    ens = learn.snapshot_ensemble
+    ens.average_weights()
+    ens.use = use
+    learn.calibrate()
+    want = frame(learn)
+    other = 0 if use=='average' else 'average'
+    ens.use = other     # what is saved predicts otherwise than when it was calibrated
+    learn.export()
+    learn.save('m')
+    save_model(learn, tmp_path/'model')
+    fresh = learner(None, fit=False, path=tmp_path)
+    fresh.calibrate()       # with one of its own
+    for again in (load_learner(tmp_path/'export.pkl'), learner(None, fit=False, path=tmp_path).load('m'), fresh.load('m'), load_model(tmp_path/'model'), deepcopy(learn)):
+        assert again.snapshot_ensemble.use==other and calibration_of(again).use==use
+        with pytest.raises(ValueError, match=f'calibration is for use={use!r}: .* got use={other!r}'): frame(again)
+        again.snapshot_ensemble.use = use
+        assert_same(frame(again), want)
+
+
+def test_a_calibration_without_snapshots_fits_any(tmp_path):
+    "As do those of older files, which do not say what predicted"
+    learn = learner(None, restarts=True)
+    learn.calibrate(method='split')
+    save_model(learn, tmp_path/'model')
+    file = tmp_path/'model'/'model.json'
+    config = json.loads(file.read_text())
+    assert config['calibration'].pop('use')=='average'
+    file.write_text(json.dumps(config))
+    again = load_model(tmp_path/'model')
+    again.snapshot_ensemble.use = 'last'
+    assert calibration_of(again).use is None and len(frame(again))==20
+    plain = learner(None)
+    assert plain.calibrate().use is None and len(frame(plain))==20
 
 
 @pytest.mark.parametrize('noise,method', [(None,'split'),('quantile','cqr'),('quantile','split'),('quantile','local')])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from fastcore.script import call_parse
 from .methods import METHODS, TARGETS
-from .run import COLUMNS, run
+from .run import COLUMNS, n_epochs, run
 from .tasks import MNIST, TASKS, Missing
 
 RESULTS = Path(__file__).parent.parent/'results'
@@ -60,13 +60,15 @@ def main(
     stem = 'sparsity_valid' if validate else 'sparsity'
     path = Path(out) if out else RESULTS/('quick' if quick else '')/f'{stem}.csv'
     if targets: TARGETS.update({t: [float(x) for x in targets.split(',')] for t in TARGETS})
-    options,missing = SimpleNamespace(mnist=mnist, data=data, wheel=wheel),set()
-    key = lambda r: (r['task'], r['method'], float(r['target']), int(r['seed']))
+    options,missing,usual = SimpleNamespace(mnist=mnist, data=data, wheel=wheel),set(),{}
+    key = lambda r: (r['task'], r['method'], float(r['target']), int(r['seed']), int(r['epochs']))
     done = {key(r) for r in read(path)}
     for t,m,target,seed in jobs(names(tasks, TASKS, 'tasks'), names(methods, METHODS, 'methods'), seeds):
-        if t in missing or (t,m,target,seed) in done: continue
-        if METHODS[m].only and t not in METHODS[m].only: continue
-        try: task = TASKS[t](options, validate, seed)
+        if t in missing or METHODS[m].only and t not in METHODS[m].only: continue
+        try:
+            if t not in usual: usual[t] = TASKS[t](options, validate, seed).epochs
+            if (t,m,target,seed,n_epochs(m, t, usual[t], epochs)) in done: continue
+            task = TASKS[t](options, validate, seed)
         except Missing as e:
             missing.add(t)
             print(f'{t} is skipped: {e}', file=sys.stderr)

@@ -44,6 +44,10 @@ def sizes(model) -> dict: # Live weights, all weights, units and multiply-adds t
     return dict(live=graph.n_live(), weights=n, times=n/max(graph.n_live(), 1), macs_times=macs[0]/max(macs[1], 1), units=units)
 
 
+def n_epochs(name, task, default, epochs=None) -> int:
+    "Return how many epochs a method trains, by its own settings for a task unless they are given"
+    return epochs or (METHODS[name].changes or {}).get(task, {}).get('epochs', default)
+
 def run(task, name, target, seed, epochs=None, settings=None) -> dict: # A row of results
     "Train and evaluate once"
     method = METHODS[name]
@@ -51,7 +55,7 @@ def run(task, name, target, seed, epochs=None, settings=None) -> dict: # A row o
     settings = method.of(task.name) | (settings or {})
     set_seed(seed)
     learn = make_learner(task, method, target, settings)
-    epochs,start = epochs or task.epochs,time.process_time()
+    epochs,start = n_epochs(name, task.name, task.epochs, epochs),time.process_time()
     with learn.no_bar():
         if task.one_cycle: learn.fit_one_cycle(epochs, task.lr)
         else: learn.fit(epochs, cbs=ParamScheduler({'lr': lambda pos: task.lr*falling(pos)}))

@@ -43,7 +43,6 @@ class CalibrationRecord(ModelRecord):
 class KeepCalibration(RecordingCallback):
     "Keep the calibration with the model, until training changes the model"
     keeps_predictions = True        # `FastPredict` asks
-    use = None      # of the snapshots when they were calibrated, if that is known
     def __init__(self): super().__init__(CalibrationRecord())
 
     def before_train(self):
@@ -67,7 +66,6 @@ def set_calibration(
         if value is None: return
         learn.add_cb(KeepCalibration())
     learn.keep_calibration.record.value = value
-    learn.keep_calibration.use = None
 
 def _restore(learn, saved): # After `learn.load`
     if saved is not None or calibration_of(learn): set_calibration(learn, saved and Calibration(**saved))
@@ -125,8 +123,8 @@ def _use_of(learn): # Which snapshots predict, `None` without them
 
 def _current_calibration(learn): # Snapshots may predict otherwise than when they were calibrated
     cal = calibration_of(learn)
-    if cal is None or learn.keep_calibration.use in (None,_use_of(learn)): return cal
-    raise ValueError(f'the calibration is for use={learn.keep_calibration.use!r}: call `learn.calibrate` again, '
+    if cal is None or cal.use in (None,_use_of(learn)): return cal
+    raise ValueError(f'the calibration is for use={cal.use!r}: call `learn.calibrate` again, '
                      f'got use={_use_of(learn)!r}')
 
 def predicted(
@@ -325,14 +323,14 @@ def calibrate(self:Learner,
     passes = _passes(self, method, passes, p)
     pred,targs = predicted(self, dl, passes, p)
     _check_rows(pred, targs)
-    settings = dict(level=level, by=by, group=group, last=last, half_life=half_life, passes=passes, p=p)
+    settings = dict(level=level, by=by, group=group, last=last, half_life=half_life, passes=passes, p=p,
+                    use=_use_of(self))
     method = _method_for(pred, method)
     _check_symmetric(symmetric, method)
     res = new_calibration(pred, targs, method, columns, **settings)
     if method!='temperature': res.add(*scores_of(pred, targs, res, columns, symmetric))
     _warn_if_endless(res)
     set_calibration(self, res)
-    self.keep_calibration.use = _use_of(self)
     return res
 
 def scores_of(

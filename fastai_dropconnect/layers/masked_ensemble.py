@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pack_masks', 'unpack_masks', 'masked_weights', 'member_linear', 'EnsembleLinear', 'MaskedEnsembleLinear',
-           'masked_ensemble_']
+           'masked_ensemble_', 'OnlyMembers']
 
 # %% ../../nbs/220_layers.masked_ensemble.ipynb #f4c82fbd
 import copy
@@ -222,3 +222,49 @@ def masked_ensemble_(
         elif isinstance(child, nn.BatchNorm1d) and n_seen:
             setattr(parent, name, _repeat_batchnorm(child, n_members))
     return model
+
+# %% ../../nbs/220_layers.masked_ensemble.ipynb #980ab68d
+class OnlyMembers:
+    "Context manager: some members of a masked ensemble run as if there were no others"
+    def __init__(self,
+        model:nn.Module, # Changed by `masked_ensemble_`, or a module that contains one
+        members:range # Numbers of the members that run, neighbours
+    ):
+        modules = list(model.modules())
+        first = next((i for i,m in enumerate(modules) if isinstance(m, EnsembleLinear)), None)
+        if first is None: raise TypeError(f'`model` must be an ensemble, but {type(model).__name__} has no members')
+        self.n_members = modules[first].n_members
+        if members.step!=1 or not 0<=members.start<members.stop<=self.n_members:
+            raise ValueError(f'`members` must be a part of {range(self.n_members)}, got members={members}')
+        self.members = members
+        self.layers = [m for m in modules[first:] if isinstance(m, (EnsembleLinear,nn.BatchNorm1d))]
+        self._counting = [m for m in modules if 'n_members' in vars(m)]
+        self._masks = {m: self._some_masks(m.masks) for m in self.layers if isinstance(m, MaskedEnsembleLinear)}
+
+    def _some_masks(self, bits):
+        masks = unpack_masks(bits, self.n_members)[self.members.start:self.members.stop]
+        return pack_masks(masks).to(bits.device)
+
+    def part(self,
+        t:Tensor # Of all members, side by side
+    ) -> Tensor: # A view
+        "Select what belongs to the members that run"
+        size = len(t)//self.n_members
+        return t[self.members.start*size:self.members.stop*size]
+
+    def _replacement(self, m, name, t):
+        if t is None or not t.ndim: return t        # `num_batches_tracked`
+        if m in self._masks and name in ('weight','masks'): return t if name=='weight' else self._masks[m]
+        return self.part(t)
+
+    def __enter__(self):
+        self._own = [(tensors, tensors.copy()) for m in self.layers for tensors in (m._parameters,m._buffers)]
+        for m in self.layers:
+            for tensors in (m._parameters,m._buffers):
+                tensors.update({name: self._replacement(m, name, t) for name,t in tensors.items()})
+        for m in self._counting: m.n_members = len(self.members)
+        return self
+
+    def __exit__(self, *exc):
+        for tensors,own in self._own: tensors.update(own)
+        for m in self._counting: m.n_members = self.n_members

@@ -67,6 +67,7 @@ def _masks_of(callbacks): # Names of the masks
 
 def _is_object(v): return isinstance(v, dict)
 def _is_positive(v): return is_number(v) and v>0
+def _is_use(v): return v is None or is_int(v) or is_name(v) and v in ('average','last','weights')
 
 def _check_loss(loss, network): # A noise model is that of the network
     own = loss if loss.get('class')=='NoiseLoss' else {}
@@ -90,6 +91,7 @@ def _check_calibration(config): # From the name of each tensor to (dtype, shape)
     f.take('temperature', 'be a positive number', _is_positive)
     f.int('passes')
     f.take('p', 'be null or a number with 0 <= p < 1', lambda v: v is None or is_p(v) and v<1)
+    if 'use' in config: f.take('use', 'be null, average, last, weights or a cycle', _is_use)    # older files have none
     n_rows,n_targets = f.int('n_rows'),f.int('n_targets')
     ends = () if 'symmetric' not in config or f.bool('symmetric') else (2,)     # older files have no such field
     if ends and config['method'] in ('pit','temperature'):

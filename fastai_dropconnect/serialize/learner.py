@@ -112,7 +112,7 @@ def _restore_snapshots(record, config, tensors):
     record.use = config['use']
 
 # %% ../../nbs/428_serialize.learner.ipynb #42853e9a
-_plain_fields = 'method','level','by','group','last','half_life','temperature','passes','p'
+_plain_fields = 'method','level','by','group','last','half_life','temperature','passes','p','use'
 _tensor_fields = 'scores','times','noise','factor'
 
 def _describe_calibration(cal): # JSON and tensors
@@ -127,7 +127,7 @@ def _describe_calibration(cal): # JSON and tensors
 def _build_calibration(config, tensors):
     own = _behind('calibration', tensors)
     groups = config['groups'] if config['group'] is not None and 'scores' in own else None
-    return Calibration(**{n:config[n] for n in _plain_fields}, **own, groups=groups)
+    return Calibration(**{n:config[n] for n in _plain_fields if n in config}, **own, groups=groups)
 
 _training = 'lr','wd','moms','wd_bn_bias','train_bn'
 def _is_plain(v): return v is None or _is_bool(v) or is_number(v) or isinstance(v, list) and all(map(is_number, v))

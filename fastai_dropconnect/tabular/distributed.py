@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['init_ranks', 'part_of', 'rank_loader', 'share_state', 'pool_stats', 'check_same_weights', 'gather_rows',
-           'DividedRows', 'Ranks']
+           'DividedRows', 'DividedMembers', 'Ranks']
 
 # %% ../../nbs/338_tabular.distributed.ipynb #032c540a
 import atexit, hashlib, os
@@ -25,7 +25,9 @@ from fastcore.basics import noop, patch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from ..ensemble.averaging import map_outputs
+from ..checks import check_choice
+from ..ensemble.averaging import EnsembleLoss, map_outputs
+from ..layers.masked_ensemble import OnlyMembers
 from ..masks import draw_seed
 from ..nn_utils import copy_state, from_rank0, inner_model, load_state_, mean_over_ranks
 
@@ -80,7 +82,8 @@ def rank_loader(
     seed:int # Of the order of the rows, the same on all ranks
 ) -> DataLoader: # With as many batches on each rank
     "Make a loader of one rank's part of an epoch"
-    if hasattr(dl, 'world_size'): return dl.new(rank=rank, world_size=world_size, n=len(dl.dataset)//world_size)
+    if world_size>1 and hasattr(dl, 'world_size'):
+        return dl.new(rank=rank, world_size=world_size, n=len(dl.dataset)//world_size)
     n = dl.n//world_size if dl.drop_last else -(-dl.n//world_size)
     return dl.new(get_idxs=_Part(dl, rank, world_size, seed), n=n)
 
@@ -160,6 +163,45 @@ class DividedRows:
         "Let the model work on whole batches again"
         for h in self.handles: h.remove()
 
+# %% ../../nbs/338_tabular.distributed.ipynb #8f678051
+class DividedMembers:
+    "Hooks that let a rank train its own members of a masked ensemble"
+    def __init__(self,
+        model:nn.Module, # Of a Learner, with `n_members` inside
+        rank:int, # Number of the process
+        world_size:int # Number of processes, not above `n_members`
+    ):
+        inner = inner_model(model)
+        n = inner.n_members
+        members = range(n*rank//world_size, n*(rank+1)//world_size)
+        self.only = OnlyMembers(inner, members)
+        self.share = len(members)*world_size/n
+        self.norms = [m for m in self.only.layers if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        self.handles = [model.register_forward_pre_hook(self.take),
+                        model.register_forward_hook(self.give_back, always_call=True)]
+
+    def take(self, model, args):
+        self.taken = model.training
+        if self.taken: self.only.__enter__()
+
+    def give_back(self, model, args, out):
+        if self.taken: self.only.__exit__()
+
+    @torch.no_grad()
+    def gather_stats(self):
+        "Take over the statistics of batch norm from the rank of each member"
+        stats = [t for bn in self.norms for t in (bn.running_mean,bn.running_var)]
+        if not stats: return
+        mine = [torch.zeros_like(t) for t in stats]
+        for t,s in zip(mine, stats): self.only.part(t).copy_(self.only.part(s))
+        flat = torch.cat(mine)
+        dist.all_reduce(flat)
+        torch._foreach_copy_(stats, flat.split([len(t) for t in stats]))
+
+    def remove(self):
+        "Let the model run all its members again"
+        for h in self.handles: h.remove()
+
 # %% ../../nbs/338_tabular.distributed.ipynb #ad88c59e
 # older versions of PyTorch have another name for it
 _has = signature(DistributedDataParallel).parameters
@@ -167,7 +209,7 @@ _own_buffers = {'forward_sync_buffers' if 'forward_sync_buffers' in _has else 'b
 _alone = partial(to_detach, gather=False)       # pickles without this package
 
 class Ranks(Callback):
-    "Train this rank's part of the rows, and keep the network the same on all ranks"
+    "Train this rank's rows or members, and keep the network the same on all ranks"
     order = TrainEvalCallback.order+.5
     _stateattrs = '_divided','_before_search','_pooled'
     _divided = _before_search = None
@@ -175,9 +217,11 @@ class Ranks(Callback):
     def __init__(self,
         rank:int, # Number of this process
         world_size:int, # Number of processes
+        divide:str='rows', # What the ranks divide in training: 'rows' or 'members'
         **kwargs # Arguments of `DistributedDataParallel`
     ):
         self.rank,self.world_size,self.kwargs = rank,world_size,kwargs
+        self.divides_rows = divide=='rows'
 
     def before_fit(self):
         if self.learn.lock.locked(): return     # a validation
@@ -187,7 +231,7 @@ class Ranks(Callback):
         self.learn.model = DistributedDataParallel(self.learn.model, **(_own_buffers | self.kwargs))
 
     def _prepare_search(self):
-        self.learn.n_epoch *= self.world_size
+        if self.divides_rows: self.learn.n_epoch *= self.world_size
         self._before_search = deepcopy((self.model.state_dict(), self.learn.opt.state_dict()))
 
     def _write_nothing(self):
@@ -196,17 +240,31 @@ class Ranks(Callback):
 
     def before_train(self):
         seed = from_rank0(int(draw_seed()))
-        self.learn.dl = rank_loader(self.learn.dl, self.rank, self.world_size, seed)
+        part = (self.rank,self.world_size) if self.divides_rows else (0,1)
+        self.learn.dl = rank_loader(self.learn.dl, *part, seed)
+        self.undivide()
+        if not self.divides_rows: self._divided = DividedMembers(self.learn.model, self.rank, self.world_size)
         vars(self.learn).pop('to_detach', None)
         self._pooled = False
 
     def after_loss(self):
-        if self.learn.training: self.learn.loss = _mean_of_ranks(self.learn.loss)
+        if not self.learn.training: return
+        if not self.divides_rows and self._divided.share!=1:
+            self.learn.loss_grad = self.learn.loss_grad*self._divided.share
+            self.learn.loss = self.learn.loss*self._divided.share
+        self.learn.loss = _mean_of_ranks(self.learn.loss)
 
-    def after_train(self): self._pool()
+    def after_batch(self):      # backward still needs the old statistics
+        if self.learn.training and not self.divides_rows: self._divided.gather_stats()
+
+    def after_train(self):
+        self._pool()
+        self.undivide()
 
     def _pool(self):
-        if not self._pooled: pool_stats(inner_model(self.learn.model))
+        if self._pooled: return
+        if not self.divides_rows: self._divided.gather_stats()      # the last batch may have been broken off
+        pool_stats(inner_model(self.learn.model))
         self._pooled = True
 
     def before_validate(self):
@@ -217,12 +275,13 @@ class Ranks(Callback):
     def after_validate(self): self.undivide()
 
     def undivide(self):
-        "Let the model work on whole batches"
+        "Let the model run all members on whole batches"
         if self._divided: self._divided.remove()
         self._divided = None
 
     def unwrap(self):
         "Give the Learner its own model"
+        self.undivide()
         if isinstance(self.learn.model, DistributedDataParallel): self.learn.model = self.learn.model.module
 
     def after_fit(self):
@@ -247,6 +306,19 @@ def _check_whole(dls):
         n = getattr(dl, 'world_size', 1)
         if n>1: raise ValueError(f'`world_size` of the loaders must be 1, as `distributed` divides their rows, got {n}')
 
+def _check_divide(learn, divide, world_size):
+    "Raise an error if the ranks cannot divide the members of a Learner"
+    if check_choice(divide, 'divide', ('rows','members'))=='rows': return
+    model = inner_model(learn.model)
+    n = getattr(model, 'n_members', None)
+    if n is None:
+        raise TypeError("`divide='members'` needs a masked ensemble, as `members=8` of a config makes it, "
+                        f'but this {type(model).__name__} has no members')
+    if n<world_size: raise ValueError(f"`divide='members'` needs a member for each of {world_size} ranks, got {n}")
+    if not isinstance(learn.loss_func, EnsembleLoss):
+        raise TypeError("`divide='members'` needs an `EnsembleLoss`, which is a mean over the members, "
+                        f'got loss_func={learn.loss_func!r}')
+
 @contextmanager
 def _only_rank0_writes(learn, rank):
     logger = learn.logger
@@ -258,18 +330,18 @@ def _only_rank0_writes(learn, rank):
 @patch
 @contextmanager
 def distributed(self:Learner,
+    divide:str='rows', # What the ranks divide in training: 'rows', or 'members' of a masked ensemble
     **kwargs # More arguments of `DistributedDataParallel`, such as `find_unused_parameters=True`
 ):
     "Context manager: train and predict in all processes of `init_ranks`, which do the same here"
     rank,world_size = init_ranks()
+    _check_divide(self, divide, world_size)
     if world_size==1 or self._grab_cbs(Ranks): return (yield self)
     _check_whole(self.dls)
     share_state(self)
-    ranks = Ranks(rank, world_size, **kwargs)
+    ranks = Ranks(rank, world_size, divide, **kwargs)
     with _only_rank0_writes(self, rank), self.added_cbs(ranks):
         self.to_detach = _alone
         try: yield self
-        finally:
-            ranks.undivide()
-            ranks.unwrap()
+        finally: ranks.unwrap()
     dist.barrier()      # what rank 0 has written is there

@@ -178,6 +178,7 @@ class Calibration:
     temperature:float=1. # Divides logits
     passes:int=0 # Noisy passes that the spread of 'local' comes from; 0: from members, or a distribution
     p:float=None # Of the passes, as in `mc_noise`
+    use:str|int=None # Which snapshots predicted, as in `SnapshotEnsemble`; `None`: no snapshots, or unknown
 
     def __post_init__(self):
         check_choice(self.method, 'method', (*METHODS,'temperature'))
