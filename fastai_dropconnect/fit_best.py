@@ -164,8 +164,6 @@ def _fit(learn, kind, epochs, deadline):
     learn.remove_cb(stop)
     return learn.epoch+1,stop.timed_out
 
-def _no_score(preds, targs): return 0.
-
 def _again(dls, deadline, kind, epochs, seed, is_average):
     "Train for as many epochs on other rows, without looking at validation rows; return a model"
     with no_random(seed):
@@ -173,7 +171,7 @@ def _again(dls, deadline, kind, epochs, seed, is_average):
         with learn.no_bar(), learn.no_logging():
             if is_average:
                 n_steps = max(1, round(epochs*len(learn.dls.train)))
-                average = BestAverage(_no_score, every=n_steps, deadline=deadline)
+                average = BestAverage(lambda preds,targs: 0., every=n_steps, deadline=deadline)
                 learn.fit(math.ceil(n_steps/max(1, len(learn.dls.train))), kind.lr, cbs=average)
                 timed_out = average.timed_out
             else: _,timed_out = _fit(learn, kind, epochs, deadline)
@@ -229,8 +227,8 @@ VARIATIONS = { # name: what changes
 
 BUDGETS = { # name: multiplications of a candidate, variations
     'quick': (1.2e11, ()),
-    'default': (8e11, ('restarts','less dropout','smaller','levels')),    # zero restarts
-    'best': (4e12, ('restarts', *VARIATIONS, 'again','again'))}    # the best kind with other seeds
+    'default': (8e11, ('restarts','less dropout','smaller','levels','finer')),    # zero restarts, finer vectors
+    'best': (4e12, ('restarts', *VARIATIONS, 'finer','again','again'))}    # the best kind with other seeds
 
 # %% ../nbs/410_fit_best.ipynb #102aa4a6
 class _TimeIsOver(Exception): "There is no time for another candidate"
@@ -269,6 +267,8 @@ class Search:
         try:
             for name,kind in self.kinds.items(): self._train(name, kind)
             self.kind = self.kinds[self.best.name]
+            if self._finer() is None: self.variations = [v for v in self.variations if v!='finer']
+            self.n_left = len(self.variations)
             for name in self.variations: self._vary(name)
         except (KeyboardInterrupt,_TimeIsOver):
             if not self.candidates: raise
@@ -278,13 +278,16 @@ class Search:
     def _vary(self, name):
         "Train a variation of the best kind so far, and go on from it if it helped"
         if name=='restarts': return self._restarts()
-        before,kind = self.best.loss,self.kind.replace(**VARIATIONS.get(name, {}))
+        before,kind = self.best.loss,self._finer() if name=='finer' else self.kind.replace(**VARIATIONS.get(name, {}))
         if self._train(name, kind).loss<before: self.kind = kind
+
+    def _finer(self): # `None` for classes, and if the best kind has no vectors
+        vectors = self.kind.recipe.settings.get('num_embeddings') if self.targs.is_floating_point() else None
+        return vectors and self.kind.replace(lr=self.kind.lr/2, num_embeddings=replace(vectors, bins=2*vectors.bins))
 
     def _restarts(self):
         "Train zero restarts and, while they are the best so far, masked and longer ones"
-        n_batches = len(self.folds[0].train)
-        cycle_len = math.ceil(max(self.best.epochs/4, 150/max(1, n_batches)))
+        cycle_len = math.ceil(max(self.best.epochs/4, 150/max(1, len(self.folds[0].train))))
         vectors = self.kind.recipe.settings.get('num_embeddings')
         recipe = RECIPES['zero-restarts'].replace(num_embeddings=vectors)
         def helps(name, cycle_len, **settings):

@@ -30,7 +30,8 @@ def names(learn): return list(learn.leaderboard.name)
 def test_budgets_try_what_they_say():
     dls = loaders()
     assert names(fit_best(dls, budget='quick', verbose=False))==list(KINDS)
-    assert [n for n in names(fit_best(dls, verbose=False)) if n not in ('masked restarts','longer restarts')]==[*KINDS, *BUDGETS['default'][1]]
+    often = [*KINDS, *[n for n in BUDGETS['default'][1] if n!='finer']]     # the others depend on what is best so far
+    assert [n for n in names(fit_best(dls, verbose=False)) if n in often]==often
     with pytest.raises(ValueError, match='budget'): fit_best(dls, budget='huge')
 
 
@@ -42,10 +43,26 @@ def test_restarts_of_members_follow_while_restarts_are_the_best(losses, more):
         return Candidate(name, 4., [], targets_of(dls)+offsets.get(name, 4.), 0., 0.)
     dls,tried = loaders(),[]
     search = Search([dls], score_for(dls.train_ds.loss_func), verbose=False, train=train).run()
-    assert [name for name,*_ in tried]==['numbers','vectors','restarts',*more,'less dropout','smaller','levels'] and search.n_left==0
+    assert [name for name,*_ in tried]==['numbers','vectors','restarts',*more,'less dropout','smaller','levels','finer'] and search.n_left==0
     (_,members,epochs,cycle),*others = tried[2:3+len(more)]
     assert members is None
     for times,(_,members,*lengths) in zip((1,2), others): assert members==4 and lengths==[times*epochs,times*cycle]
+
+
+def test_finer_vectors_are_tried_for_numbers_whose_best_network_has_vectors():
+    def search(best, **kwargs):
+        def train(dls, name, kind, score, epochs, work, deadline, seed):
+            tried.append((name,kind))
+            return Candidate(name, 4., [], (targs + (name!=best)) if targs.is_floating_point() else torch.eye(2)[targs[:,0]]*.5+.25, 0., 0.)
+        dls,tried = loaders(**kwargs),[]
+        targs = targets_of(dls)
+        search = Search([dls], score_for(dls.train_ds.loss_func), verbose=False, train=train).run()
+        assert search.n_left==0
+        return dict(tried)
+    kinds = search('vectors')
+    finer,vectors = kinds['finer'],kinds['vectors']
+    assert finer.lr==vectors.lr/2 and finer.recipe.settings['num_embeddings'].bins==2*vectors.recipe.settings['num_embeddings'].bins
+    assert 'finer' not in search('numbers') and 'finer' not in search('vectors', y='label', block=CategoryBlock())
 
 
 def test_a_table_of_categories_only_has_one_kind():
