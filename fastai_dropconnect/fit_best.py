@@ -320,7 +320,7 @@ class Search:
         return now + (self.end-now)*max(1/3, 1/max(1, self.n_left))
 
 # %% ../nbs/410_fit_best.ipynb #0b9eb850
-PRIOR_ROWS = 100    # equal weights, and a temperature of 1, count as much as so many validation rows
+PRIOR_ROWS = 100    # equal weights count as much as so many validation rows
 
 def _blend(
     search:Search, # With candidates
@@ -340,9 +340,8 @@ def _blend(
     return BlendedModel(models, shares, average, temperature), [by_id.get(id(c), 0.) for c in search.candidates]
 
 def _temperature(probs, targs):
-    "Return the best temperature, closer to 1 if there are few rows"
-    n = len(probs)
-    return best_temperature(probs.clamp_min(1e-9).log(), targs)**(n/(n+PRIOR_ROWS))
+    "Return the best temperature, closer to 1 if the rows say little about it"
+    return best_temperature(probs.clamp_min(1e-9).log(), targs, prior_sd=.2)
 
 # %% ../nbs/410_fit_best.ipynb #581eefc8
 def _leaderboard(search, weights):

@@ -264,7 +264,7 @@ def _temperature(pred, targs, columns, group=None, half_life=None, **settings):
         if value is not None: raise ValueError(f'`{name}` must be None for classes, got {name}={value!r}')
     cal = Calibration('temperature', **settings)
     rows = _latest(columns, len(targs), cal.by, cal.last)
-    cal.temperature = best_temperature(pred.logits[rows], targs[rows].long())
+    cal.temperature = best_temperature(pred.logits[rows], targs[rows].long(), prior_sd=.5)
     return cal
 
 def _fitted_spread(pred, targs): # Noise and factor, `(n_targets,)` each

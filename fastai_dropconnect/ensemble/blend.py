@@ -51,13 +51,16 @@ def best_temperature(
     logits:Tensor, # Of validation rows, (n_rows, n_classes)
     targs:Tensor, # Class of each row
     low:float=.2, # Lowest temperature
-    high:float=5. # Highest temperature
+    high:float=5., # Highest temperature
+    prior_sd:float=None # Standard deviation of the logarithm before rows are seen, around 0; `None`: anything goes
 ) -> float:
-    "Find the temperature that minimizes the log loss"
+    "Find the most likely temperature, which minimizes the log loss unless there is a prior"
     logits = logits.detach().double()
-    def slope(t): # Of the log loss in 1/t, which rises with 1/t as the loss is convex in it
+    precision = 0. if prior_sd is None else check_positive(prior_sd, 'prior_sd')**-2
+    def slope(t): # Of the log loss of all rows and the prior in 1/t; the loss is convex in it, so its part rises
         p = (logits/t).softmax(-1)
-        return ((p*logits).sum(-1) - logits.gather(1, targs.view(-1,1)).squeeze(1)).mean()
+        loss = ((p*logits).sum(-1) - logits.gather(1, targs.view(-1,1)).squeeze(1)).sum()
+        return loss - precision*t*math.log(t)
     low,high = check_positive(low, 'low'),check_positive(high, 'high')
     for _ in range(40):
         t = (low*high)**.5
