@@ -13,11 +13,13 @@ from operator import is_
 import numpy as np, torch
 from fastai.callback.core import Callback, _inner_loop, event
 from fastai.data.core import DataLoaders
-from fastai.learner import CancelBackwardException, CancelStepException, Learner
+from fastai.learner import (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
+                            CancelStepException, CancelTrainException, CancelValidException, Learner)
 from fastai.optimizer import Adam
 from fastai.tabular.core import TabDataLoader, TabWeightedDL
 from fastai.tabular.model import TabularModel
 from fastcore.basics import noop, patch
+from fastcore.xtras import modify_exception
 from .optimizer import FusedAdam, convert_adam, is_adam, repeat_step
 from .products import fast_linears
 from .tabular.known_code import keeps_tensors
@@ -68,6 +70,12 @@ class SteadyStep:
 
 
 # %% ../nbs/336_accelerate.ipynb #dbabf645
+_cancels = (CancelBatchException,CancelBackwardException,CancelEpochException,CancelFitException,CancelStepException,
+            CancelTrainException,CancelValidException)
+
+def _is_direct(cls) -> bool: # Does `__call__` of a callback only call methods of its class?
+    return cls.__call__ is Callback.__call__ or getattr(cls.__call__, 'own_events', False)
+
 class LeanEvents:
     "Send each event of a Learner to the callbacks that handle it, in fastai's order"
     replaced = '_call_one','_with_events','_set_device'     # methods of the Learner
@@ -92,19 +100,24 @@ class LeanEvents:
         if len(cbs)!=len(self._cbs) or not all(map(is_, cbs, self._cbs)): self._cbs,self._plans = cbs,{}
         if event_name not in self._plans: self._plans[event_name] = self._plan(event_name)
         for cb,handles in self._plans[event_name]:
-            if (handles or event_name in vars(cb)) and not self._sleeps(cb, event_name): cb(event_name)
+            if handles or event_name in vars(cb): self._send(cb, event_name)
         if event_name=='after_fit': self._forget()      # else it would hold on to callbacks that are removed now
 
-    def _sleeps(self, cb, event_name) -> bool: # Asking the callback takes five times as long
-        "Return whether a callback with fastai's `__call__` ignores an event of a batch now"
-        if event_name not in _inner_loop or type(cb).__call__ is not Callback.__call__ or 'training' in vars(cb):
-            return False
+    def _send(self, cb, event_name): # fastai's `__call__` asks the Learner, which takes longer than most methods
+        "Call a callback for an event, or its method if that is the same"
         training = vars(self.learn).get('training')
-        return training is not None and not (cb.run_train if training else cb.run_valid)
+        if event_name not in _inner_loop or training is None or 'training' in vars(cb) or not _is_direct(type(cb)):
+            return cb(event_name)
+        if not cb.run or not (cb.run_train if training else cb.run_valid): return
+        try: getattr(cb, event_name)()
+        except _cancels: raise
+        except Exception as e:
+            where = f'Exception occured in `{type(cb).__name__}` when calling event `{event_name}`'
+            raise modify_exception(e, f'{where}:\n\t{e.args[0]}', replace=True)
 
     def _plan(self, event_name) -> list: # Pairs (callback, does its class handle the event?)
         if not hasattr(event, event_name): raise Exception(f'missing {event_name}')
-        def handles(cls): return hasattr(cls, event_name) or cls.__call__ is not Callback.__call__
+        def handles(cls): return hasattr(cls, event_name) or not _is_direct(cls)
         everyone = event_name=='after_fit'      # resets `run`
         return [(cb, everyone or handles(type(cb))) for cb in self.learn.cbs.sorted('order')]
 

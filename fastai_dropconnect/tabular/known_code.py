@@ -47,7 +47,8 @@ def _is_known_module(m, seen) -> bool:
 _steps = 'all_batches','one_batch','_split','_do_one_batch','_do_grad_opt','_backward','_step'    # of a Learner
 
 def _keeps(cb) -> bool: # Does a callback keep what it finds in a batch?
-    if getattr(type(cb), 'keeps_tensors', False) and _is_ours(cb): return True
+    # said by the class itself: a subclass may do more
+    if 'keeps_tensors' in vars(type(cb)) and cb.keeps_tensors and _is_ours(cb): return True
     if type(cb) in _callbacks and not set(_inner_loop) & set(vars(cb)): return not getattr(cb, 'train_metrics', False)
     if type(cb).__call__ is not Callback.__call__ and not _is_ours(cb): return False
     return not any(hasattr(type(cb), e) or e in vars(cb) for e in _inner_loop)

@@ -82,7 +82,7 @@ class _FixedLookupFunction(torch.autograd.Function):
         return None,None,None
 
 def _gets_zeros(t) -> bool:
-    "Return whether autograd would do nothing with a table's gradient but add it to the `.grad` that is there"
+    "Return whether autograd would just add the gradient of a table to its present `.grad`"
     g = t.grad if t.is_leaf else None
     if type(g) is not Tensor or g.requires_grad or t._backward_hooks or t._post_accumulate_grad_hooks: return False
     return g.layout==torch.strided and g.shape==t.shape and _is_readable(g)
