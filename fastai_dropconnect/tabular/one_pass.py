@@ -123,7 +123,7 @@ _here = _Here()
 def fixed_lookup(
     fixed:FixedLookup|None # `None` does nothing
 ):
-    "Let the first lookup of a block add its gradients where they are kept, which must be zero"
+    "Let the first lookup of a block add its gradients to `.grad`, where zeros must be"
     before,_here.fixed = _here.fixed,fixed
     if fixed is not None: fixed.n_uses = 0
     try: yield
