@@ -14,7 +14,7 @@ from .vectors import jit, pointer_to
 # %% ../../nbs/118_kernels.held.ipynb #118a0c05
 @jit()
 def _keep(places):
-    "Set numbers to zero where the byte of the mask is 0, and keep those where it is -1"
+    "Set numbers to zero where the byte of their mask is 0 instead of -1"
     for t in range(len(places)):
         size = places[t,2]
         bits = numba.carray(pointer_to(places[t,0]), (size,), np.int32)

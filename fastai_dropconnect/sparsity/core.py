@@ -120,7 +120,8 @@ class HeldWeights:
 
     def mask_grads(self):
         "Set the gradients of the held weights to zero, also where they are NaN or infinite"
-        if self._bytes is not None and self._bytes.apply_([p.grad for p in self.bits]): return
+        grads = [p.grad for p in self.bits]
+        if self._bytes is not None and all(g is not None for g in grads) and self._bytes.apply_(grads): return
         for p,bits in self.bits.items():
             if p.grad is not None: as_bits(p.grad).bitwise_and_(bits)
 
