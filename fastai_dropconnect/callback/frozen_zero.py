@@ -157,7 +157,8 @@ def after_backward(self:FrozenZeroInit):
 # %% ../../nbs/365_callback.frozen_zero.ipynb #fc16895b
 @patch
 def after_step(self:FrozenZeroInit):
-    if self._held: self._held.after_step(self.learn.opt)
+    held = self._held
+    if held is not None and held.bits: held.after_step(self.learn.opt)
 
 # %% ../../nbs/365_callback.frozen_zero.ipynb #a554f9a5
 @patch

@@ -41,10 +41,9 @@ class ByteMasks:
         tensors:list # One for each mask; changed in place
     ) -> bool: # `False` if one is no contiguous float32 tensor on the CPU, and nothing is done
         "Set the numbers to zero where the masks are `False`, also where they are NaN"
-        tensors = list(tensors)
-        known = [t.data_ptr() if t.is_contiguous() else 0 for t in tensors] if self._last is not None else None
-        if known is None or known!=self._last:
+        addresses = list(map(Tensor.data_ptr, tensors))
+        if addresses!=self._last or not all(map(Tensor.is_contiguous, tensors)):
             if not all(map(_is_masked, tensors)): return False
-            self._last = self._places[:,0] = [t.data_ptr() for t in tensors]
+            self._last = self._places[:,0] = addresses
         _keep(self._places)
         return True
