@@ -56,6 +56,7 @@ def score_for(
 # %% ../nbs/410_fit_best.ipynb #a3cafe59
 class StopAt(Callback):
     "End a fit when the time is over"
+    keeps_tensors = True    # `known_code` asks
     order = 91
     def __init__(self,
         deadline:float # On the clock of `time.monotonic`

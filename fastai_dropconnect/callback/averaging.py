@@ -49,6 +49,7 @@ def averaged_model(
 # %% ../../nbs/357_callback.averaging.ipynb #ccb342d0
 class BestAverage(LeanCallback):
     "Keep the moving average of the weights that is best on validation rows, and stop then"
+    keeps_tensors = True    # in a batch; `known_code` asks
     order = 90
     _stateattrs = ('_moving','_best')
     _active = False         # in a fit

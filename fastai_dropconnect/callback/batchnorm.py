@@ -97,6 +97,7 @@ def recalibrate_bn(
 # %% ../../nbs/355_callback.batchnorm.ipynb #5025bf52
 class RecalibrateBN(LeanCallback):
     "Run `recalibrate_bn` at the end of each fit, or before every validation"
+    keeps_tensors = True    # in a batch; `known_code` asks
     order = SaveModelCallback.order+1       # the best weights are loaded by then
     _is_real = False        # does the fit in progress train for good, unlike `lr_find`?
     _trained = False        # has it taken a step?

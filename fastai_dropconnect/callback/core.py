@@ -66,6 +66,7 @@ class LeanCallback(Callback):
 
     def __call__(self, event_name:str):
         if event_name=='after_fit' or hasattr(type(self), event_name): return super().__call__(event_name)
+    __call__.own_events = True      # it calls the methods of its class and does nothing else: `LeanEvents` asks
 
     @property
     def learn(self) -> Learner|None: return self._learn

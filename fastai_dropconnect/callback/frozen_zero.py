@@ -47,9 +47,11 @@ def zero_masked_(
 # %% ../../nbs/365_callback.frozen_zero.ipynb #e8c2df8c
 class FrozenZeroInit(RecordingCallback):
     "Set a random part of the weights to zero before the first fit, and hold them there"
+    keeps_tensors = True                    # in a batch; `known_code` asks
     order = TrainEvalCallback.order+1       # the model is on its device, no other callback has seen it
     _stateattrs = ('_held','_last_owner')
     _held = None                            # in a fit: `HeldWeights`
+    _masks_grads = False
     _in_lr_find = False
     _last_owner = None                      # after its removal: weak references to the Learner and the model
     def __init__(self,
@@ -155,7 +157,8 @@ def after_backward(self:FrozenZeroInit):
 # %% ../../nbs/365_callback.frozen_zero.ipynb #fc16895b
 @patch
 def after_step(self:FrozenZeroInit):
-    if self._held: self._held.after_step(self.learn.opt)
+    held = self._held
+    if held is not None and held.bits: held.after_step(self.learn.opt)
 
 # %% ../../nbs/365_callback.frozen_zero.ipynb #a554f9a5
 @patch

@@ -26,6 +26,7 @@ class PenaltyRecord(MaskRecord):
 
 class GroupLasso(FrozenZeroInit):
     "Penalize the norms of units' weights in training, then cut small weights for good"
+    keeps_tensors = True            # in a batch; `known_code` asks
     needs_whole_fit = True          # `BestAverage` asks
     def __init__(self,
         li:float=5e-5, # Price of the norm of the incoming weights of each unit

@@ -33,6 +33,7 @@ class PruneRecord(MaskRecord):
 # %% ../../nbs/382_callback.prune.ipynb #3adec2e8
 class GradualPruning(FrozenZeroInit):
     "Remove weights while the network trains, until only the most important ones are left"
+    keeps_tensors = property(lambda self: not self.structured)      # else it hooks layers in a batch
     needs_whole_fit = True          # `BestAverage` asks
     _stateattrs = ('_held','_last_owner','_pruner','_watching','_grads')
     _pruner = None      # in a fit
@@ -66,6 +67,7 @@ class GradualPruning(FrozenZeroInit):
 
     def __call__(self, event_name:str): # Only whole units are measured in each batch
         if self.structured or event_name not in ('before_batch','after_pred'): super().__call__(event_name)
+    __call__.own_events = True
 
     def weights(self) -> dict: # From the full name of each parameter to the pair (parameter, share of zeros aimed at)
         "Return the weights that are pruned"

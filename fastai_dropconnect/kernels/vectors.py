@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['vector_sz', 'jit', 'Vector', 'broadcast', 'load', 'store', 'load_limits', 'kept_rows', 'add_where', 'sum_eight',
-           'aligned_zeros', 'copy_into']
+           'aligned_zeros', 'copy_into', 'pointer_to']
 
 # %% ../../nbs/105_kernels.vectors.ipynb #a959b9b6
 import operator, os, sys, threading, numba, numpy as np
@@ -185,3 +185,9 @@ def aligned_zeros(n, dtype):
 def copy_into(to, numbers):
     "Copy as `to[:len(numbers)] = numbers`, which numba does one by one"
     for i in range(len(numbers)): to[i] = numbers[i]
+
+@intrinsic
+def pointer_to(typingctx, address):
+    "Return an address as a pointer, for `numba.carray`"
+    def emit(context, builder, sig, args): return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+    return types.voidptr(address),emit

@@ -10,7 +10,7 @@ __all__ = ['as_bits', 'bit_mask', 'fill_masked_', 'wrapped_optimizers', 'clean_s
 import math
 from collections.abc import Iterator
 import numpy as np, torch
-from torch import Tensor
+from torch import Tensor, nn
 from ..masks import exact_mask
 from ..nn_utils import ModelRecord
 
@@ -94,6 +94,12 @@ def clean_optimizer(
     clean_slow_weights(opt, masks)
 
 # %% ../../nbs/240_sparsity.core.ipynb #66f53687
+def _byte_masks(bits): # `ByteMasks`, or `None` where torch masks
+    "Return masks that a kernel reads"
+    if not all(type(p) in (Tensor,nn.Parameter) and p.is_cpu and p.dtype==torch.float32 for p in bits): return None
+    from fastai_dropconnect.kernels import held
+    return held.ByteMasks([b!=0 for b in bits.values()]) if held.usable(torch.device('cpu')) else None
+
 class HeldWeights:
     "Weights held at zero, or at their present values, where masks are `False`"
     clean_every = 1000      # steps
@@ -105,6 +111,7 @@ class HeldWeights:
             if mask.shape==p.shape: continue
             raise ValueError(f'`masks` must have the shape of their weights, {tuple(p.shape)}, got {tuple(mask.shape)}')
         self.bits = {p: bit_mask(mask, p) for p,mask in masks.items()}
+        self._params,self._bytes = list(self.bits),_byte_masks(self.bits) if zero else None
         self._values = [None if zero else as_bits(p).bitwise_and(~bits) for p,bits in self.bits.items()]
         self.n_steps = 0
         self.mask_weights()
@@ -113,11 +120,14 @@ class HeldWeights:
 
     def mask_grads(self):
         "Set the gradients of the held weights to zero, also where they are NaN or infinite"
+        grads = [p.grad for p in self._params]
+        if self._bytes is not None and all(g is not None for g in grads) and self._bytes.apply_(grads): return
         for p,bits in self.bits.items():
             if p.grad is not None: as_bits(p.grad).bitwise_and_(bits)
 
     def mask_weights(self):
         "Set the held weights to the values they are held at"
+        if self._bytes is not None and self._bytes.apply_(self._params): return
         for (p,bits),value in zip(self.bits.items(), self._values, strict=True):
             w = as_bits(p).bitwise_and_(bits)
             if value is not None: w.bitwise_or_(value)

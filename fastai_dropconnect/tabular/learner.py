@@ -71,6 +71,7 @@ def _complete_config(
 # %% ../../nbs/340_tabular.learner.ipynb #ea8b3cda
 class AverageMembers(Callback):
     "Give training metrics the average of the members of an ensemble, as validation does"
+    keeps_tensors = True            # `known_code` asks
     keeps_predictions = True        # `FastPredict` asks
     def after_loss(self):
         if not self.training or self.pred.ndim!=3: return
@@ -79,6 +80,7 @@ class AverageMembers(Callback):
 # %% ../../nbs/340_tabular.learner.ipynb #0deaf4b0
 class PredictMeans(Callback):
     "Give metrics the means of predicted distributions"
+    keeps_tensors = True    # `known_code` asks
     order = 5       # members are averaged before
     keeps_predictions = True        # `FastPredict` asks: the loss has the same activation
     def after_loss(self):
