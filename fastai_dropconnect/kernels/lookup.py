@@ -6,22 +6,13 @@
 __all__ = ['lookup', 'lookup_gradients']
 
 # %% ../../nbs/116_kernels.lookup.ipynb #fcb1f07b
-import numba, numpy as np, torch
+import numpy as np, torch
 from functools import lru_cache
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 from torch import Tensor
 from .numba import usable    # noqa: F401, `usable` is for callers
-from .vectors import jit
+from .vectors import array_at, jit
 
 # %% ../../nbs/116_kernels.lookup.ipynb #a63e0351
-@intrinsic
-def _pointer(typingctx, address):
-    "Return an address as a pointer"
-    def codegen(context, builder, sig, args): return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-    return types.voidptr(address),codegen
-
 @jit()
 def _lookup(codes, addresses, sizes, dims, out):
     "Copy the rows that `codes` name to `out`; return a column with unknown codes, or -1"
@@ -30,7 +21,7 @@ def _lookup(codes, addresses, sizes, dims, out):
         for t in range(codes.shape[1]):
             code,dim = codes[r,t],dims[t]
             if code<0 or code>=sizes[t]: return t
-            table = numba.carray(_pointer(addresses[t]), (sizes[t],dim), np.float32)
+            table = array_at(addresses[t], (sizes[t],dim), np.float32(0))
             for j in range(dim): out[r,start+j] = table[code,j]
             start += dim
     return -1

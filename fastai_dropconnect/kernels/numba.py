@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from torch import Tensor
 from .torch import gradient_calls, widen
-from .vectors import add_where, aligned_zeros, broadcast, copy_into, jit, kept_rows, load
-from .vectors import load_limits, store, sum_eight, vector_sz
+from .vectors import add_where, aligned_zeros, array_at, broadcast, copy_into, jit, kept_rows
+from .vectors import load, load_limits, seed_at, store, sum_eight, vector_sz
 from ..masks import HASH_CONSTANTS, block_rows, is_strict, limits_array
 
 # %% ../../nbs/110_kernels.numba.ipynb #daa20d18
@@ -58,11 +58,6 @@ def _fill_keys(
 ):
     "Compute the keys of one block of rows for the outputs from `first` on"
     for j in range(3): _fill_hashes(low, high, _key_salts[j], block, first, keys[j])
-
-def _seed_halves(seed:Tensor) -> tuple: # Lower and upper 32 bits
-    "Split a seed of 64 bits"
-    s = seed.item()
-    return _u32(s & 0xffffffff),_u32(s>>32 & 0xffffffff)
 
 # %% ../../nbs/110_kernels.numba.ipynb #fdc758d4
 @jit(inline='always')
@@ -305,10 +300,25 @@ def _run_in_threads(
     for o in others: o.result()
 
 # %% ../../nbs/110_kernels.numba.ipynb #c40174c1
-def _as_numpy(t:Tensor|None) -> np.ndarray|None:
-    "View a tensor as an array"
-    if t is None: return None
-    return t.detach().numpy() if t.requires_grad else t.numpy()
+_numbers = {torch.float32: np.float32(0), torch.float64: np.float64(0)}     # tell numba the type at an address
+
+def _address(t:Tensor|None) -> int|None:
+    "Return where the numbers of a tensor are"
+    return None if t is None else t.data_ptr()
+
+@jit()
+def _forward_at(
+    x, w, y, seed, # Addresses of the tensors
+    limits, strict, # From `_limits`
+    n, n_in, n_out, # Sizes of the batch and of the layer
+    number, # From `_numbers`
+    first, last # As in `_forward`
+):
+    "Call `_forward` for tensors at these addresses"
+    low,high = seed_at(seed)
+    width = -(-n_in//vector_sz)*vector_sz
+    x,w,y = array_at(x, (n,n_in), number),array_at(w, (n_out,width), number),array_at(y, (n,n_out), number)
+    _forward(x, w, low, high, limits, strict, y, first, last)
 
 def forward(
     x:Tensor, # Inputs, shape `(n, n_in)`
@@ -317,15 +327,33 @@ def forward(
     threshold:int # From `drop_threshold`
 ) -> Tensor: # Shape `(n, n_out)`
     "Compute `y[r,o] = sum_i x[r,i] * weight[o,i] * mask[r,o,i]`"
-    (n,n_in),n_out = x.shape,len(weight)
+    (n,n_in),n_out = x.shape,weight.shape[0]
     xw,w = widen(x, weight)
     if n_in%vector_sz: w = F.pad(w, (0,-n_in%vector_sz))
     y = xw.new_empty(n, n_out)
-    args = _as_numpy(xw),_as_numpy(w),*_seed_halves(seed),*_limits(threshold),_as_numpy(y)
-    _run_in_threads(_forward, args, -(-n//block_rows), _n_threads(n*n_out*n_in))
-    return y.to(x.dtype)
+    addresses = xw.data_ptr(),w.data_ptr(),y.data_ptr(),seed.data_ptr()
+    args = *addresses,*_limits(threshold),n,n_in,n_out,_numbers[y.dtype]
+    _run_in_threads(_forward_at, args, -(-n//block_rows), _n_threads(n*n_out*n_in))
+    return y if y.dtype==x.dtype else y.to(x.dtype)
 
 # %% ../../nbs/110_kernels.numba.ipynb #1a5358d7
+@jit()
+def _backward_at(
+    g, x, w, gx, gw, seed, # Addresses of the tensors, or `None` as in `_backward`
+    limits, strict, # From `_limits`
+    n, n_in, n_out, # Sizes of the batch and of the layer
+    number, # From `_numbers`
+    width, first, last # As in `_backward`
+):
+    "Call `_backward` for tensors at these addresses"
+    low,high = seed_at(seed)
+    g = array_at(g, (n,n_out), number)
+    x = None if x is None else array_at(x, (n,n_in), number)
+    w = None if w is None else array_at(w, (n_out,n_in), number)
+    gx = None if gx is None else array_at(gx, (n,n_in), number)
+    gw = None if gw is None else array_at(gw, (n_out,n_in), number)
+    _backward(g, x, w, low, high, limits, strict, gx, gw, n_in, width, first, last)
+
 def _gradients(
     g:Tensor, # Gradient of the outputs, shape `(n, n_out)`
     x:Tensor|None, # Inputs, shape `(n, n_in)`, for the gradient of the weight
@@ -341,9 +369,10 @@ def _gradients(
     gw = None if xw is None else e.new_empty(n_out, n_in)
     n_threads = _n_threads(n*n_out*n_in)
     width = min(_max_tile, max(64, -(-n_in//(vector_sz*n_threads))*vector_sz))
-    e,xw,w,*out = map(_as_numpy, (e, xw, w, gx, gw))
-    args = e,xw,w,*_seed_halves(seed),*_limits(threshold),*out,n_in,width
-    _run_in_threads(_backward, args, -(-n_in//width), n_threads)
+    addresses = map(_address, (e, xw, w, gx, gw, seed))
+    args = *addresses,*_limits(threshold),n,n_in,n_out,_numbers[e.dtype],width
+    _run_in_threads(_backward_at, args, -(-n_in//width), n_threads)
+    if e.dtype==g.dtype: return gx,gw
     return tuple(t if t is None else t.to(g.dtype) for t in (gx,gw))
 
 grad_input,grad_weight,grads = gradient_calls(_gradients)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['vector_sz', 'jit', 'Vector', 'broadcast', 'load', 'store', 'load_limits', 'kept_rows', 'add_where', 'sum_eight',
-           'aligned_zeros', 'copy_into']
+           'aligned_zeros', 'copy_into', 'array_at', 'seed_at']
 
 # %% ../../nbs/105_kernels.vectors.ipynb #a959b9b6
 import operator, os, sys, threading, numba, numpy as np
@@ -185,3 +185,29 @@ def aligned_zeros(n, dtype):
 def copy_into(to, numbers):
     "Copy as `to[:len(numbers)] = numbers`, which numba does one by one"
     for i in range(len(numbers)): to[i] = numbers[i]
+
+# %% ../../nbs/105_kernels.vectors.ipynb #addr0002
+@intrinsic
+def _pointer_to(typingctx, address, number):
+    "Return an address as a pointer to numbers of the type of `number`"
+    def emit(context, builder, sig, args):
+        return builder.inttoptr(args[0], context.get_data_type(sig.return_type.dtype).as_pointer())
+    return types.CPointer(number)(address, number),emit
+
+@jit(inline='always')
+def array_at(
+    address, # Integer, as of `Tensor.data_ptr`
+    shape, # Tuple
+    number # Any number of the array's type
+): # Array
+    "View memory as an array, without a check"
+    return numba.carray(_pointer_to(address, number), shape)
+
+@jit()
+def seed_at(
+    address # Of an integer of 64 bits
+): # Two integers without a sign
+    "Read the lower and upper 32 bits of a seed"
+    seed = array_at(address, (1,), np.int64(0))[0]
+    return np.uint32(seed & 0xffffffff),np.uint32(seed>>32 & 0xffffffff)
+
