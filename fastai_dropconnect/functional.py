@@ -185,8 +185,10 @@ class _ExampleFunction(torch.autograd.Function):
         x,weight,seed = ctx.saved_tensors
         _,threshold,scale,backend = ctx.rest
         for_x,for_weight,for_bias,_ = ctx.needs_input_grad
-        k,tracked = ctx.kernels,torch.is_grad_enabled() or _is_transformed()  # `create_graph=True`, batched gradients
-        if for_x and for_weight and not tracked and g.dtype==x.dtype: gx,gw = k.grads(g, x, weight, seed, threshold, scale)
+        k = ctx.kernels
+        tracked = torch.is_grad_enabled() or _is_transformed()      # `create_graph=True`, or a batch of gradients
+        if for_x and for_weight and g.dtype==x.dtype and not tracked:
+            gx,gw = k.grads(g, x, weight, seed, threshold, scale)
         else:
             scaled = (g*scale).to(x.dtype)
             if tracked: rest,calls = (threshold,backend),(_both_gradients,_input_gradient,_weight_gradient)
@@ -259,10 +261,6 @@ def _autocast_enabled(t:Tensor) -> bool:
     if t.is_cpu: return torch.is_autocast_enabled('cpu')
     return not t.is_meta and torch.is_autocast_enabled(t.device.type)
 
-def _no_autocast(t:Tensor) -> torch.autocast:
-    "Return a context without autocast, which takes 20 us: enter it only where autocast is on"
-    return torch.autocast(t.device.type, enabled=False)
-
 # %% ../nbs/130_functional.ipynb #a63fabe9
 def _squares(t:Tensor) -> Tensor: # At least float32
     "Compute the squares of `t`"
@@ -300,7 +298,7 @@ class _GaussianFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         if _autocast_enabled(g):
-            with _no_autocast(g): return _GaussianFunction.backward(ctx, g)
+            with torch.autocast(g.device.type, enabled=False): return _GaussianFunction.backward(ctx, g)
         x,weight,noise,*squares = ctx.saved_tensors
         for_x,for_weight,for_bias,_ = ctx.needs_input_grad
         mm,gx,gw = ctx.mm,None,None
@@ -374,7 +372,8 @@ def linear_dropconnect(
         raise ValueError(f'`x` must have {weight.shape[1]} values in its last dimension, got x.shape={tuple(x.shape)}')
     if _autocast_enabled(x):
         ts = _autocast(x, weight, bias)
-        with _no_autocast(x): return linear_dropconnect(*ts, p, mode, True, drop_bias, backend)
+        with torch.autocast(x.device.type, enabled=False):
+            return linear_dropconnect(*ts, p, mode, drop_bias=drop_bias, backend=backend)
     if x.dtype != weight.dtype:
         raise TypeError(f'`x` must be of the type of `weight`, {weight.dtype}, got x.dtype={x.dtype}')
     rows = x if x.ndim==2 else x.reshape(-1, x.shape[-1])

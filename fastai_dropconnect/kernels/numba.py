@@ -119,10 +119,7 @@ def _block_sums(
 @jit(fastmath={'contract'})
 def _fill_row(y, sums, scale, bias):
     "Fill `y` with `scale*sums + bias`; a bias without numbers is none"
-    if len(bias):
-        for o in range(len(y)): y[o] = bias[o] + scale*sums[o]
-    else:
-        for o in range(len(y)): y[o] = scale*sums[o]
+    for o in range(len(y)): y[o] = bias[o] + scale*sums[o] if len(bias) else scale*sums[o]
 
 @jit()
 def _forward(
@@ -332,9 +329,7 @@ def _forward_at(
     x,w,y = array_at(x, (n,n_in), scale),array_at(w, (n_out,width), scale),array_at(y, (n,n_out), scale)
     _forward(x, w, low, high, limits, strict, scale, array_at(bias, (n_bias,), scale), y, first, last)
 
-def _fits(
-    x:Tensor, weight:Tensor, scale:float, bias:Tensor|None # As in `forward`
-) -> bool:
+def _fits(x:Tensor, weight:Tensor, scale:float, bias:Tensor|None) -> bool:
     "Tell whether `_forward` scales and adds `bias` as torch would, which rounds half precision in between"
     if x.dtype not in _number_types: return scale==1 and bias is None
     return bias is None or (bias.dtype==x.dtype and bias.shape==weight.shape[:1] and bias.is_contiguous())

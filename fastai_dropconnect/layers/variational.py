@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from ..checks import check_layers
-from ..functional import _add_noise_, _autocast, _autocast_enabled, _no_autocast, _normals, _squares
+from ..functional import _add_noise_, _autocast, _autocast_enabled, _normals, _squares
 from .dropconnect import _view_as, refuse_script
 from ..masks import draw_seed
 from ..nn_utils import select_layers
@@ -50,7 +50,7 @@ class _VariationalFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         if _autocast_enabled(g):
-            with _no_autocast(g): return _VariationalFunction.backward(ctx, g)
+            with torch.autocast(g.device.type, enabled=False): return _VariationalFunction.backward(ctx, g)
         x,weight,sigma2,noise = ctx.saved_tensors
         mm,gv = ctx.mm,g*noise        # `gv` is twice the gradient of the variance
         gx = mm(g, weight).addcmul_(x, mm(gv, sigma2).to(x.dtype)) if ctx.needs_input_grad[0] else None
@@ -75,7 +75,7 @@ def linear_variational(
     if looks_inside(x): return _with_noise(F.linear(x, weight, bias), F.linear(x.square(), log_sigma2.exp()))
     if _autocast_enabled(x):
         ts = _autocast(x, weight, log_sigma2, bias)
-        with _no_autocast(x): return linear_variational(*ts)
+        with torch.autocast(x.device.type, enabled=False): return linear_variational(*ts)
     rows = x if x.ndim==2 else x.reshape(-1, x.shape[-1])
     y = _VariationalFunction.apply(rows, weight, bias, log_sigma2, draw_seed(x.device))
     return y if x.ndim==2 else y.reshape(*x.shape[:-1], len(weight))
