@@ -287,12 +287,13 @@ class _GaussianFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, rest):
         linear,ctx.mm = layer_products(x, weight)
         seed,ctx.c,backend = rest
-        squares = _squares(x),_squares(weight)
-        var,y = linear(*squares),linear(x, weight, bias).contiguous()
+        is_small = max(x.numel(), weight.numel()) <= _most_kept      # then a call costs more than the memory
+        squares = (_squares(x),_squares(weight)) if is_small else ()
+        var = linear(*squares) if is_small else linear(_squares(x), _squares(weight))
+        y = linear(x, weight, bias).contiguous()
         if y.dtype!=var.dtype: y = y.to(var.dtype)
         noise = _add_noise_(y, var, seed, ctx.c, backend)
-        is_small = max(x.numel(), weight.numel()) <= _most_kept      # then a call costs more than the memory
-        ctx.save_for_backward(x, weight, noise, *(squares if is_small else ()))
+        ctx.save_for_backward(x, weight, noise, *squares)
         return y if y.dtype==x.dtype else y.to(x.dtype)
 
     @staticmethod
@@ -304,9 +305,9 @@ class _GaussianFunction(torch.autograd.Function):
         mm,gx,gw = ctx.mm,None,None
         if torch.is_grad_enabled(): noise,squares = _noise_again(x, weight, noise),None      # `create_graph=True`
         gv = g*noise     # twice the derivative by the variance, without `c`; the other half is in the squares
-        x2,w2 = squares or (_squares(x),_squares(weight))
-        if for_x: gx = mm(g, weight).addcmul_(x, mm(gv, w2), value=ctx.c)
-        if for_weight: gw = mm(g.t(), x).addcmul_(weight, mm(gv.t(), x2), value=ctx.c)
+        def squares_of(i): return squares[i] if squares else _squares((x,weight)[i])
+        if for_x: gx = mm(g, weight).addcmul_(x, mm(gv, squares_of(1)), value=ctx.c)
+        if for_weight: gw = mm(g.t(), x).addcmul_(weight, mm(gv.t(), squares_of(0)), value=ctx.c)
         return gx,gw,g.sum(0) if for_bias else None,None
 
 def _gaussian_expression(x:Tensor, weight:Tensor, bias:Tensor|None, seed:Tensor, c:float, backend:str|None) -> Tensor:
