@@ -12,8 +12,8 @@ from functools import lru_cache
 from itertools import pairwise
 from torch import Tensor
 from .torch import gradient_calls, scale_and_bias, widen
-from .vectors import add_where, aligned_zeros, array_at, broadcast, copy_into, jit, kept_rows
-from .vectors import load, load_limits, seed_at, store, sum_eight, vector_sz
+from .vectors import add_where, aligned_zeros, array_at, broadcast, copy_into, jit, keep_apart
+from .vectors import kept_rows, load, load_limits, seed_at, store, sum_eight, vector_sz
 from ..masks import HASH_CONSTANTS, block_rows, is_strict, limits_array
 
 # %% ../../nbs/110_kernels.numba.ipynb #daa20d18
@@ -132,6 +132,7 @@ def _forward(
     first, last # Row blocks to compute
 ):
     "Compute the outputs of the row blocks from `first` to before `last`"
+    keep_apart()
     n,(n_out,width) = len(x),w.shape
     counters,keys = np.zeros(width+vector_sz, np.uint32),np.empty((3,n_out), np.uint32)
     rows,sums = aligned_zeros(8*width, x.dtype).reshape(8, width),np.empty((n_out,8), x.dtype)
@@ -245,6 +246,7 @@ def _backward(
     first, last # Tiles to compute
 ):
     "Compute the gradients for the tiles of inputs from `first` to before `last`"
+    keep_apart()
     n,n_out = g.shape
     counters,keys = np.empty(width, np.uint32),np.zeros((3,_group_outs+1), np.uint32)
     rows,e = aligned_zeros(16*width, g.dtype).reshape(2, 8, width),np.zeros((8,_group_outs), g.dtype)
@@ -259,7 +261,7 @@ def _backward(
                 n_rows = min(8, n-r)
                 if n_rows<8: e[n_rows:],rows[0,n_rows:] = 0,0
                 for j in range(n_rows):
-                    for o in range(n_outs): e[j,o] = scale*g[r+j,o0+o]
+                    _fill_row(e[j,:n_outs], g[r+j,o0:outs[1]], scale, g[0,:0])
                     if x is not None: copy_into(rows[0,j], x[r+j,ins[0]:ins[1]])
                     if gx is not None: copy_into(rows[1,j], gx[r+j,ins[0]:ins[1]])
                 _fill_keys(low, high, r//8, o0, keys[:,:n_outs])
