@@ -29,6 +29,7 @@ def check_p(
     name:str='p' # Name of the argument, for the message
 ) -> float: # `p` as a `float`
     "Return `p` if it is a number with `0 <= p < 1`"
+    if type(p) is float and 0 <= p < 1: return p      # a layer asks in each pass
     number = _is_number(p)
     if number and 0 <= p < 1: return float(p)
     # after the return, as `torch.compile` cannot format a number that may change
@@ -94,7 +95,8 @@ def check_choice(
     "Return `value` if it is one of `options`"
     options = tuple(options)
     if value is None and none: return value
-    if any(type(value) is type(o) and value==o for o in options): return value
+    for o in options:
+        if type(value) is type(o) and value==o: return value
     rule = ('None or ' if none else '') + 'one of ' + ', '.join(map(repr, options))
     raise ValueError(f'`{name}` must be {rule}, got {name}={value!r}')
 

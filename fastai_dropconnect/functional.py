@@ -8,13 +8,13 @@ __all__ = ['BACKENDS', 'MODES', 'dropconnect', 'backend_module', 'choose_backend
 # %% ../nbs/130_functional.ipynb #cfe8142e
 import math, os, torch
 import torch.nn.functional as F
-from contextlib import nullcontext
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib import import_module
 from torch import Tensor
 from .checks import check_choice, check_p
+from .kernels.torch import scale_and_bias
 from .masks import HASH_CONSTANTS, _mix, _signed32, _xorshift_, draw_seed, drop_probability, drop_threshold
-from .products import _is_traced, _is_transformed, fast_linear, looks_inside
+from .products import _is_traced, _is_transformed, layer_products, looks_inside
 
 # %% ../nbs/130_functional.ipynb #41b7127e
 def dropconnect(
@@ -43,6 +43,7 @@ def _usable_backend(
     wanted:str|None # Name of a backend
 ) -> str: # One of `BACKENDS`; `RuntimeError` if `wanted` does not run on `device`
     "Choose a backend once for each device"
+    if wanted: check_choice(wanted, 'backend', BACKENDS)
     fastest = 'triton' if device.type=='cuda' else 'numba'
     for name in [wanted] if wanted else [fastest, 'torch']:
         if backend_module(name) and backend_module(name).usable(device): return name
@@ -54,9 +55,7 @@ def choose_backend(
     backend:str=None # Name of a backend; that of the environment variable or else the fastest by default
 ) -> str: # One of `BACKENDS`; `RuntimeError` if `backend` does not run on `device`
     "Choose the backend for `device`"
-    wanted = backend or os.environ.get('FASTAI_DROPCONNECT_BACKEND') or None
-    if wanted: check_choice(wanted, 'backend', BACKENDS)
-    return _usable_backend(torch.device(device), wanted)
+    return _usable_backend(torch.device(device), backend or os.environ.get('FASTAI_DROPCONNECT_BACKEND') or None)
 
 def _kernels(t:Tensor, backend:str|None):
     "Return the module of the backend for the device of `t`"
@@ -172,31 +171,39 @@ def _both_gradients(g:Tensor, x:Tensor, weight:Tensor, *rest) -> tuple:
     return _input_gradient(g, weight, *rest),_weight_gradient(g, x, *rest)
 
 # %% ../nbs/130_functional.ipynb #b78e0c8e
-def _scale_and_bias(y:Tensor, bias:Tensor|None, scale:float) -> Tensor:
-    "Compute `y*scale + bias`"
-    return y*scale if bias is None else torch.add(bias, y, alpha=scale)
-
 class _ExampleFunction(torch.autograd.Function):
-    "The same as `_example_forward`, `_scale_and_bias` and their gradients, without operators"
+    "The same as `_example_forward`, `scale_and_bias` and their gradients, without operators"
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, seed, threshold, backend):
-        ctx.scale,ctx.dtype,ctx.backend = scale,x.dtype,backend
-        _save_example(ctx, (x, weight, seed, threshold), None)
-        return _scale_and_bias(_kernels(x, backend).forward(x, weight, seed, threshold), bias, scale)
+    def forward(ctx, x, weight, bias, rest):
+        seed,threshold,scale,backend = ctx.rest = rest
+        ctx.kernels = _kernels(x, backend)
+        ctx.save_for_backward(x, weight, seed)
+        return ctx.kernels.forward(x, weight, seed, threshold, scale, bias)
 
     @staticmethod
     def backward(ctx, g):
-        scaled = (g*ctx.scale).to(ctx.dtype)
-        if torch.is_grad_enabled() or _is_transformed():      # `create_graph=True`, or a batch of gradients
-            rest = *ctx.rest,ctx.backend
-            gx,gw = _needed_gradients(ctx, scaled, rest, _both_gradients, _input_gradient, _weight_gradient)
+        x,weight,seed = ctx.saved_tensors
+        _,threshold,scale,backend = ctx.rest
+        for_x,for_weight,for_bias,_ = ctx.needs_input_grad
+        k = ctx.kernels
+        tracked = torch.is_grad_enabled() or _is_transformed()      # `create_graph=True`, or a batch of gradients
+        if for_x and for_weight and g.dtype==x.dtype and not tracked:
+            gx,gw = k.grads(g, x, weight, seed, threshold, scale)
         else:
-            k = _kernels(g, ctx.backend)
-            gx,gw = _needed_gradients(ctx, scaled, ctx.rest, k.grads, k.grad_input, k.grad_weight)
-        gb = g.sum(0) if ctx.needs_input_grad[2] else None
-        return gx,gw,gb,None,None,None,None
+            scaled = (g*scale).to(x.dtype)
+            if tracked: rest,calls = (threshold,backend),(_both_gradients,_input_gradient,_weight_gradient)
+            else: rest,calls = (threshold,),(k.grads,k.grad_input,k.grad_weight)
+            gx,gw = _needed_gradients(ctx, scaled, rest, *calls)
+        return gx,gw,g.sum(0) if for_bias else None,None
 
 # %% ../nbs/130_functional.ipynb #fbc45bf1
+def _threshold_and_scale(p:float) -> tuple: # An `int`, and `1/(1-p)` for the probability in force
+    "Compute what `p` means for a kernel"
+    threshold = drop_threshold(p)
+    return threshold,1/(1-drop_probability(threshold))
+
+_known_threshold = lru_cache(maxsize=256)(_threshold_and_scale)     # `torch.compile` warns of such caches
+
 def _linear_example(
     x:Tensor, # Inputs, shape `(n, n_in)`
     weight:Tensor, # Shape `(n_out, n_in)`
@@ -205,12 +212,11 @@ def _linear_example(
     backend:str=None # As in `choose_backend`
 ) -> Tensor: # Shape `(n, n_out)`
     "Apply a linear layer with a mask for each row of `x`"
-    threshold = drop_threshold(p)
-    scale = 1/(1-drop_probability(threshold))
-    rest = draw_seed(x.device),threshold,backend
-    if _is_traced(x): return _scale_and_bias(_example_forward(x, weight, *rest), bias, scale)
-    if _is_transformed(): return _scale_and_bias(_MaskedSum.apply('forward', x, weight, *rest), bias, scale)
-    return _ExampleFunction.apply(x, weight, bias, scale, *rest)
+    seed = draw_seed(x.device)
+    if not looks_inside(x): return _ExampleFunction.apply(x, weight, bias, (seed,*_known_threshold(p),backend))
+    threshold,scale = _threshold_and_scale(p)
+    call = _example_forward if _is_traced(x) else partial(_MaskedSum.apply, 'forward')
+    return scale_and_bias(call(x, weight, seed, threshold, backend), scale, bias)
 
 # %% ../nbs/130_functional.ipynb #f310e27a
 _pair_block = 256     # a block has the sines of this many pairs, then their cosines, as in `kernels.normal`
@@ -250,23 +256,19 @@ def _(info, in_dims, seed, y, backend):
     return torch.stack([_normals(s, item, backend) for s in seed.unbind(in_dims[0])]),0
 
 # %% ../nbs/130_functional.ipynb #5f7f8bee
-def _autocast_enabled(device:torch.device) -> bool:
-    "Tell whether autocast is on for `device`"
-    return device.type!='meta' and torch.is_autocast_enabled(device.type)
-
-def _no_autocast(device:torch.device):
-    "Return a context without autocast, which is empty if autocast is off anyway: it saves 20 us"
-    return torch.autocast(device.type, enabled=False) if _autocast_enabled(device) else nullcontext()
+def _autocast_enabled(t:Tensor) -> bool:
+    "Tell whether autocast is on for the device of `t`"
+    if t.is_cpu: return torch.is_autocast_enabled('cpu')
+    return not t.is_meta and torch.is_autocast_enabled(t.device.type)
 
 # %% ../nbs/130_functional.ipynb #a63fabe9
-def _variance(x:Tensor, weight:Tensor) -> Tensor: # At least float32, shape `(n, n_out)`
-    "Compute `x^2 (W^2)^T`"
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return fast_linear(x.to(dtype).square(), weight.to(dtype).square())
+def _squares(t:Tensor) -> Tensor: # At least float32
+    "Compute the squares of `t`"
+    return t.square() if t.dtype in (torch.float32,torch.float64) else t.float().square()
 
 def _noise_again(x:Tensor, weight:Tensor, noise:Tensor) -> Tensor:
     "Return `noise` as a function of `x` and `weight`"
-    var = _variance(x, weight)
+    var = F.linear(_squares(x), _squares(weight))
     return noise*var.detach().sqrt() * torch.where(var>0, var, 1).rsqrt()
 
 def _add_noise_(y:Tensor, var:Tensor, seed:Tensor, c:float, backend:str|None) -> Tensor:
@@ -277,34 +279,40 @@ def _add_noise_(y:Tensor, var:Tensor, seed:Tensor, c:float, backend:str|None) ->
     y.addcmul_(noise, var, value=c)
     return noise
 
+_most_kept = 2**14      # numbers of inputs or weights whose squares are stored for the backward pass
+
 class _GaussianFunction(torch.autograd.Function):
     "The function `x W^T + bias + eps * c * sqrt(x^2 (W^2)^T)`"
     @staticmethod
-    def forward(ctx, x, weight, bias, c, seed, backend):
-        with _no_autocast(x.device): var,y = _variance(x, weight),fast_linear(x, weight, bias)
-        y = y.to(var.dtype).contiguous()
-        noise = _add_noise_(y, var, seed, c, backend)
-        ctx.c = c
-        ctx.save_for_backward(x, weight, noise)
-        return y.to(x.dtype)
+    def forward(ctx, x, weight, bias, rest):
+        linear,ctx.mm = layer_products(x, weight)
+        seed,ctx.c,backend = rest
+        is_small = max(x.numel(), weight.numel()) <= _most_kept      # then a call costs more than the memory
+        squares = (_squares(x),_squares(weight)) if is_small else ()
+        var = linear(*squares) if is_small else linear(_squares(x), _squares(weight))
+        y = linear(x, weight, bias).contiguous()
+        if y.dtype!=var.dtype: y = y.to(var.dtype)
+        noise = _add_noise_(y, var, seed, ctx.c, backend)
+        ctx.save_for_backward(x, weight, noise, *squares)
+        return y if y.dtype==x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, g):
-        x,weight,noise = ctx.saved_tensors
-        for_x,for_weight,for_bias = ctx.needs_input_grad[:3]
-        gx = gw = None
-        with _no_autocast(g.device):
-            if torch.is_grad_enabled(): noise = _noise_again(x, weight, noise)      # `create_graph=True`
-            gv = g*noise     # twice the derivative by the variance, without `c`; the other half is in the squares
-            def squares(t): return t.to(gv.dtype).square()
-            if for_x: gx = fast_linear(g, weight.t()).addcmul_(x, fast_linear(gv, squares(weight).t()), value=ctx.c)
-            if for_weight:
-                gw = fast_linear(g.t(), x.t()).addcmul_(weight, fast_linear(gv.t(), squares(x).t()), value=ctx.c)
-        return gx,gw,g.sum(0) if for_bias else None,None,None,None
+        if _autocast_enabled(g):
+            with torch.autocast(g.device.type, enabled=False): return _GaussianFunction.backward(ctx, g)
+        x,weight,noise,*squares = ctx.saved_tensors
+        for_x,for_weight,for_bias,_ = ctx.needs_input_grad
+        mm,gx,gw = ctx.mm,None,None
+        if torch.is_grad_enabled(): noise,squares = _noise_again(x, weight, noise),None      # `create_graph=True`
+        gv = g*noise     # twice the derivative by the variance, without `c`; the other half is in the squares
+        def squares_of(i): return squares[i] if squares else _squares((x,weight)[i])
+        if for_x: gx = mm(g, weight).addcmul_(x, mm(gv, squares_of(1)), value=ctx.c)
+        if for_weight: gw = mm(g.t(), x).addcmul_(weight, mm(gv.t(), squares_of(0)), value=ctx.c)
+        return gx,gw,g.sum(0) if for_bias else None,None
 
-def _gaussian_expression(x:Tensor, weight:Tensor, bias:Tensor|None, c:float, seed:Tensor, backend:str|None) -> Tensor:
+def _gaussian_expression(x:Tensor, weight:Tensor, bias:Tensor|None, seed:Tensor, c:float, backend:str|None) -> Tensor:
     "Compute the same in operations that torch can trace and transform"
-    with _no_autocast(x.device): var,y = _variance(x, weight),F.linear(x, weight, bias)
+    var,y = F.linear(_squares(x), _squares(weight)),F.linear(x, weight, bias)
     eps = _normals(seed, y.detach(), backend)
     noise = torch.where(var>0, eps, 0) * torch.where(var>0, var, 1).sqrt()
     return (y + noise*c).to(y.dtype)
@@ -317,8 +325,9 @@ def _linear_gaussian(
     backend:str=None # As in `choose_backend`
 ) -> Tensor: # Shape `(n, n_out)`
     "Apply a linear layer with noise of the mean and variance of 'example'"
-    apply = _gaussian_expression if looks_inside(x) else _GaussianFunction.apply
-    return apply(x, weight, bias, (p/(1-p))**.5, draw_seed(x.device), backend)
+    rest = draw_seed(x.device),(p/(1-p))**.5,backend
+    if looks_inside(x): return _gaussian_expression(x, weight, bias, *rest)
+    return _GaussianFunction.apply(x, weight, bias, rest)
 
 # %% ../nbs/130_functional.ipynb #27ac40ab
 def _linear_batch(
@@ -338,11 +347,9 @@ MODES = tuple(_linear_modes)
 # %% ../nbs/130_functional.ipynb #e22d986d
 def _autocast(
     *ts:Tensor # Tensors, the last may be `None`
-): # The tensors in autocast's type if it is on; `float64` stays
+): # The tensors in autocast's type; `float64` stays
     "Cast tensors as autocast does for `F.linear`"
-    device = ts[0].device
-    if not _autocast_enabled(device): return ts
-    dtype = torch.get_autocast_dtype(device.type)
+    dtype = torch.get_autocast_dtype(ts[0].device.type)
     return [t if t is None or t.dtype==torch.float64 else t.to(dtype) for t in ts]
 
 # %% ../nbs/130_functional.ipynb #35223e2a
@@ -359,12 +366,15 @@ def linear_dropconnect(
 ) -> Tensor: # Shape `(*, n_out)`, of the type that `F.linear` returns
     "Apply a linear layer with DropConnect"
     check_choice(mode, 'mode', MODES)
-    check_choice(backend, 'backend', BACKENDS, none=True)
+    if backend is not None: check_choice(backend, 'backend', BACKENDS, none=True)
     if check_p(p)==0 or not (training or sample_eval): return F.linear(x, weight, bias)
     if not training: mode = 'gaussian'
     if x.shape[-1:] != weight.shape[1:]:
         raise ValueError(f'`x` must have {weight.shape[1]} values in its last dimension, got x.shape={tuple(x.shape)}')
-    x,weight,bias = _autocast(x, weight, bias)
+    if _autocast_enabled(x):
+        ts = _autocast(x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return linear_dropconnect(*ts, p, mode, drop_bias=drop_bias, backend=backend)
     if x.dtype != weight.dtype:
         raise TypeError(f'`x` must be of the type of `weight`, {weight.dtype}, got x.dtype={x.dtype}')
     rows = x if x.ndim==2 else x.reshape(-1, x.shape[-1])

@@ -126,5 +126,5 @@ def test_rows_of_zeros_get_no_noise_from_what_torch_can_trace():
     g = torch.Generator().manual_seed(0)
     w,b,x = torch.randn(5, 4, generator=g),torch.randn(5, generator=g),torch.randn(3, 4, generator=g)
     x[1] = 0
-    y = functional._gaussian_expression(x, w, b, .5, torch.tensor(7), None)
+    y = functional._gaussian_expression(x, w, b, torch.tensor(7), .5, None)
     assert torch.equal(y[1], b) and not (y[[0,2]]==F.linear(x[[0,2]], w, b)).any()

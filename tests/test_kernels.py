@@ -34,6 +34,33 @@ def test_every_tail_of_a_block(n, threshold, dtype):
         torch.testing.assert_close(cpu.grads(g, x, w, seed, threshold), reference.grads(g, x, w, seed, threshold), **tol)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_scale_and_bias_are_those_of_torch(dtype):
+    "Bit for bit: half precision is rounded in between, and a bias of another type or shape is added by torch"
+    for n_in,n_out in ((16,16), (33,5), (7,40)):
+        (x,w,g),seed = tensors(11, n_in, n_out, dtype),draw_seed()
+        sums = cpu.forward(x, w, seed, 9000)
+        biases = None,torch.randn(n_out, dtype=dtype),torch.randn(n_out, 2, dtype=dtype)[:,0],torch.randn(1, dtype=dtype),torch.randn(n_out).double()
+        for scale in (1., 1/.7):
+            for b in biases:
+                want = sums*scale if b is None else torch.add(b, sums, alpha=scale)
+                got = cpu.forward(x, w, seed, 9000, scale, b)
+                assert got.dtype==want.dtype and torch.equal(got, want), (n_in, scale, b)
+            for a,b in zip(cpu.grads(g, x, w, seed, 9000, scale), cpu.grads(g*scale, x, w, seed, 9000)): assert torch.equal(a, b)
+            torch.testing.assert_close(reference.forward(x, w, seed, 9000, scale, biases[1]).float(), cpu.forward(x, w, seed, 9000, scale, biases[1]).float(), rtol=2e-2, atol=1e-1)
+            for a,b in zip(reference.grads(g, x, w, seed, 9000, scale), reference.grads(g*scale, x, w, seed, 9000)): assert torch.equal(a, b)
+
+
+def test_memory_elsewhere_is_never_read():
+    "Kernels take addresses, so a tensor on another device must be refused before"
+    (x,w,g),seed = tensors(),draw_seed()
+    for calls in (lambda: cpu.forward(x, w.to('meta'), seed, 9000), lambda: cpu.forward(x, w, seed, 9000, 1., torch.zeros(33, device='meta')),
+                  lambda: cpu.grads(g, x.to('meta'), w, seed, 9000), lambda: cpu.forward(x, w, seed.to('meta'), 9000)):
+        with pytest.raises(RuntimeError, match='all tensors must be on the CPU, got one on meta'): calls()
+    x,w = x.t().contiguous().t(),w[:,::2].repeat_interleave(2, 1)[:,:90]
+    torch.testing.assert_close(cpu.forward(x, w, seed, 9000), reference.forward(x, w, seed, 9000), rtol=1e-4, atol=1e-3)
+
+
 def test_the_number_of_threads_changes_nothing(monkeypatch):
     (x,w,g),seed,res = tensors(300, 700, 150),draw_seed(),[]
     for k in (1, 2, 3, 7):

@@ -2,6 +2,7 @@
 import numba, numpy as np, pytest, torch
 from scipy import stats
 
+from fastai_dropconnect import functional
 from fastai_dropconnect.functional import _normals, _torch_normals, linear_dropconnect
 from fastai_dropconnect.masks import draw_seed
 if numba.config.DISABLE_JIT: pytest.skip('these loops need compiled code', allow_module_level=True)
@@ -109,3 +110,30 @@ def test_noise_of_a_layer_has_the_right_variance(p):
     z = ((ys-mean)/var.sqrt()).flatten(1)
     c = z.T@z/8000
     assert c.fill_diagonal_(0).abs().max()*8000**.5 < 5
+
+
+def test_a_variance_in_any_layout():
+    "The loop reads memory in its order, so another layout is copied first"
+    seed,var = draw_seed(),torch.rand(6, 4)
+    y,z = torch.zeros(6, 4),torch.zeros(6, 4)
+    add_noise_(y, var, seed, .7)
+    add_noise_(z, var.t().contiguous().t(), seed, .7)
+    assert torch.equal(y, z) and y.any()
+
+
+@pytest.mark.parametrize('n', [8, 400])
+def test_squares_are_stored_for_small_layers_only(n, monkeypatch):
+    "The gradients are the same: 400*64 inputs are too many to store, 8*64 are not"
+    def grads(most):
+        monkeypatch.setattr(functional, '_most_kept', most)
+        stored.clear()
+        torch.manual_seed(3)
+        x,w = torch.randn(n, 64, requires_grad=True),torch.randn(5, 64, requires_grad=True)
+        y = linear_dropconnect(x, w, None, .3, 'gaussian')
+        y.square().sum().backward()
+        return len(stored),x.grad,w.grad
+    stored = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.append(t) or t, lambda t: t):
+        a,b = grads(functional._most_kept),grads(0)
+    assert a[0]-b[0]==(2 if n==8 else 0)
+    for got,want in zip(a[1:], b[1:]): assert torch.equal(got, want)

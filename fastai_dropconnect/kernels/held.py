@@ -6,10 +6,10 @@
 __all__ = ['ByteMasks']
 
 # %% ../../nbs/118_kernels.held.ipynb #118a0c02
-import numba, numpy as np, torch
+import numpy as np, torch
 from torch import Tensor, nn
 from .numba import usable    # noqa: F401, `usable` is for callers
-from .vectors import jit, pointer_to
+from .vectors import array_at, jit
 
 # %% ../../nbs/118_kernels.held.ipynb #118a0c05
 @jit()
@@ -17,8 +17,8 @@ def _keep(places):
     "Set numbers to zero where the byte of their mask is 0 instead of -1"
     for t in range(len(places)):
         size = places[t,2]
-        bits = numba.carray(pointer_to(places[t,0]), (size,), np.int32)
-        mask = numba.carray(pointer_to(places[t,1]), (size,), np.int8)
+        bits = array_at(places[t,0], (size,), np.int32(0))
+        mask = array_at(places[t,1], (size,), np.int8(0))
         for i in range(size): bits[i] &= np.int32(mask[i])
 
 def _is_masked(t) -> bool: # Can the kernel mask it?
@@ -42,7 +42,8 @@ class ByteMasks:
     ) -> bool: # `False` if one is no contiguous float32 tensor on the CPU, and nothing is done
         "Set the numbers to zero where the masks are `False`, also where they are NaN"
         addresses = list(map(Tensor.data_ptr, tensors))
-        if addresses!=self._last or not all(map(Tensor.is_contiguous, tensors)):
+        same = addresses==self._last and all(t.dtype==torch.float32 and t.is_contiguous() for t in tensors)
+        if not same:
             if not all(map(_is_masked, tensors)): return False
             self._last = self._places[:,0] = addresses
         _keep(self._places)

@@ -6,11 +6,11 @@
 __all__ = ['lookup', 'lookup_gradients', 'FixedTables']
 
 # %% ../../nbs/116_kernels.lookup.ipynb #fcb1f07b
-import numba, numpy as np, torch
+import numpy as np, torch
 from functools import lru_cache
 from torch import Tensor
 from .numba import usable    # noqa: F401, `usable` is for callers
-from .vectors import jit, pointer_to
+from .vectors import array_at, jit
 
 # %% ../../nbs/116_kernels.lookup.ipynb #a63e0351
 @jit()
@@ -21,7 +21,7 @@ def _lookup(codes, addresses, sizes, dims, out):
         for t in range(codes.shape[1]):
             code,dim = codes[r,t],dims[t]
             if code<0 or code>=sizes[t]: return t
-            table = numba.carray(pointer_to(addresses[t]), (sizes[t],dim), np.float32)
+            table = array_at(addresses[t], (sizes[t],dim), np.float32(0))
             for j in range(dim): out[r,start+j] = table[code,j]
             start += dim
     return -1
@@ -45,7 +45,7 @@ def _add_in_place(codes, g, addresses, sizes, dims):
         for t in range(codes.shape[1]):
             dim = dims[t]
             if addresses[t]:
-                table = numba.carray(pointer_to(addresses[t]), (sizes[t],dim), np.float32)
+                table = array_at(addresses[t], (sizes[t],dim), np.float32(0))
                 for j in range(dim): table[codes[r,t],j] += g[r,start+j]
             start += dim
 

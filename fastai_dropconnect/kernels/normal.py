@@ -9,7 +9,7 @@ __all__ = ['normals', 'add_noise_', 'add_normals_']
 import math, numpy as np, torch
 from torch import Tensor
 from ..masks import HASH_CONSTANTS
-from .vectors import jit
+from .vectors import array_at, jit, seed_at
 
 # %% ../../nbs/115_kernels.normal.ipynb #2619dd6c
 _u32,_i32,_f32 = np.uint32,np.int32,np.float32
@@ -91,24 +91,23 @@ def _fill_block(place, keys, z):
     _fill_pairs(place//2, keys, z[:_block_sz//2], z[_block_sz//2:])
 
 @jit()
-def _seed_keys(low, high):
-    "Compute the keys of a seed"
+def _keys_at(seed):
+    "Compute the keys of the seed at an address"
+    low,high = seed_at(seed)
     return _key(low, high, _salts[0]),_key(low, high, _salts[1]),_key(low, high, _salts[2])
 
 @jit()
-def _fill(low, high, out):
-    "Fill `out` with the normal numbers of a seed"
-    keys,whole = _seed_keys(low, high),len(out)//_block_sz*_block_sz
+def _fill(
+    seed, out, # Addresses of the seed and of memory for the result
+    n # How many
+):
+    "Fill memory with the normal numbers of a seed"
+    keys,out,whole = _keys_at(seed),array_at(out, (n,), _f32(0)),n//_block_sz*_block_sz
     for i in range(0, whole, _block_sz): _fill_block(i, keys, out[i:i+_block_sz])
-    if whole==len(out): return
+    if whole==n: return
     z = np.empty(_block_sz, np.float32)
     _fill_block(whole, keys, z)
-    out[whole:] = z[:len(out)-whole]
-
-def _seed_halves(seed:Tensor) -> tuple: # Lower and upper 32 bits
-    "Split a seed of 64 bits"
-    s = seed.item()
-    return _u32(s & 0xffffffff),_u32(s>>32 & 0xffffffff)
+    out[whole:] = z[:n-whole]
 
 def normals(
     seed:Tensor, # 0-d int64, from `draw_seed`
@@ -116,7 +115,7 @@ def normals(
 ) -> Tensor: # float32, shape `(n,)`
     "Draw normal numbers from a seed"
     out = torch.empty(n)
-    _fill(*_seed_halves(seed), out.numpy())
+    _fill(seed.data_ptr(), out.data_ptr(), n)
     return out
 
 # %% ../../nbs/115_kernels.normal.ipynb #b6877b1a
@@ -129,14 +128,20 @@ def _add_block(c, z, var, y, noise):
         noise[j] = unit
         y[j] += c*unit*v
 
+_number_types = {torch.float32: np.float32, torch.float64: np.float64}
+
 @jit()
-def _add_noise(low, high, c, var, y, noise):
+def _add_noise(
+    seed, var, y, noise, # Addresses of the tensors
+    n, # Size of each of the last three
+    c # As in `add_noise_`, of their type
+):
     "Add noise to all of `y`, block by block"
-    keys,z = _seed_keys(low, high),np.empty(_block_sz, np.float32)
-    var,y,noise = var.reshape(-1),y.reshape(-1),noise.reshape(-1)
-    for i in range(0, len(y), _block_sz):
+    keys,z = _keys_at(seed),np.empty(_block_sz, np.float32)
+    var,y,noise = array_at(var, (n,), c),array_at(y, (n,), c),array_at(noise, (n,), c)
+    for i in range(0, n, _block_sz):
         _fill_block(i, keys, z)
-        j = min(i+_block_sz, len(y))
+        j = min(i+_block_sz, n)
         _add_block(c, z, var[i:j], y[i:j], noise[i:j])
 
 def add_noise_(
@@ -146,9 +151,10 @@ def add_noise_(
     c:float # Factor of the standard deviation
 ) -> Tensor: # `noise`, of the shape and type of `y`: `y` grows by `c*noise*var`
     "Add normal noise of variance `c*c*var` to `y`"
+    var = var.contiguous()
     noise = torch.empty_like(var)
-    outputs = y.numpy()
-    _add_noise(*_seed_halves(seed), outputs.dtype.type(c), var.numpy(), outputs, noise.numpy())
+    addresses = seed.data_ptr(),var.data_ptr(),y.data_ptr(),noise.data_ptr()
+    _add_noise(*addresses, y.numel(), _number_types[y.dtype](c))
     return noise
 
 # %% ../../nbs/115_kernels.normal.ipynb #115addn2
@@ -158,13 +164,17 @@ def _add_scaled(z, var, y):
     for j in range(len(y)): y[j] += math.sqrt(var[j])*z[j]
 
 @jit()
-def _add_normals(low, high, var, y):
+def _add_normals(
+    seed, var, y, # Addresses of the tensors
+    n, # Size of `y`
+    zero # A number of its type
+):
     "Add normal numbers to all of `y`, block by block"
-    keys,z = _seed_keys(low, high),np.empty(_block_sz, np.float32)
-    var,y = var.reshape(-1),y.reshape(-1)
-    for i in range(0, len(y), _block_sz):
+    keys,z = _keys_at(seed),np.empty(_block_sz, np.float32)
+    var,y = array_at(var, (n,), zero),array_at(y, (n,), zero)
+    for i in range(0, n, _block_sz):
         _fill_block(i, keys, z)
-        j = min(i+_block_sz, len(y))
+        j = min(i+_block_sz, n)
         _add_scaled(z, var[i:j], y[i:j])
 
 def add_normals_(
@@ -173,5 +183,6 @@ def add_normals_(
     seed:Tensor # 0-d int64, from `draw_seed`
 ) -> Tensor: # `y`
     "Add normal numbers with the variance `var` to `y`"
-    _add_normals(*_seed_halves(seed), var.numpy(), y.numpy())
+    var = var.contiguous()
+    _add_normals(seed.data_ptr(), var.data_ptr(), y.data_ptr(), y.numel(), _number_types[y.dtype](0))
     return y

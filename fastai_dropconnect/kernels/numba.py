@@ -8,11 +8,12 @@ __all__ = ['grad_input', 'grad_weight', 'grads', 'usable', 'forward']
 # %% ../../nbs/110_kernels.numba.ipynb #71236461
 import os, threading, numba, numpy as np, torch, torch.nn.functional as F
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import pairwise
 from torch import Tensor
-from .torch import gradient_calls, widen
-from .vectors import add_where, aligned_zeros, broadcast, copy_into, jit, kept_rows, load
-from .vectors import load_limits, store, sum_eight, vector_sz
+from .torch import gradient_calls, scale_and_bias, widen
+from .vectors import add_where, aligned_zeros, array_at, broadcast, copy_into, jit, keep_apart
+from .vectors import kept_rows, load, load_limits, seed_at, store, sum_eight, vector_sz
 from ..masks import HASH_CONSTANTS, block_rows, is_strict, limits_array
 
 # %% ../../nbs/110_kernels.numba.ipynb #daa20d18
@@ -59,11 +60,6 @@ def _fill_keys(
     "Compute the keys of one block of rows for the outputs from `first` on"
     for j in range(3): _fill_hashes(low, high, _key_salts[j], block, first, keys[j])
 
-def _seed_halves(seed:Tensor) -> tuple: # Lower and upper 32 bits
-    "Split a seed of 64 bits"
-    s = seed.item()
-    return _u32(s & 0xffffffff),_u32(s>>32 & 0xffffffff)
-
 # %% ../../nbs/110_kernels.numba.ipynb #fdc758d4
 @jit(inline='always')
 def _words(
@@ -91,6 +87,7 @@ def _masks(
     place = ((key>>_u32(20)) + (counter>>_u32(20))) & 4095
     return kept_rows(word, load_limits(limits, place), strict)
 
+@lru_cache(maxsize=256)
 def _limits(threshold:int) -> tuple:
     "Return the arguments `limits` and `strict` of the kernels"
     return limits_array(threshold),True if is_strict(threshold) else None
@@ -119,16 +116,23 @@ def _block_sums(
         s6,s7 = add_where(s6, m[2], load(x[6], i), wi),add_where(s7, m[3], load(x[7], i), wi)
     return sum_eight((s0, s1, s2, s3, s4, s5, s6, s7))
 
+@jit(fastmath={'contract'})
+def _fill_row(y, sums, scale, bias):
+    "Fill `y` with `scale*sums + bias`; a bias without numbers is none"
+    for o in range(len(y)): y[o] = bias[o] + scale*sums[o] if len(bias) else scale*sums[o]
+
 @jit()
 def _forward(
     x, # Inputs, shape `(n, n_in)`
     w, # Weight, shape `(n_out, width)`: rows padded to whole vectors
     low, high, # Halves of the seed
     limits, strict, # From `_limits`
+    scale, bias, # As in `_fill_row`
     y, # Memory for the outputs, shape `(n, n_out)`
     first, last # Row blocks to compute
 ):
     "Compute the outputs of the row blocks from `first` to before `last`"
+    keep_apart()
     n,(n_out,width) = len(x),w.shape
     counters,keys = np.zeros(width+vector_sz, np.uint32),np.empty((3,n_out), np.uint32)
     rows,sums = aligned_zeros(8*width, x.dtype).reshape(8, width),np.empty((n_out,8), x.dtype)
@@ -138,8 +142,7 @@ def _forward(
         _fill_keys(low, high, b, 0, keys)
         _fill_hashes(low, high, _counter_salt, b, 0, counters)
         for o in range(n_out): store(sums[o], 0, _block_sums(keys, o, counters, limits, strict, rows, w[o]))
-        for j in range(n_rows):
-            for o in range(n_out): y[8*b+j,o] = sums[o,j]
+        for j in range(n_rows): _fill_row(y[8*b+j], sums[:,j], scale, bias)
 
 # %% ../../nbs/110_kernels.numba.ipynb #7c9c8951
 @jit(inline='always')
@@ -232,7 +235,7 @@ def _read_pairs(
 
 @jit()
 def _backward(
-    g, # Gradients of the outputs, shape `(n, n_out)`
+    g, scale, # Gradients of the outputs, shape `(n, n_out)`, and their factor
     x, # Inputs, shape `(n, n_in)`, or `None`
     w, # Weight, shape `(n_out, n_in)`, or `None`
     low, high, # Halves of the seed
@@ -243,6 +246,7 @@ def _backward(
     first, last # Tiles to compute
 ):
     "Compute the gradients for the tiles of inputs from `first` to before `last`"
+    keep_apart()
     n,n_out = g.shape
     counters,keys = np.empty(width, np.uint32),np.zeros((3,_group_outs+1), np.uint32)
     rows,e = aligned_zeros(16*width, g.dtype).reshape(2, 8, width),np.zeros((8,_group_outs), g.dtype)
@@ -257,7 +261,7 @@ def _backward(
                 n_rows = min(8, n-r)
                 if n_rows<8: e[n_rows:],rows[0,n_rows:] = 0,0
                 for j in range(n_rows):
-                    copy_into(e[j], g[r+j,o0:outs[1]])
+                    _fill_row(e[j,:n_outs], g[r+j,o0:outs[1]], scale, g[0,:0])
                     if x is not None: copy_into(rows[0,j], x[r+j,ins[0]:ins[1]])
                     if gx is not None: copy_into(rows[1,j], gx[r+j,ins[0]:ins[1]])
                 _fill_keys(low, high, r//8, o0, keys[:,:n_outs])
@@ -305,35 +309,81 @@ def _run_in_threads(
     for o in others: o.result()
 
 # %% ../../nbs/110_kernels.numba.ipynb #c40174c1
-def _as_numpy(t:Tensor|None) -> np.ndarray|None:
-    "View a tensor as an array"
-    if t is None: return None
-    return t.detach().numpy() if t.requires_grad else t.numpy()
+_number_types = {torch.float32: np.float32, torch.float64: np.float64}
+
+def _addresses(*ts:Tensor) -> list:
+    "Return where the numbers of tensors are, `None` for `None`"
+    for t in ts:
+        if t is not None and not t.is_cpu: raise RuntimeError(f'all tensors must be on the CPU, got one on {t.device}')
+    return [None if t is None else t.data_ptr() for t in ts]
+
+@jit()
+def _forward_at(
+    x, w, y, bias, seed, # Addresses of the tensors
+    limits, strict, # From `_limits`
+    n, n_in, n_out, n_bias, # Sizes of the batch, of the layer, and of its bias
+    scale, # As in `_forward`, a number of the tensors' type
+    first, last # As in `_forward`
+):
+    "Call `_forward` for tensors at these addresses"
+    low,high = seed_at(seed)
+    width = -(-n_in//vector_sz)*vector_sz
+    x,w,y = array_at(x, (n,n_in), scale),array_at(w, (n_out,width), scale),array_at(y, (n,n_out), scale)
+    _forward(x, w, low, high, limits, strict, scale, array_at(bias, (n_bias,), scale), y, first, last)
+
+def _fits(x:Tensor, weight:Tensor, scale:float, bias:Tensor|None) -> bool:
+    "Tell whether `_forward` scales and adds `bias` as torch would, which rounds half precision in between"
+    if x.dtype not in _number_types: return scale==1 and bias is None
+    return bias is None or (bias.dtype==x.dtype and bias.shape==weight.shape[:1] and bias.is_contiguous())
 
 def forward(
     x:Tensor, # Inputs, shape `(n, n_in)`
     weight:Tensor, # Shape `(n_out, n_in)`
     seed:Tensor, # 0-d int64, from `draw_seed`
-    threshold:int # From `drop_threshold`
+    threshold:int, # From `drop_threshold`
+    scale:float=1., # Factor of the sums
+    bias:Tensor=None # Shape `(n_out,)`
 ) -> Tensor: # Shape `(n, n_out)`
-    "Compute `y[r,o] = sum_i x[r,i] * weight[o,i] * mask[r,o,i]`"
-    (n,n_in),n_out = x.shape,len(weight)
+    "Compute `y[r,o] = scale * sum_i x[r,i] * weight[o,i] * mask[r,o,i] + bias[o]`"
+    if not _fits(x, weight, scale, bias): return scale_and_bias(forward(x, weight, seed, threshold), scale, bias)
+    (n,n_in),n_out = x.shape,weight.shape[0]
     xw,w = widen(x, weight)
     if n_in%vector_sz: w = F.pad(w, (0,-n_in%vector_sz))
     y = xw.new_empty(n, n_out)
-    args = _as_numpy(xw),_as_numpy(w),*_seed_halves(seed),*_limits(threshold),_as_numpy(y)
-    _run_in_threads(_forward, args, -(-n//block_rows), _n_threads(n*n_out*n_in))
-    return y.to(x.dtype)
+    b,n_bias = (y,0) if bias is None else (bias,n_out)
+    sizes = n,n_in,n_out,n_bias,_number_types[y.dtype](scale)
+    args = *_addresses(xw, w, y, b, seed),*_limits(threshold),*sizes
+    _run_in_threads(_forward_at, args, -(-n//block_rows), _n_threads(n*n_out*n_in))
+    return y if y.dtype==x.dtype else y.to(x.dtype)
 
 # %% ../../nbs/110_kernels.numba.ipynb #1a5358d7
+@jit()
+def _backward_at(
+    g, x, w, gx, gw, seed, # Addresses of the tensors, or `None` as in `_backward`
+    limits, strict, # From `_limits`
+    n, n_in, n_out, # Sizes of the batch and of the layer
+    scale, # As in `_backward`, a number of the tensors' type
+    width, first, last # As in `_backward`
+):
+    "Call `_backward` for tensors at these addresses"
+    low,high = seed_at(seed)
+    g = array_at(g, (n,n_out), scale)
+    x = None if x is None else array_at(x, (n,n_in), scale)
+    w = None if w is None else array_at(w, (n_out,n_in), scale)
+    gx = None if gx is None else array_at(gx, (n,n_in), scale)
+    gw = None if gw is None else array_at(gw, (n_out,n_in), scale)
+    _backward(g, scale, x, w, low, high, limits, strict, gx, gw, n_in, width, first, last)
+
 def _gradients(
     g:Tensor, # Gradient of the outputs, shape `(n, n_out)`
     x:Tensor|None, # Inputs, shape `(n, n_in)`, for the gradient of the weight
     weight:Tensor|None, # Shape `(n_out, n_in)`, for the gradient of the input
     seed:Tensor, # 0-d int64, from the forward pass
-    threshold:int # From the forward pass
+    threshold:int, # From the forward pass
+    scale:float=1. # Factor of `g`
 ) -> tuple: # Gradients of the input, `(n, n_in)`, and of the weight, `(n_out, n_in)`, or `None`
     "Compute the gradient of the input, of the weight, or both"
+    if g.dtype not in _number_types: g,scale = scale_and_bias(g, scale, None),1.     # rounded as torch does
     n,n_out = g.shape
     n_in = (x if weight is None else weight).shape[1]
     e,xw,w = widen(g, x, weight)
@@ -341,9 +391,9 @@ def _gradients(
     gw = None if xw is None else e.new_empty(n_out, n_in)
     n_threads = _n_threads(n*n_out*n_in)
     width = min(_max_tile, max(64, -(-n_in//(vector_sz*n_threads))*vector_sz))
-    e,xw,w,*out = map(_as_numpy, (e, xw, w, gx, gw))
-    args = e,xw,w,*_seed_halves(seed),*_limits(threshold),*out,n_in,width
-    _run_in_threads(_backward, args, -(-n_in//width), n_threads)
+    args = *_addresses(e, xw, w, gx, gw, seed),*_limits(threshold),n,n_in,n_out,_number_types[e.dtype](scale),width
+    _run_in_threads(_backward_at, args, -(-n_in//width), n_threads)
+    if e.dtype==g.dtype: return gx,gw
     return tuple(t if t is None else t.to(g.dtype) for t in (gx,gw))
 
 grad_input,grad_weight,grads = gradient_calls(_gradients)

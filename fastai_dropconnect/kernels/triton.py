@@ -9,7 +9,7 @@ __all__ = ['grad_input', 'grad_weight', 'grads', 'usable', 'forward']
 import torch, triton, triton.language as tl
 from functools import lru_cache
 from torch import Tensor
-from .torch import gradient_calls
+from .torch import gradient_calls, scale_and_bias
 from ..masks import HASH_CONSTANTS, block_rows, drop_limits, is_strict
 
 # %% ../../nbs/120_kernels.triton.ipynb #7a2e0b74
@@ -168,15 +168,17 @@ def forward(
     x:Tensor, # Inputs, shape `(n, n_in)`
     weight:Tensor, # Shape `(n_out, n_in)`
     seed:Tensor, # 0-d int64, from `draw_seed`
-    threshold:int # From `drop_threshold`
+    threshold:int, # From `drop_threshold`
+    scale:float=1., # Factor of the sums
+    bias:Tensor=None # Shape `(n_out,)`
 ) -> Tensor: # Shape `(n, n_out)`
-    "Compute `y[r,o] = sum_i x[r,i] * weight[o,i] * mask[r,o,i]`"
+    "Compute `y[r,o] = scale * sum_i x[r,i] * weight[o,i] * mask[r,o,i] + bias[o]`"
     n,(n_out,n_in) = len(x),weight.shape
     x,weight = x.contiguous(),weight.contiguous()
     y = x.new_empty(n, n_out)
     grid = triton.cdiv(n, block_rows),triton.cdiv(n_out, _piece_outs)
     _launch(_forward, grid, x, threshold, x, weight, seed, _limits(threshold, x.device), y, n, n_out, n_in)
-    return y
+    return scale_and_bias(y, scale, bias)
 
 # %% ../../nbs/120_kernels.triton.ipynb #7d6fcb20
 @triton.jit
@@ -317,9 +319,11 @@ def _gradients(
     x:Tensor|None, # Inputs, shape `(n, n_in)`, for the gradient of the weight
     weight:Tensor|None, # Shape `(n_out, n_in)`, for the gradient of the input
     seed:Tensor, # 0-d int64, from the forward pass
-    threshold:int # From the forward pass
+    threshold:int, # From the forward pass
+    scale:float=1. # Factor of `g`
 ) -> tuple: # Gradients of the input, `(n, n_in)`, and of the weight, `(n_out, n_in)`, or `None`
     "Compute the gradient of the input, of the weight, or both"
+    g = scale_and_bias(g, scale, None)
     gx = None if weight is None else _input_gradient(g, weight, seed, threshold)
     gw = None if x is None else _weight_gradient(g, x, seed, threshold)
     return gx,gw

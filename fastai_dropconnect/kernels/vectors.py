@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['vector_sz', 'jit', 'Vector', 'broadcast', 'load', 'store', 'load_limits', 'kept_rows', 'add_where', 'sum_eight',
-           'aligned_zeros', 'copy_into', 'pointer_to']
+           'aligned_zeros', 'copy_into', 'array_at', 'keep_apart', 'seed_at']
 
 # %% ../../nbs/105_kernels.vectors.ipynb #a959b9b6
 import operator, os, sys, threading, numba, numpy as np
@@ -186,8 +186,37 @@ def copy_into(to, numbers):
     "Copy as `to[:len(numbers)] = numbers`, which numba does one by one"
     for i in range(len(numbers)): to[i] = numbers[i]
 
+
+# %% ../../nbs/105_kernels.vectors.ipynb #addr0002
 @intrinsic
-def pointer_to(typingctx, address):
-    "Return an address as a pointer, for `numba.carray`"
-    def emit(context, builder, sig, args): return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-    return types.voidptr(address),emit
+def _pointer_to(typingctx, address, number):
+    "Return an address as a pointer to numbers of the type of `number`"
+    def emit(context, builder, sig, args):
+        return builder.inttoptr(args[0], context.get_data_type(sig.return_type.dtype).as_pointer())
+    return types.CPointer(number)(address, number),emit
+
+@jit(inline='always')
+def array_at(
+    address, # Integer, as of `Tensor.data_ptr`
+    shape, # Tuple
+    number # Any number of the array's type
+): # Array
+    "View memory as an array, without a check"
+    return numba.carray(_pointer_to(address, number), shape)
+
+@intrinsic
+def keep_apart(typingctx):
+    "Forbid LLVM to inline the function that calls this"
+    def emit(context, builder, sig, args):
+        builder.function.attributes.add('noinline')
+        return context.get_dummy_value()
+    return types.void(),emit
+
+@jit()
+def seed_at(
+    address # Of an integer of 64 bits
+): # Two integers without a sign
+    "Read the lower and upper 32 bits of a seed"
+    seed = array_at(address, (1,), np.int64(0))[0]
+    return np.uint32(seed & 0xffffffff),np.uint32(seed>>32 & 0xffffffff)
+

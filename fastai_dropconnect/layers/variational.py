@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from ..checks import check_layers
-from ..functional import _add_noise_, _autocast, _no_autocast, _normals
+from ..functional import _add_noise_, _autocast, _autocast_enabled, _normals, _squares
 from .dropconnect import _view_as, refuse_script
 from ..masks import draw_seed
 from ..nn_utils import select_layers
-from ..products import looks_inside
+from ..products import layer_products, looks_inside
 
 # %% ../../nbs/230_layers.variational.ipynb #939116e6
 K1,K2,K3 = .63576,1.87320,1.48695      # of Molchanov et al., equation 14
@@ -39,10 +39,9 @@ class _VariationalFunction(torch.autograd.Function):
     "The function `x W^T + bias + eps * sqrt(x^2 S^T)` for variances S"
     @staticmethod
     def forward(ctx, x, weight, bias, log_sigma2, seed):
-        with _no_autocast(x.device):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            sigma2 = log_sigma2.to(dtype).exp()
-            var,y = x.to(dtype).square()@sigma2.t(),F.linear(x, weight, bias).to(dtype).contiguous()
+        linear,ctx.mm = layer_products(x, weight)
+        sigma2 = log_sigma2.to(torch.promote_types(x.dtype, torch.float32)).exp()
+        var,y = linear(_squares(x), sigma2),linear(x, weight, bias).to(sigma2.dtype).contiguous()
         noise = _add_noise_(y, var, seed, 1., None)
         ctx.save_for_backward(x, weight, sigma2, noise)
         return y.to(x.dtype)
@@ -50,12 +49,13 @@ class _VariationalFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
+        if _autocast_enabled(g):
+            with torch.autocast(g.device.type, enabled=False): return _VariationalFunction.backward(ctx, g)
         x,weight,sigma2,noise = ctx.saved_tensors
-        with _no_autocast(g.device):
-            gv = g*noise        # twice the gradient of the variance
-            gx = (g@weight).addcmul_(x, (gv@sigma2).to(x.dtype)) if ctx.needs_input_grad[0] else None
-            gw = g.t()@x if ctx.needs_input_grad[1] else None
-            gs = (gv.t()@x.to(gv.dtype).square()).mul_(sigma2).mul_(.5)
+        mm,gv = ctx.mm,g*noise        # `gv` is twice the gradient of the variance
+        gx = mm(g, weight).addcmul_(x, mm(gv, sigma2).to(x.dtype)) if ctx.needs_input_grad[0] else None
+        gw = mm(g.t(), x) if ctx.needs_input_grad[1] else None
+        gs = mm(gv.t(), _squares(x)).mul_(sigma2).mul_(.5)
         return gx,gw,g.sum(0) if ctx.needs_input_grad[2] else None,gs,None
 
 def _with_noise(y:Tensor, var:Tensor) -> Tensor:
@@ -73,7 +73,9 @@ def linear_variational(
 ) -> Tensor: # Shape `(*, n_out)`
     "Apply a linear layer whose weights are independent Gaussians for each row"
     if looks_inside(x): return _with_noise(F.linear(x, weight, bias), F.linear(x.square(), log_sigma2.exp()))
-    x,log_sigma2,weight,bias = _autocast(x, log_sigma2, weight, bias)
+    if _autocast_enabled(x):
+        ts = _autocast(x, weight, log_sigma2, bias)
+        with torch.autocast(x.device.type, enabled=False): return linear_variational(*ts)
     rows = x if x.ndim==2 else x.reshape(-1, x.shape[-1])
     y = _VariationalFunction.apply(rows, weight, bias, log_sigma2, draw_seed(x.device))
     return y if x.ndim==2 else y.reshape(*x.shape[:-1], len(weight))
