@@ -8,7 +8,6 @@ __all__ = ['TREES', 'boosted_candidate']
 # %% ../nbs/527_boosting.ipynb #a229eb5c
 import math, time
 from collections.abc import Callable
-from functools import partial
 import numpy as np, torch
 from .ensemble.averaging import average_for
 from .ensemble.boosted import fit_boosted
@@ -30,6 +29,13 @@ TREES = { # name: arguments of `fit_boosted`
     'boosted trees': {},
     'larger trees': dict(n_leaves=63, lr=.03)}
 
+def _grow(dls, valid, name, seed, deadline, n_trees=None):
+    "Grow trees on the training rows"
+    to = dls.train_ds
+    n_classes = dls.c if average_for(to.loss_func)[0]=='softmax' else 0
+    n_levels,weights = [len(to.classes[n]) for n in to.cat_names],_weights(dls.train)
+    return fit_boosted(_arrays(to), valid, n_levels, n_classes, weights, seed, deadline, n_trees, **TREES[name])
+
 def boosted_candidate(
     folds:list, # `TabularDataLoaders`, one per fold
     score:Callable, # Function of predictions and targets; lower is better
@@ -40,23 +46,12 @@ def boosted_candidate(
     "Train boosted trees on each fold and measure them on the validation rows"
     start,models,preds = time.monotonic(),[],[]
     for i,dls in enumerate(folds):
-        to = dls.train_ds
-        is_class = average_for(to.loss_func)[0]=='softmax'
-        n_levels = [len(to.classes[n]) for n in to.cat_names]
         until = time.monotonic() + (deadline-time.monotonic())/(len(folds)-i)
         valid = _arrays(dls.valid_ds, targets_of(dls))
-        n_classes = dls.c if is_class else 0
-        models.append(fit_boosted(_arrays(to), valid, n_levels, n_classes, _weights(dls.train), seed, until, **TREES[name]))
+        models.append(_grow(dls, valid, name, seed, until))
         out = models[-1](*valid[:2]).cpu()
-        preds.append(out.exp() if is_class else out)
+        preds.append(out.exp() if models[-1].average=='softmax' else out)
     preds = torch.cat(preds)
     loss = float(score(preds, torch.cat([targets_of(dls) for dls in folds])))
-    again = partial(_again, n_trees=models[0].n_trees, seed=seed, name=name)
+    def again(dls, deadline): return _grow(dls, None, name, seed, deadline, models[0].n_trees)
     return Candidate(name, 0, models, preds, loss, time.monotonic()-start, again=again)
-
-def _again(dls, deadline, n_trees, seed, name):
-    "Grow as many trees on other rows"
-    to = dls.train_ds
-    n_classes = dls.c if average_for(to.loss_func)[0]=='softmax' else 0
-    n_levels = [len(to.classes[n]) for n in to.cat_names]
-    return fit_boosted(_arrays(to), None, n_levels, n_classes, _weights(dls.train), seed, deadline, n_trees, **TREES[name])

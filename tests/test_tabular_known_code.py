@@ -167,7 +167,6 @@ def test_callbacks_that_come_in_a_fit_end_it(used):
 def test_a_broken_batch_ends_it(used, monkeypatch, error):
     def run():
         learn = learner()
-        shipped = learn.model.layers[0][0].forward
         def breaks(x): raise error('stop')
         def at_five():
             if learn.opt.state_dict()['state'][0].get('step')==5: learn.model.layers[0][0].forward = breaks
