@@ -8,7 +8,7 @@ from fastai_dropconnect.checks import check_int
 from ..accuracy.__main__ import parse_names, say
 from .methods import METHODS
 from .run import Job, run
-from .tables import TABLES, WHEELS, Options
+from .tables import TABLES, UNSEEN, WHEELS, Options
 
 USUAL = dict(tables='all', methods='all', seeds=2)
 QUICK = dict(tables='ames,credit,satimage', methods='fastai,ours-quick,lgbm,rf', seeds=1)
@@ -33,7 +33,8 @@ def bench_arena(
     if baselines is not None and not Path(baselines).is_file(): raise ValueError(f'`baselines` must be a file, but {baselines} is not there')
     folder = Path(out or Path(__file__).parent.parent/'results'/('quick' if quick else ''))
     options = Options(data, Path(wheels or WHEELS), QUICK_ROWS if quick else None)
-    return Job(parse_names(tables, TABLES, 'tables'), parse_names(methods, METHODS, 'methods'), seeds, folder, options, baselines, say)
+    names = list(UNSEEN) if tables=='unseen' else parse_names(tables, TABLES if tables=='all' else TABLES | UNSEEN, 'tables')
+    return Job(names, parse_names(methods, METHODS, 'methods'), seeds, folder, options, baselines, say)
 
 
 def main(argv=None) -> int: # Exit status: 0, 2 for wrong arguments, 130 if interrupted

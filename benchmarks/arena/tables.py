@@ -143,9 +143,18 @@ _SHIPPED = { # name: (function that reads it, column in whose order it is split)
     'police_force': (_police, None),
     **{name: (partial(read_keel, name), None) for name in ('magic','letter','satimage')}}
 
+_UNSEEN = { # tables on which nothing was chosen; `--tables unseen` or by name
+    'diamonds': (partial(_rdata, 'ggplot2/diamonds', 'price', log=True), None),
+    'cells': (partial(_rdata, 'modeldata/cells', 'class', drop=['case']), None),
+    'attrition': (partial(_rdata, 'modeldata/attrition', 'Attrition'), None),
+    'car_prices': (partial(_rdata, 'modeldata/car_prices', 'Price', log=True), None),
+    'concrete': (partial(_rdata, 'modeldata/concrete', 'compressive_strength'), None),
+    'chicago': (partial(_rdata, 'modeldata/Chicago', 'ridership', drop=['date']), None),
+    **{name: (partial(read_keel, name), None) for name in ('splice','phoneme','spambase','german','marketing','ring','texture','penbased')}}
+
 def _shipped(name:str, o:Options) -> Table:
     "Read a table of a package and split it"
-    read,by = _SHIPPED[name]
+    read,by = (_SHIPPED | _UNSEEN)[name]
     df,task = tidy(read(o))
     return put_together(name, df, task, split_rows(df, by))
 
@@ -168,13 +177,15 @@ def _auctions(o):
 TABLES = {**{name: partial(_shipped, name) for name in _SHIPPED},
           'adult': partial(_compared, 'adult', 'adult'), 'california': partial(_compared, 'california', 'california'), 'auctions': _auctions}
 
+UNSEEN = {name: partial(_shipped, name) for name in _UNSEEN}
+
 
 def load_table(
-    name:str, # One of `TABLES`
+    name:str, # One of `TABLES` or `UNSEEN`
     o:Options
 ) -> Table:
     "Read a table; raises `ValueError` if its file is not there"
-    table = TABLES[name](o)
+    table = (TABLES | UNSEEN)[name](o)
     if o.rows is None: return table
     first = {k: np.flatnonzero(table.df.split==k)[:o.rows] for k in PARTS}
     return put_together(name, table.df.drop(columns='split'), table.task, first)
