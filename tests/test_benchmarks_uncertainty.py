@@ -3,9 +3,10 @@ import sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from conftest import make_table
+from fastai_dropconnect.estimators import DropConnectClassifier, DropConnectRegressor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.uncertainty import __main__ as command, uci
+from benchmarks.uncertainty import __main__ as command, one_call, uci
 from benchmarks.uncertainty.data import TABLES, Data
 from benchmarks.uncertainty.methods import LEVELS, NETWORKS, Prediction
 from benchmarks.uncertainty.report import report_text
@@ -105,3 +106,30 @@ def test_scores_of_concrete_have_the_unit_of_the_target():
     df[uci.TARGET] = 50 + 10*df.a + r.normal(size=200)
     rmse,nll = uci.scores(df, 0, 30, noise='gaussian')
     assert .5<rmse<5 and .5<nll<4      # noise of 1 has .92 + .5
+
+
+def _made_up(classes):
+    r = np.random.default_rng(0)
+    df = pd.DataFrame(dict(a=r.normal(size=900), b=r.normal(size=900)))
+    df['y'] = r.random(900)<1/(1+np.exp(-2*df.a)) if classes else df.a + (.1+df.b.abs())*r.normal(size=900)
+    df['y'] = df.y.astype(int if classes else float)
+    parts = tuple(df.iloc[i:j].reset_index(drop=True) for i,j in ((0,400),(400,600),(600,900)))
+    return Data('made-up', 'made-up', [], ['a','b'], 'y', parts, 1, 64, True, classes)
+
+def test_the_call_is_scored_on_rows_that_it_has_not_seen():
+    "True intervals have a Winkler score of 3.7 here, the best of one width for all rows 5.2"
+    data = _made_up(False)
+    test = data.parts[2]
+    model = one_call.fit(data, DropConnectRegressor, budget='quick', noise='quantile', random_state=0)
+    found = one_call.number_scores(model, test[['a','b']], torch.as_tensor(test.y.to_numpy()))
+    assert abs(found['coverage']-.9)<.09 and 3<found['winkler']<4.7 and .4<found['crps']<.6 and .8<found['rmse']<1.3
+    data = _made_up(True)
+    test = data.parts[2]
+    model = one_call.fit(data, DropConnectClassifier, budget='quick', random_state=0)
+    found = one_call.class_scores(model, test[['a','b']], torch.as_tensor(test.y.to_numpy()))
+    assert .3<found['log_loss']<.6 and found['ece']<.15
+
+def test_references_are_the_best_of_the_file():
+    rows = pd.read_csv(one_call.RESULTS).query('dataset=="california" and seed==0')
+    trees = rows[rows.method.isin(['LightGBM quantile','CatBoost gaussian'])].winkler
+    assert trees.min()*.9 < one_call.reference('california', 'winkler') < trees.max() and np.isnan(one_call.reference('none', 'winkler'))
