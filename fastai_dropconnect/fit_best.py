@@ -282,9 +282,9 @@ class Search:
         before,kind = self.best.loss,self._finer() if name=='finer' else self.kind.replace(**VARIATIONS.get(name, {}))
         if self._train(name, kind).loss<before: self.kind = kind
 
-    def _finer(self): # `None` for classes, and if the best kind has no vectors
-        vectors = self.kind.recipe.settings.get('num_embeddings') if self.targs.is_floating_point() else None
-        return vectors and self.kind.replace(lr=self.kind.lr/2, num_embeddings=replace(vectors, bins=2*vectors.bins))
+    def _finer(self): # `None` if the best kind has no vectors
+        ple = self.kind.recipe.settings.get('num_embeddings')
+        return ple and self.kind.replace(lr=self.kind.lr/2, num_embeddings=replace(ple, dim=ple.dim//2, bins=2*ple.bins))
 
     def _restarts(self):
         "Train zero restarts and, while they are the best so far, masked and longer ones"

@@ -49,20 +49,24 @@ def test_restarts_of_members_follow_while_restarts_are_the_best(losses, more):
     for times,(_,members,*lengths) in zip((1,2), others): assert members==4 and lengths==[times*epochs,times*cycle]
 
 
-def test_finer_vectors_are_tried_for_numbers_whose_best_network_has_vectors():
+def test_finer_vectors_are_tried_where_the_best_network_has_vectors():
     def search(best, **kwargs):
         def train(dls, name, kind, score, epochs, work, deadline, seed):
             tried.append((name,kind))
-            return Candidate(name, 4., [], (targs + (name!=best)) if targs.is_floating_point() else torch.eye(2)[targs[:,0]]*.5+.25, 0., 0.)
+            sure = .9 if name==best else .6
+            preds = targs+(name!=best) if targs.is_floating_point() else torch.eye(2)[targs[:,0]]*(2*sure-1)+1-sure
+            return Candidate(name, 4., [], preds, score(preds, targs), 0.)
         dls,tried = loaders(**kwargs),[]
         targs = targets_of(dls)
         search = Search([dls], score_for(dls.train_ds.loss_func), verbose=False, train=train).run()
         assert search.n_left==0
         return dict(tried)
-    kinds = search('vectors')
-    finer,vectors = kinds['finer'],kinds['vectors']
-    assert finer.lr==vectors.lr/2 and finer.recipe.settings['num_embeddings'].bins==2*vectors.recipe.settings['num_embeddings'].bins
-    assert 'finer' not in search('numbers') and 'finer' not in search('vectors', y='label', block=CategoryBlock())
+    for y in (dict(), dict(y='label', block=CategoryBlock())):
+        kinds = search('vectors', **y)
+        finer,vectors = kinds['finer'],kinds['vectors']
+        new,old = [k.recipe.settings['num_embeddings'] for k in (finer,vectors)]
+        assert finer.lr==vectors.lr/2 and new.bins==2*old.bins and 2*new.dim==old.dim
+        assert 'finer' not in search('numbers', **y)
 
 
 def test_a_table_of_categories_only_has_one_kind():
