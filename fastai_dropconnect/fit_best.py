@@ -284,7 +284,7 @@ class Search:
 
     def _finer(self): # `None` if the best kind has no vectors
         ple = self.kind.recipe.settings.get('num_embeddings')
-        return ple and self.kind.replace(lr=self.kind.lr/2, num_embeddings=replace(ple, dim=ple.dim//2, bins=2*ple.bins))
+        return ple and self.kind.replace(lr=self.kind.lr/2, num_embeddings=replace(ple, bins=2*ple.bins))
 
     def _restarts(self):
         "Train zero restarts and, while they are the best so far, masked and longer ones"
