@@ -106,9 +106,10 @@ def put_together(name:str, df:pd.DataFrame, task:str, parts:dict) -> Table:
     return Table(name, task, df)
 
 
-def _rdata(path, target, o, drop=(), log=False):
+def _rdata(path, target, o, drop=(), log=False, kind=None):
     df = read_rdataset(path, o).rename(columns={target: 'target'})
     df = df.drop(columns=[c for c in drop if c in df])
+    if kind: df['target'] = df.target.astype(kind)
     return df.assign(target=np.log(df.target.astype(float))) if log else df
 
 def _wages(o):
@@ -143,6 +144,8 @@ _SHIPPED = { # name: (function that reads it, column in whose order it is split)
     'police_force': (_police, None),
     **{name: (partial(read_keel, name), None) for name in ('magic','letter','satimage')}}
 
+_RATINGS = [f'r{i}' for i in range(1, 11)]     # shares of the votes for each rating, whose mean is the target
+
 _UNSEEN = { # tables on which nothing was chosen; `--tables unseen` or by name
     'diamonds': (partial(_rdata, 'ggplot2/diamonds', 'price', log=True), None),
     'cells': (partial(_rdata, 'modeldata/cells', 'class', drop=['case']), None),
@@ -150,7 +153,29 @@ _UNSEEN = { # tables on which nothing was chosen; `--tables unseen` or by name
     'car_prices': (partial(_rdata, 'modeldata/car_prices', 'Price', log=True), None),
     'concrete': (partial(_rdata, 'modeldata/concrete', 'compressive_strength'), None),
     'chicago': (partial(_rdata, 'modeldata/Chicago', 'ridership', drop=['date']), None),
-    **{name: (partial(read_keel, name), None) for name in ('splice','phoneme','spambase','german','marketing','ring','texture','penbased')}}
+    **{name: (partial(read_keel, name), None) for name in ('splice','phoneme','spambase','german','marketing','ring','texture','penbased')},
+    'wa_churn': (partial(_rdata, 'modeldata/wa_churn', 'churn'), None),
+    'lending': (partial(_rdata, 'modeldata/lending_club', 'Class'), None),
+    'hpc': (partial(_rdata, 'modeldata/hpc_data', 'class'), None),
+    'stackoverflow': (partial(_rdata, 'modeldata/stackoverflow', 'Salary'), None),
+    'sacramento': (partial(_rdata, 'modeldata/Sacramento', 'price', log=True), None),
+    'leaf': (partial(_rdata, 'modeldata/leaf_id_flavia', 'species'), None),
+    'speech': (partial(_rdata, 'modeldata/pd_speech', 'class', kind=str), None),
+    'computers': (partial(_rdata, 'Ecdat/Computers', 'price', log=True), None),
+    'saratoga': (partial(_rdata, 'mosaicData/SaratogaHouses', 'price', log=True), None),
+    'flights': (partial(_rdata, 'openintro/nycflights', 'arr_delay', drop=['arr_time','air_time'], kind=float), None),
+    'epa': (partial(_rdata, 'openintro/epa2021', 'comb_mpg', drop=['city_mpg','hwy_mpg'], kind=float), None),
+    'email': (partial(_rdata, 'openintro/email', 'spam', kind=str), None),
+    'airfare': (partial(_rdata, 'wooldridge/airfare', 'lfare', drop=['fare']), None),
+    'k401': (partial(_rdata, 'wooldridge/k401ksubs', 'nettfa'), None),
+    'schools': (partial(_rdata, 'nlme/bdf', 'langPOST', drop=['aritPOST'], kind=float), None),
+    'rain': (partial(_rdata, 'crch/RainIbk', 'rain'), None),
+    'chile': (partial(_rdata, 'carData/Chile', 'vote'), None),
+    'storms': (partial(_rdata, 'dplyr/storms', 'status', drop=['category']), None),
+    'caravan': (partial(_rdata, 'ISLR/Caravan', 'Purchase'), None),
+    'kershaw': (partial(_rdata, 'Stat2Data/Kershaw', 'PitchType'), None),
+    'movies': (partial(_rdata, 'ggplot2movies/movies', 'rating', drop=_RATINGS), None),
+    'flchain': (partial(_rdata, 'survival/flchain', 'death', drop=['futime','chapter'], kind=str), None)}
 
 def _shipped(name:str, o:Options) -> Table:
     "Read a table of a package and split it"
