@@ -8,8 +8,9 @@ __all__ = ['without_metrics', 'weighted_members']
 # %% ../../nbs/372_callback.members.ipynb #372impor
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from functools import partial
 import torch
-from fastai.basics import DataLoader, Learner, getcallable, patch
+from fastai.basics import DataLoader, Learner, getcallable, patch, replacing_yield
 from torch import nn
 from . import loading     # noqa: F401, `learn.load` brings ensembles back
 from .core import RecordingCallback
@@ -21,15 +22,17 @@ from ..tabular.model import each_member
 
 # %% ../../nbs/372_callback.members.ipynb #67df0c3c
 def _is_masked(learn): return getattr(inner_model(learn.model), 'n_members', None) is not None
+def _has_members(learn): return _is_masked(learn) or isinstance(inner_model(learn.model), BlendedModel)
 def _snapshots_of(learn): return next((cb for cb in learn._grab_cbs(SnapshotEnsemble) if cb.use=='average'), None)
 
-def _preds_of_network(learn, ds_idx, dl): # `get_preds` with members on dimension 1: one, or all masked ones
-    if not _is_masked(learn):
+def _preds_of_network(learn, ds_idx, dl): # `get_preds` with members on dimension 1: one, or all of the model
+    if not _has_members(learn):
         preds,targs = learn.get_preds(ds_idx, dl)
         return stack_members([preds]),targs
     act = getcallable(learn.loss_func, 'activation')
     each_act = lambda p: torch.stack([act(member) for member in p.unbind(1)], 1)
-    with each_member(inner_model(learn.model)): return learn.get_preds(ds_idx, dl, act=each_act)
+    no_loss = contextmanager(replacing_yield)(learn, 'loss_func', lambda preds,*targs: preds.sum()*0)      # a loss takes one prediction
+    with each_member(inner_model(learn.model)), no_loss: return learn.get_preds(ds_idx, dl, act=each_act)
 
 @contextmanager
 def without_metrics(
@@ -51,9 +54,9 @@ def get_member_preds(self:Learner,
 ) -> tuple: # Predictions `(n_rows, n_members, n_out)`, in the form of the model's output, and targets
     "Return the predictions of each member of an ensemble, and the targets"
     ens = _snapshots_of(self)
-    if ens is None and not _is_masked(self):
+    if ens is None and not _has_members(self):
         raise TypeError("the Learner needs an ensemble to have members: train with `learn.fit_zero_restarts()`, "
-                        "set `learn.snapshot_ensemble.use='average'`, or build the model with `members=8`, "
+                        "set `learn.snapshot_ensemble.use='average'`, build the model with `members=8`, or blend several, "
                         f"but it predicts with a single {type(inner_model(self.model)).__name__}")
     uses = [nullcontext()] if ens is None else [ens.using(cycle) for cycle in ens.record]
     res = []
@@ -63,6 +66,12 @@ def get_member_preds(self:Learner,
     return map_outputs(lambda *preds: torch.cat(preds, 1), *[preds for preds,_ in res]),res[0][1]
 
 # %% ../../nbs/372_callback.members.ipynb #372spr01
+def _spread(preds, weights): # (n_rows, n_out); `weights`: of a blend's members, otherwise `None`
+    if weights is None: return preds.std(1, correction=0)
+    weights = weights.to(preds)[:,None]
+    mean = (weights*preds).sum(1, keepdim=True)
+    return (weights*(preds-mean).square()).sum(1).sqrt()
+
 @patch
 def get_preds_and_spread(self:Learner,
     ds_idx:int=1, # As in `learn.get_preds`
@@ -71,7 +80,7 @@ def get_preds_and_spread(self:Learner,
     "Return the predictions of an ensemble, the targets, and the spread of its members"
     members,_ = self.get_member_preds(ds_idx, dl)
     preds,targs = self.get_preds(ds_idx, dl)
-    return preds,targs,map_outputs(lambda p: p.std(1, correction=0), members)
+    return preds,targs,map_outputs(partial(_spread, weights=getattr(inner_model(self.model), 'weights', None)), members)
 
 # %% ../../nbs/372_callback.members.ipynb #372mod01
 @contextmanager

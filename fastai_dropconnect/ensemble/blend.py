@@ -99,6 +99,7 @@ class BlendedModel(nn.Module):
 
     def forward(self, *args, **kwargs) -> Tensor: # (n_rows, n_out), logits if probabilities were averaged
         outs = [model(*args, **kwargs) for model in self.models]
+        if self.average is None: return torch.stack(outs, 1)        # within `each_member`
         if self.average=='mixture': return torch.cat(outs, -1)      # the loss knows the shares
         outs = torch.stack(outs)
         weights = self.weights.view(-1, *[1]*(outs.ndim-1))

@@ -18,6 +18,7 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 from ..checks import check_choice, check_int, check_p
 from ..ensemble.averaging import AVERAGES, average_members
+from ..ensemble.blend import BlendedModel
 from ..functional import MODES
 from ..layers.dropconnect import DropConnectEmbedding, DropConnectLinear
 from ..layers.masked_ensemble import masked_ensemble_
@@ -151,11 +152,14 @@ class TabularDropConnectModel(InputsModel):
 # %% ../../nbs/330_tabular.model.ipynb #00dfde70
 @contextmanager
 def each_member(
-    model:nn.Module # A model with members
+    model:nn.Module # A model with members, or a blend
 ):
     "Make `model` return the output of each member in eval, `(n_rows, n_members, out_sz)`"
-    if getattr(model, 'n_members', None) is None:
+    if not isinstance(model, BlendedModel) and getattr(model, 'n_members', None) is None:
         raise TypeError(f'`model` must be an ensemble (members=...), but this {type(model).__name__} has no members')
+    if model.average=='mixture':
+        raise TypeError('`model` must predict numbers or classes, but this blend predicts distributions: '
+                        '`weighted_members` and `learn.predict_distribution` tell its members apart')
     average,model.average = model.average,None
     try: yield
     finally: model.average = average
