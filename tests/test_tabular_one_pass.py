@@ -33,6 +33,14 @@ def assert_same(embeds, x):
     for a,b in zip(with_gradients(embed_columns, embeds, x), with_gradients(one_by_one, embeds, x), strict=True):
         assert (a is None and b is None) or (a.dtype==b.dtype and torch.equal(a, b))
 
+def test_defaults_of_torch_change_nothing():
+    embeds,x = tables(),codes()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert_same(embeds, x)
+    finally: torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     "How often the kernel ran"

@@ -33,14 +33,15 @@ class ByteMasks:
         self._bytes = [m.to(torch.int8).neg_().contiguous() for m in masks]
         # addresses and sizes of the last tensors and of the masks
         self._places = np.array([(0, b.data_ptr(), b.numel()) for b in self._bytes], np.int64).reshape(-1, 3)
-        self._last = None
+        self._last,self._shapes = None,[b.shape for b in self._bytes]
 
     def __reduce__(self): return type(self),([b!=0 for b in self._bytes],)     # a copy has addresses of its own
 
     def apply_(self,
         tensors:list # One for each mask; changed in place
-    ) -> bool: # `False` if one is no contiguous float32 tensor on the CPU, and nothing is done
+    ) -> bool: # `False` if one is no contiguous float32 tensor on the CPU of its mask's shape, and nothing is done
         "Set the numbers to zero where the masks are `False`, also where they are NaN"
+        if [t.shape for t in tensors]!=self._shapes: return False      # the memory of one may end before its mask
         addresses = list(map(Tensor.data_ptr, tensors))
         same = addresses==self._last and all(t.dtype==torch.float32 and t.is_contiguous() for t in tensors)
         if not same:

@@ -63,7 +63,7 @@ def _addresses(tensors) -> np.ndarray: # int64, 0 for `None`
 
 def _rows(codes, addresses, sizes, dims, width):
     "Look up rows of tables by the tables' addresses"
-    out = torch.empty(len(codes), width)
+    out = torch.empty(len(codes), width, dtype=torch.float32, device='cpu')      # whatever the defaults are
     wrong = _lookup(codes.numpy(), addresses, sizes, dims, out.numpy())
     if wrong>=0: raise IndexError(f'index out of range in self: column {wrong} has codes from 0 to {sizes[wrong]-1}')
     return out
@@ -83,7 +83,7 @@ def lookup_gradients(
 ) -> list: # A tensor for each table; they share memory
     "Compute the gradients of the tables"
     _,dims,starts,_,n = _layout(tuple([t.shape for t in tables]))
-    flat = torch.zeros(n)
+    flat = torch.zeros(n, dtype=torch.float32, device='cpu')
     _add_gradients(codes.numpy(), g.numpy(), starts, dims, flat.numpy())
     return torch._C._nn.unflatten_dense_tensors(flat, tables)
 
