@@ -21,9 +21,7 @@ def _keep(places):
         mask = array_at(places[t,1], (size,), np.int8(0))
         for i in range(size): bits[i] &= np.int32(mask[i])
 
-def _is_masked(t) -> bool: # Can the kernel mask it?
-    fits = type(t) in (Tensor,nn.Parameter) and t.is_cpu and t.dtype==torch.float32
-    return fits and t.layout==torch.strided and t.is_contiguous()
+def _is_plain(t) -> bool: return type(t) in (Tensor,nn.Parameter) and t.is_cpu and t.layout==torch.strided
 
 class ByteMasks:
     "Masks of several tensors, a byte for each number"
@@ -41,11 +39,11 @@ class ByteMasks:
         tensors:list # One for each mask; changed in place
     ) -> bool: # `False` if one is no contiguous float32 tensor on the CPU of its mask's shape, and nothing is done
         "Set the numbers to zero where the masks are `False`, also where they are NaN"
-        if [t.shape for t in tensors]!=self._shapes: return False      # the memory of one may end before its mask
         addresses = list(map(Tensor.data_ptr, tensors))
-        same = addresses==self._last and all(t.dtype==torch.float32 and t.is_contiguous() for t in tensors)
-        if not same:
-            if not all(map(_is_masked, tensors)): return False
+        for t,shape in zip(tensors, self._shapes):      # at the same address, too: its memory may end earlier now
+            if t.shape!=shape or t.dtype!=torch.float32 or not t.is_contiguous(): return False
+        if addresses!=self._last:
+            if not all(map(_is_plain, tensors)): return False
             self._last = self._places[:,0] = addresses
         _keep(self._places)
         return True
