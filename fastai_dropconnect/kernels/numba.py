@@ -11,7 +11,7 @@ from functools import lru_cache
 from torch import Tensor
 from .threads import n_threads_for, run_in_threads
 from .torch import gradient_calls, scale_and_bias, widen
-from .vectors import add_where, aligned_zeros, array_at, broadcast, copy_into, jit, keep_apart
+from .vectors import add_where, aligned_zeros, array_at, broadcast, copy_into, jit
 from .vectors import kept_rows, load, load_limits, seed_at, store, sum_eight, vector_sz
 from ..masks import HASH_CONSTANTS, block_rows, is_strict, limits_array
 
@@ -131,7 +131,6 @@ def _forward(
     first, last # Row blocks to compute
 ):
     "Compute the outputs of the row blocks from `first` to before `last`"
-    keep_apart()
     n,(n_out,width) = len(x),w.shape
     counters,keys = np.zeros(width+vector_sz, np.uint32),np.empty((3,n_out), np.uint32)
     rows,sums = aligned_zeros(8*width, x.dtype).reshape(8, width),np.empty((n_out,8), x.dtype)
@@ -246,7 +245,6 @@ def _backward(
     first, last # Tiles to compute
 ):
     "Compute the gradients for the tiles of inputs from `first` to before `last`"
-    keep_apart()
     n,n_out = g.shape
     counters,keys = np.empty(width, np.uint32),np.zeros((3,_group_outs+1), np.uint32)
     rows,e = aligned_zeros(16*width, g.dtype).reshape(2, 8, width),np.zeros((8,_group_outs), g.dtype)
