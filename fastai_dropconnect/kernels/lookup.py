@@ -34,7 +34,7 @@ def _lookup(codes, addresses, sizes, dims, out):
 
 @jit()
 def _add_rows(codes, g, base, starts, dims):
-    "Add the rows of `g` to tables that begin `starts` bytes after `base`, unless the start is negative"
+    "Add the rows of `g` to tables `starts` bytes after `base`, but where that is negative"
     for r in range(codes.shape[0]):
         first = 0
         for t in range(codes.shape[1]):
@@ -46,7 +46,7 @@ def _add_rows(codes, g, base, starts, dims):
 
 # %% ../../nbs/116_kernels.lookup.ipynb #1f415b4f
 @lru_cache
-def _layout(shapes:tuple) -> tuple: # Rows, dims and first bytes of the tables, the width of the output, all their numbers
+def _layout(shapes:tuple) -> tuple: # Rows, dims, first bytes of the tables, width of the output, all their numbers
     "Compute where the gradients of tables lie in a flat tensor"
     sizes,dims = np.array(shapes, np.int64).reshape(-1, 2).T.copy()
     ends = np.cumsum(sizes*dims)
