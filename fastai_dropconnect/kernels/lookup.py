@@ -22,7 +22,7 @@ def _row(
 
 @jit()
 def _lookup(codes, addresses, sizes, dims, out):
-    "Copy the rows that `codes` name to the address `out`; return a column with unknown codes, or -1"
+    "Copy the rows that `codes` name to address `out`; return a column with unknown codes, or -1"
     for r in range(codes.shape[0]):
         for t in range(codes.shape[1]):
             code,dim = codes[r,t],dims[t]
