@@ -279,6 +279,7 @@ def _add_noise_(y:Tensor, var:Tensor, seed:Tensor, c:float, backend:str|None) ->
     y.addcmul_(noise, var, value=c)
     return noise
 
+# %% ../nbs/130_functional.ipynb #a63fabeb
 _most_kept = 2**14      # numbers of inputs or weights whose squares are stored for the backward pass
 
 class _GaussianFunction(torch.autograd.Function):

@@ -72,6 +72,7 @@ def _dense(t:Tensor) -> Tensor: # A part of a wider matrix can take oneDNN a tho
 
 def _onednn(x, weight, bias):
     "Multiply dense matrices"
+    if bias is not None: bias = bias.contiguous()       # oneDNN ignores its stride
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
 
 class _FastLinear(torch.autograd.Function):
@@ -89,15 +90,15 @@ class _FastLinear(torch.autograd.Function):
                 g.sum(0) if for_bias else None)
 
 def fast_linear(
-    x:Tensor, # `(*, n_in)`
+    input:Tensor, # `(*, n_in)`, under the name that it has in `F.linear`
     weight:Tensor, # `(n_out, n_in)`
     bias:Tensor=None # `(n_out,)`
 ) -> Tensor: # `(*, n_out)`
     "Compute `F.linear`, with oneDNN where MKL is slow"
-    if not onednn_pays(x, weight): return _torch_linear(x, weight, bias)
-    if bias is not None and bias.shape!=weight.shape[:1]: return _torch_linear(x, weight, bias)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return _FastLinear.apply(x, weight, bias) if needs_grad else _onednn(_dense(x), _dense(weight), bias)
+    if not onednn_pays(input, weight): return _torch_linear(input, weight, bias)
+    if bias is not None and bias.shape!=weight.shape[:1]: return _torch_linear(input, weight, bias)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
+    return _FastLinear.apply(input, weight, bias) if needs_grad else _onednn(_dense(input), _dense(weight), bias)
 
 def fast_mm(
     a:Tensor, # `(n, k)`

@@ -1,5 +1,5 @@
 "Kernels under conditions that the contract does not test: threads, forks, missing packages, memory, other processors"
-import importlib.util, os, platform, subprocess, sys, threading
+import gc, importlib.util, os, platform, subprocess, sys, threading, time, weakref
 import pytest, torch
 
 from fastai_dropconnect.functional import linear_dropconnect
@@ -52,11 +52,15 @@ def test_scale_and_bias_are_those_of_torch(dtype):
 
 
 def test_memory_elsewhere_is_never_read():
-    "Kernels take addresses, so a tensor on another device must be refused before"
+    "Kernels take addresses, so a tensor on another device or of another type must be refused before"
     (x,w,g),seed = tensors(),draw_seed()
     for calls in (lambda: cpu.forward(x, w.to('meta'), seed, 9000), lambda: cpu.forward(x, w, seed, 9000, 1., torch.zeros(33, device='meta')),
                   lambda: cpu.grads(g, x.to('meta'), w, seed, 9000), lambda: cpu.forward(x, w, seed.to('meta'), 9000)):
         with pytest.raises(RuntimeError, match='all tensors must be on the CPU, got one on meta'): calls()
+    for calls in (lambda: cpu.forward(x, w.double(), seed, 9000), lambda: cpu.forward(x.double(), w, seed, 9000), lambda: cpu.grads(g, x, w.double(), seed, 9000),
+                  lambda: cpu.grad_weight(g.double(), x, seed, 9000), lambda: cpu.grad_input(g, w.double(), seed, 9000),
+                  lambda: linear_dropconnect(x, w, torch.zeros(33).double(), drop_bias=True, backend='numba')):
+        with pytest.raises(TypeError, match='all tensors must be of one type, got torch.float'): calls()
     x,w = x.t().contiguous().t(),w[:,::2].repeat_interleave(2, 1)[:,:90]
     torch.testing.assert_close(cpu.forward(x, w, seed, 9000), reference.forward(x, w, seed, 9000), rtol=1e-4, atol=1e-3)
 
@@ -64,7 +68,7 @@ def test_memory_elsewhere_is_never_read():
 def test_the_number_of_threads_changes_nothing(monkeypatch):
     (x,w,g),seed,res = tensors(300, 700, 150),draw_seed(),[]
     for k in (1, 2, 3, 7):
-        monkeypatch.setattr(cpu, '_n_threads', lambda work: k)
+        monkeypatch.setattr(cpu, 'n_threads_for', lambda work: k)
         res.append((cpu.forward(x, w, seed, 9000), *cpu.grads(g, x, w, seed, 9000), cpu.grad_input(g, w, seed, 9000), cpu.grad_weight(g, x, seed, 9000)))
     for other in res[1:]:
         for a,b in zip(res[0], other): assert torch.equal(a, b)
@@ -73,7 +77,28 @@ def test_the_number_of_threads_changes_nothing(monkeypatch):
 def test_an_error_in_a_thread_is_raised(monkeypatch):
     def fails(first, last):
         if first: raise RuntimeError('in a thread')
-    with pytest.raises(RuntimeError, match='in a thread'): cpu._run_in_threads(fails, (), 4, 2)
+    with pytest.raises(RuntimeError, match='in a thread'): cpu.run_in_threads(fails, (), (), 4, 2)
+
+
+def test_an_interrupt_leaves_other_threads_their_memory():
+    "They have only addresses, and still write when the caller has left"
+    def interrupted():
+        t,go,done = torch.zeros(1),threading.Event(),threading.Event()
+        def kernel(address, first, last):
+            if first==0: raise KeyboardInterrupt
+            go.wait(60)
+            done.set()
+        try: cpu.run_in_threads(kernel, (t,), (), 2, 2)
+        except KeyboardInterrupt: return weakref.ref(t),go,done
+    alive,go,done = interrupted()
+    gc.collect()
+    assert alive() is not None
+    go.set()
+    assert done.wait(60)
+    for _ in range(600):
+        if alive() is None: break
+        time.sleep(.01)
+    assert alive() is None
 
 
 def train(steps=5):
@@ -89,7 +114,7 @@ def train(steps=5):
 
 def test_two_threads_train_at_the_same_time(monkeypatch):
     "Each thread has its own seed, and only the sums are compared, because torch's generator is shared"
-    monkeypatch.setattr(cpu, '_n_threads', lambda work: 2)
+    monkeypatch.setattr(cpu, 'n_threads_for', lambda work: 2)
     work = [(tensors(200, 300, 90),draw_seed()) for _ in range(2)]
     alone = [[t.clone() for t in (cpu.forward(x, w, s, 9000), *cpu.grads(g, x, w, s, 9000))] for (x,w,g),s in work]
     wrong = []
@@ -108,12 +133,12 @@ def test_two_threads_train_at_the_same_time(monkeypatch):
 def test_a_fork_after_the_first_use_works():
     code = '''
 import os, signal, torch
-from fastai_dropconnect.kernels import numba as cpu
+from fastai_dropconnect.kernels import numba as cpu, threads
 from fastai_dropconnect.masks import draw_seed
-cpu._n_threads = lambda work: 2
+cpu.n_threads_for = lambda work: 2
 x,w,seed = torch.randn(64, 300),torch.randn(90, 300),draw_seed()
 want = cpu.forward(x, w, seed, 9000)
-cpu._lock.acquire()        # as if another thread were just making the pool
+threads._lock.acquire()        # as if another thread were just making the pool
 pid = os.fork()
 if pid==0:
     signal.alarm(60)       # a child that waits for threads of its parent is ended

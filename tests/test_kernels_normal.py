@@ -25,6 +25,16 @@ def test_moments_and_tails():
     assert stats.chisquare(bins).pvalue > 1e-4
 
 
+def test_defaults_of_torch_change_nothing():
+    "The kernel fills memory by its address"
+    want = normals(torch.tensor(5), 1000)
+    torch.set_default_dtype(torch.float64)
+    try: assert torch.equal(normals(torch.tensor(5), 1000), want)
+    finally: torch.set_default_dtype(torch.float32)
+    seed = torch.tensor(5)
+    with torch.device('meta'): assert torch.equal(normals(seed, 1000), want)
+
+
 def test_places_are_uncorrelated():
     z = normals(draw_seed(), 2**20).double()
     for f in (lambda t: t, torch.square, torch.abs):

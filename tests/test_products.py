@@ -55,6 +55,22 @@ def test_views_and_layouts(used):
             (got,want) = [(linear(*a), torch.autograd.grad(linear(*a), a, b)) for linear in (fast_linear,F.linear)]
             assert close(got[0], want[0]) and all(map(close, got[1], want[1]))
 
+def test_any_layout_of_the_bias(used):
+    torch.manual_seed(0)
+    x,w = torch.randn(16, 10),torch.randn(6, 10)
+    for b in (torch.randn(6, 3)[:,1], torch.randn(1).expand(6), torch.randn(12)[::2]):
+        for needs_grad in (False, True):
+            b = b.detach().requires_grad_(needs_grad)
+            assert close(fast_linear(x, w, b), F.linear(x, w, b))
+    assert len(used)==6
+
+def test_arguments_have_the_names_of_torch(used):
+    class Named(nn.Linear):
+        def forward(self, x): return F.linear(input=x, weight=self.weight, bias=self.bias)
+    layer,x = Named(10, 6),torch.randn(16, 10)
+    with fast_linears(): y = layer(x)
+    assert used and close(y, layer(x))
+
 def test_what_torch_must_do_itself(used):
     torch.manual_seed(0)
     x,w = torch.randn(8, 5),torch.randn(3, 5)
@@ -67,7 +83,7 @@ def test_what_torch_must_do_itself(used):
     exported = torch.export.export(Layer(w), (x,))
     assert 'mkldnn' not in str(exported.graph)
     assert not used
-    for bad in ((x, w[:,:4]), (x, w, torch.zeros(2))):
+    for bad in ((x, w[:,:4]), (x, w, torch.zeros(2)), (x, w, torch.zeros(3).bfloat16())):
         with pytest.raises(RuntimeError): fast_linear(*bad)
 
 class Layer(nn.Module):

@@ -144,6 +144,18 @@ def test_a_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r'`masks`.*\(3, 4\), got \(4, 3\)'): HeldWeights({nn.Linear(4, 3).weight: torch.ones(4, 3).bool()})
 
 
+def test_a_weight_that_has_changed_its_shape_is_refused():
+    "The kernel of the masks knows only addresses: the second half of this memory is not the weight's any more"
+    memory = torch.ones(200, 4)
+    w = nn.Parameter(memory)
+    held = HeldWeights({w: torch.zeros(200, 4, dtype=torch.bool)})
+    for other in (memory[:100], torch.ones(400, 4), torch.ones(4, 200)):
+        memory.fill_(1)
+        w.data = other
+        with pytest.raises(RuntimeError, match='must match'): held.mask_weights()
+        assert (memory[100:]==1).all() and (other==1).all()
+
+
 def test_a_copy_of_model_and_holder_holds_its_own_weights(batch):
     net = network()
     held = HeldWeights({net[0].weight: exact_mask((8,6), .5)})

@@ -52,7 +52,7 @@ def by_parts(model): return [params(model.embeds), params(model.bn_cont)+params(
 
 STEADY = dict(plain={}, clipped=dict(cbs=lambda: GradientClip(.1)), metrics=dict(metrics=[rmse]), mae=dict(loss_func=L1LossFlat()),
     example=dict(config=lambda: tabular_dropconnect_config(weight_p=.2, embed_weight_p=.1)),
-    members=dict(config=lambda: tabular_dropconnect_config(members=3)), frozen_zero=dict(cbs=lambda: FrozenZeroInit(.5, seed=3)),
+    members=dict(config=lambda: tabular_dropconnect_config(members=3)), vectors=dict(config=lambda: tabular_dropconnect_config(num_embeddings=PLE(4, bins=8))), frozen_zero=dict(cbs=lambda: FrozenZeroInit(.5, seed=3)),
     all_zero=dict(cbs=lambda: FrozenZeroInit(.5, seed=3, layers=lambda n,m: hasattr(m, 'weight') and m.weight.ndim==2)),
     pruned=dict(cbs=lambda: GradualPruning(4)), lasso=dict(cbs=lambda: GroupLasso()), recalibrated=dict(cbs=lambda: RecalibrateBN()),
     l2=dict(opt_func=partial(FusedAdam, decouple_wd=False)), no_decay=dict(wd_bn_bias=True), groups=dict(splitter=by_parts))

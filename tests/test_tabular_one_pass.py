@@ -1,7 +1,7 @@
 "Embeddings in one pass: the numbers of the layers one by one, bit for bit, and the layers themselves where anything is unusual"
 import pickle
 from copy import deepcopy
-import pytest, torch
+import pytest, torch, torch.autograd.forward_ad as forward_ad
 from fastai.tabular.all import SGD, TabularModel, set_seed
 from torch import nn
 from torch.func import functional_call, vmap
@@ -32,6 +32,27 @@ def with_gradients(f, embeds, x):
 def assert_same(embeds, x):
     for a,b in zip(with_gradients(embed_columns, embeds, x), with_gradients(one_by_one, embeds, x), strict=True):
         assert (a is None and b is None) or (a.dtype==b.dtype and torch.equal(a, b))
+
+def test_defaults_of_torch_change_nothing():
+    embeds,x = tables(),codes()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert_same(embeds, x)
+    finally: torch.set_default_dtype(torch.float32)
+
+
+def test_forward_mode():
+    embeds,x = tables(),codes()
+    names = [f'{i}.weight' for i in range(len(SIZES))]
+    class OnePass(nn.Module):
+        def __init__(self, f): super().__init__(); self.embeds,self.f = embeds,f
+        def forward(self, x): return self.f(self.embeds, x)
+    def tangent(f):
+        with forward_ad.dual_level():
+            duals = {f'embeds.{n}': forward_ad.make_dual(p.detach(), torch.ones_like(p)) for n,p in zip(names, embeds.parameters())}
+            return forward_ad.unpack_dual(functional_call(OnePass(f), duals, x)).tangent
+    assert torch.equal(tangent(embed_columns), tangent(one_by_one))
+
 
 @pytest.fixture
 def calls(monkeypatch):

@@ -21,9 +21,7 @@ def _keep(places):
         mask = array_at(places[t,1], (size,), np.int8(0))
         for i in range(size): bits[i] &= np.int32(mask[i])
 
-def _is_masked(t) -> bool: # Can the kernel mask it?
-    fits = type(t) in (Tensor,nn.Parameter) and t.is_cpu and t.dtype==torch.float32
-    return fits and t.layout==torch.strided and t.is_contiguous()
+def _is_plain(t) -> bool: return type(t) in (Tensor,nn.Parameter) and t.is_cpu and t.layout==torch.strided
 
 class ByteMasks:
     "Masks of several tensors, a byte for each number"
@@ -33,18 +31,19 @@ class ByteMasks:
         self._bytes = [m.to(torch.int8).neg_().contiguous() for m in masks]
         # addresses and sizes of the last tensors and of the masks
         self._places = np.array([(0, b.data_ptr(), b.numel()) for b in self._bytes], np.int64).reshape(-1, 3)
-        self._last = None
+        self._last,self._shapes = None,[b.shape for b in self._bytes]
 
     def __reduce__(self): return type(self),([b!=0 for b in self._bytes],)     # a copy has addresses of its own
 
     def apply_(self,
         tensors:list # One for each mask; changed in place
-    ) -> bool: # `False` if one is no contiguous float32 tensor on the CPU, and nothing is done
+    ) -> bool: # `False` if one is no contiguous float32 tensor on the CPU of its mask's shape, and nothing is done
         "Set the numbers to zero where the masks are `False`, also where they are NaN"
         addresses = list(map(Tensor.data_ptr, tensors))
-        same = addresses==self._last and all(t.dtype==torch.float32 and t.is_contiguous() for t in tensors)
-        if not same:
-            if not all(map(_is_masked, tensors)): return False
+        for t,shape in zip(tensors, self._shapes):      # at the same address, too: its memory may end earlier now
+            if t.shape!=shape or t.dtype!=torch.float32 or not t.is_contiguous(): return False
+        if addresses!=self._last:
+            if not all(map(_is_plain, tensors)): return False
             self._last = self._places[:,0] = addresses
         _keep(self._places)
         return True

@@ -13,58 +13,52 @@ from .numba import usable    # noqa: F401, `usable` is for callers
 from .vectors import array_at, jit
 
 # %% ../../nbs/116_kernels.lookup.ipynb #a63e0351
+@jit(inline='always')
+def _row(
+    address, i, dim # Where a table begins, number of a row, its length
+): # Array
+    "View a row of a contiguous float32 table"
+    return array_at(address + 4*i*dim, (dim,), np.float32(0))
+
 @jit()
 def _lookup(codes, addresses, sizes, dims, out):
-    "Copy the rows that `codes` name to `out`; return a column with unknown codes, or -1"
+    "Copy the rows that `codes` name to address `out`; return a column with unknown codes, or -1"
     for r in range(codes.shape[0]):
-        start = 0
         for t in range(codes.shape[1]):
             code,dim = codes[r,t],dims[t]
             if code<0 or code>=sizes[t]: return t
-            table = array_at(addresses[t], (sizes[t],dim), np.float32(0))
-            for j in range(dim): out[r,start+j] = table[code,j]
-            start += dim
+            row,to = _row(addresses[t], code, dim),_row(out, 0, dim)
+            for j in range(dim): to[j] = row[j]
+            out += 4*dim
     return -1
 
 @jit()
-def _add_gradients(codes, g, starts, dims, flat):
-    "Add the rows of `g` to the gradients of the tables in `flat`"
+def _add_rows(codes, g, base, starts, dims):
+    "Add the rows of `g` to tables `starts` bytes after `base`, but where that is negative"
     for r in range(codes.shape[0]):
-        start = 0
+        first = 0
         for t in range(codes.shape[1]):
             dim = dims[t]
-            first = starts[t] + codes[r,t]*dim
-            for j in range(dim): flat[first+j] += g[r,start+j]
-            start += dim
-
-@jit()
-def _add_in_place(codes, g, addresses, sizes, dims):
-    "Add the rows of `g` to tables where they are; one without an address is left out"
-    for r in range(codes.shape[0]):
-        start = 0
-        for t in range(codes.shape[1]):
-            dim = dims[t]
-            if addresses[t]:
-                table = array_at(addresses[t], (sizes[t],dim), np.float32(0))
-                for j in range(dim): table[codes[r,t],j] += g[r,start+j]
-            start += dim
-
+            if starts[t]>=0:
+                row = _row(base + starts[t], codes[r,t], dim)
+                for j in range(dim): row[j] += g[r,first+j]
+            first += dim
 
 # %% ../../nbs/116_kernels.lookup.ipynb #1f415b4f
 @lru_cache
-def _layout(shapes:tuple) -> tuple: # Rows, dims and starts of the tables, the width of the output, all their numbers
+def _layout(shapes:tuple) -> tuple: # Rows, dims, first bytes of the tables, width of the output, all their numbers
     "Compute where the gradients of tables lie in a flat tensor"
     sizes,dims = np.array(shapes, np.int64).reshape(-1, 2).T.copy()
     ends = np.cumsum(sizes*dims)
-    return sizes,dims,ends-sizes*dims,int(dims.sum()),int(ends[-1])
+    return sizes,dims,4*(ends-sizes*dims),int(dims.sum()),int(ends[-1])
 
-def _addresses(tensors) -> np.ndarray: # int64, 0 for `None`
-    return np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
+def _addresses(tensors) -> np.ndarray: # int64, -1 for `None`
+    return np.array([-1 if t is None else t.data_ptr() for t in tensors], np.int64)
 
 def _rows(codes, addresses, sizes, dims, width):
     "Look up rows of tables by the tables' addresses"
-    out = torch.empty(len(codes), width)
-    wrong = _lookup(codes.numpy(), addresses, sizes, dims, out.numpy())
+    out = torch.empty(len(codes), width, dtype=torch.float32, device='cpu')      # whatever the defaults are
+    wrong = _lookup(codes.numpy(), addresses, sizes, dims, out.data_ptr())
     if wrong>=0: raise IndexError(f'index out of range in self: column {wrong} has codes from 0 to {sizes[wrong]-1}')
     return out
 
@@ -83,8 +77,8 @@ def lookup_gradients(
 ) -> list: # A tensor for each table; they share memory
     "Compute the gradients of the tables"
     _,dims,starts,_,n = _layout(tuple([t.shape for t in tables]))
-    flat = torch.zeros(n)
-    _add_gradients(codes.numpy(), g.numpy(), starts, dims, flat.numpy())
+    flat = torch.zeros(n, dtype=torch.float32, device='cpu')
+    _add_rows(codes.numpy(), g.numpy(), flat.data_ptr(), starts, dims)
     return torch._C._nn.unflatten_dense_tensors(flat, tables)
 
 # %% ../../nbs/116_kernels.lookup.ipynb #2b7c9d11
@@ -109,5 +103,5 @@ class FixedTables:
         g:Tensor # Gradient of the output, float32
     ):
         "Add the gradients of the tables to those that are there"
-        _add_in_place(codes.numpy(), g.numpy(), self._grads, self._sizes, self._dims)
+        _add_rows(codes.numpy(), g.numpy(), 0, self._grads, self._dims)
 

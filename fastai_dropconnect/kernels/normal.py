@@ -114,7 +114,7 @@ def normals(
     n:int # How many
 ) -> Tensor: # float32, shape `(n,)`
     "Draw normal numbers from a seed"
-    out = torch.empty(n)
+    out = torch.empty(n, dtype=torch.float32, device='cpu')      # whatever the defaults are
     _fill(seed.data_ptr(), out.data_ptr(), n)
     return out
 

@@ -6,13 +6,12 @@
 __all__ = ['grad_input', 'grad_weight', 'grads', 'usable', 'forward']
 
 # %% ../../nbs/110_kernels.numba.ipynb #71236461
-import os, threading, numba, numpy as np, torch, torch.nn.functional as F
-from concurrent.futures import ThreadPoolExecutor
+import numba, numpy as np, torch, torch.nn.functional as F
 from functools import lru_cache
-from itertools import pairwise
 from torch import Tensor
+from .threads import n_threads_for, run_in_threads
 from .torch import gradient_calls, scale_and_bias, widen
-from .vectors import add_where, aligned_zeros, array_at, broadcast, copy_into, jit, keep_apart
+from .vectors import add_where, aligned_zeros, array_at, broadcast, copy_into, jit
 from .vectors import kept_rows, load, load_limits, seed_at, store, sum_eight, vector_sz
 from ..masks import HASH_CONSTANTS, block_rows, is_strict, limits_array
 
@@ -132,7 +131,6 @@ def _forward(
     first, last # Row blocks to compute
 ):
     "Compute the outputs of the row blocks from `first` to before `last`"
-    keep_apart()
     n,(n_out,width) = len(x),w.shape
     counters,keys = np.zeros(width+vector_sz, np.uint32),np.empty((3,n_out), np.uint32)
     rows,sums = aligned_zeros(8*width, x.dtype).reshape(8, width),np.empty((n_out,8), x.dtype)
@@ -233,6 +231,7 @@ def _read_pairs(
         for o in range(outs[0], outs[1]):
             copy_into(gw[o,i:ins[1]], pairs[(i-ins[0])//vector_sz,o-outs[0],1,:min(vector_sz, ins[1]-i)])
 
+# %% ../../nbs/110_kernels.numba.ipynb #e11286e8
 @jit()
 def _backward(
     g, scale, # Gradients of the outputs, shape `(n, n_out)`, and their factor
@@ -246,7 +245,6 @@ def _backward(
     first, last # Tiles to compute
 ):
     "Compute the gradients for the tiles of inputs from `first` to before `last`"
-    keep_apart()
     n,n_out = g.shape
     counters,keys = np.empty(width, np.uint32),np.zeros((3,_group_outs+1), np.uint32)
     rows,e = aligned_zeros(16*width, g.dtype).reshape(2, 8, width),np.zeros((8,_group_outs), g.dtype)
@@ -273,49 +271,14 @@ def _backward(
                     for j in range(n_rows): copy_into(gx[r+j,ins[0]:ins[1]], rows[1,j,:ins[1]-ins[0]])
             if gw is not None: _read_pairs(pairs, outs, ins, gw)
 
-# %% ../../nbs/110_kernels.numba.ipynb #3f8b5db1
-_pool,_lock = None,threading.Lock()
-
-def _reset_pool():
-    "Forget the pool of the parent process"
-    global _pool,_lock
-    _pool,_lock = None,threading.Lock()
-if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_reset_pool)
-
-def _thread_pool(n:int) -> ThreadPoolExecutor:
-    "Return the pool, with at least `n` threads"
-    global _pool
-    with _lock:
-        if _pool is None or _pool._max_workers<n: _pool = ThreadPoolExecutor(n, 'dropconnect')
-        return _pool
-
-# %% ../../nbs/110_kernels.numba.ipynb #54997605
-def _n_threads(work:int) -> int: # At least 1, at most torch's number of threads
-    "Choose how many threads are worth starting for `work` products"
-    return max(1, min(torch.get_num_threads(), work//2**20))
-
-def _run_in_threads(
-    kernel, # Function of `(*args, first, last)`
-    args:tuple,
-    n:int, # Blocks or tiles to compute
-    n_threads:int
-):
-    "Call `kernel` on consecutive parts of `range(n)`, one for each thread"
-    n_threads = max(1, min(n_threads, n))
-    if n_threads==1: return kernel(*args, 0, n)
-    cuts = [n*j//n_threads for j in range(n_threads+1)]
-    others = [_thread_pool(n_threads-1).submit(kernel, *args, *cut) for cut in pairwise(cuts[1:])]
-    kernel(*args, 0, cuts[1])
-    for o in others: o.result()
-
 # %% ../../nbs/110_kernels.numba.ipynb #c40174c1
 _number_types = {torch.float32: np.float32, torch.float64: np.float64}
 
-def _addresses(*ts:Tensor) -> list:
-    "Return where the numbers of tensors are, `None` for `None`"
-    for t in ts:
-        if t is not None and not t.is_cpu: raise RuntimeError(f'all tensors must be on the CPU, got one on {t.device}')
-    return [None if t is None else t.data_ptr() for t in ts]
+def _check_types(a, *others): # A kernel would read numbers of another type as if they were of this one
+    "Raise `TypeError` unless tensors are of the type of `a`, or `None`"
+    for t in others:
+        if t is None or t.dtype==a.dtype: continue
+        raise TypeError(f'all tensors must be of one type, got {a.dtype} and {t.dtype}')
 
 @jit()
 def _forward_at(
@@ -348,12 +311,12 @@ def forward(
     if not _fits(x, weight, scale, bias): return scale_and_bias(forward(x, weight, seed, threshold), scale, bias)
     (n,n_in),n_out = x.shape,weight.shape[0]
     xw,w = widen(x, weight)
+    _check_types(xw, w)
     if n_in%vector_sz: w = F.pad(w, (0,-n_in%vector_sz))
     y = xw.new_empty(n, n_out)
     b,n_bias = (y,0) if bias is None else (bias,n_out)
-    sizes = n,n_in,n_out,n_bias,_number_types[y.dtype](scale)
-    args = *_addresses(xw, w, y, b, seed),*_limits(threshold),*sizes
-    _run_in_threads(_forward_at, args, -(-n//block_rows), _n_threads(n*n_out*n_in))
+    args = *_limits(threshold),n,n_in,n_out,n_bias,_number_types[y.dtype](scale)
+    run_in_threads(_forward_at, (xw, w, y, b, seed), args, -(-n//block_rows), n_threads_for(n*n_out*n_in))
     return y if y.dtype==x.dtype else y.to(x.dtype)
 
 # %% ../../nbs/110_kernels.numba.ipynb #1a5358d7
@@ -387,12 +350,13 @@ def _gradients(
     n,n_out = g.shape
     n_in = (x if weight is None else weight).shape[1]
     e,xw,w = widen(g, x, weight)
+    _check_types(e, xw, w)
     gx = None if w is None else e.new_zeros(n, n_in)
     gw = None if xw is None else e.new_empty(n_out, n_in)
-    n_threads = _n_threads(n*n_out*n_in)
+    n_threads = n_threads_for(n*n_out*n_in)
     width = min(_max_tile, max(64, -(-n_in//(vector_sz*n_threads))*vector_sz))
-    args = *_addresses(e, xw, w, gx, gw, seed),*_limits(threshold),n,n_in,n_out,_number_types[e.dtype](scale),width
-    _run_in_threads(_backward_at, args, -(-n_in//width), n_threads)
+    args = *_limits(threshold),n,n_in,n_out,_number_types[e.dtype](scale),width
+    run_in_threads(_backward_at, (e, xw, w, gx, gw, seed), args, -(-n_in//width), n_threads)
     if e.dtype==g.dtype: return gx,gw
     return tuple(t if t is None else t.to(g.dtype) for t in (gx,gw))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['vector_sz', 'jit', 'Vector', 'broadcast', 'load', 'store', 'load_limits', 'kept_rows', 'add_where', 'sum_eight',
-           'aligned_zeros', 'copy_into', 'array_at', 'keep_apart', 'seed_at']
+           'aligned_zeros', 'copy_into', 'array_at', 'seed_at']
 
 # %% ../../nbs/105_kernels.vectors.ipynb #a959b9b6
 import operator, os, sys, threading, numba, numpy as np
@@ -203,14 +203,6 @@ def array_at(
 ): # Array
     "View memory as an array, without a check"
     return numba.carray(_pointer_to(address, number), shape)
-
-@intrinsic
-def keep_apart(typingctx):
-    "Forbid LLVM to inline the function that calls this"
-    def emit(context, builder, sig, args):
-        builder.function.attributes.add('noinline')
-        return context.get_dummy_value()
-    return types.void(),emit
 
 @jit()
 def seed_at(

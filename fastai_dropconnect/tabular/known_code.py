@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_module
 from .loader import FastTabDL, why_slow
 
 # %% ../../nbs/333_tabular.known_code.ipynb #7d0a1c05
-_packages = 'torch','fastai','fastai_dropconnect','builtins'
+_packages = 'torch','fastai','fastai_dropconnect','rtdl_num_embeddings','builtins'
 _callbacks = TrainEvalCallback,Recorder,CastToTensor,ProgressCallback,ParamScheduler,GradientClip
 
 def _is_ours(f) -> bool: # A function, or an object of a class
@@ -28,7 +28,7 @@ def is_known(
     f, # A function, or an object that can be called
     seen:frozenset=frozenset() # Used by itself: `id` of the objects that hold it
 ) -> bool:
-    "Return whether a function and the functions that it holds come from torch, fastai or this package"
+    "Return whether a function and the functions that it holds come from `_packages`"
     if id(f) in seen: return True
     if not _is_ours(f): return False
     if isinstance(f, nn.Module): return all(_is_known_module(m, seen | {id(f)}) for m in f.modules())

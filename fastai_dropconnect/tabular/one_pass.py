@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from ..functional import dropconnect
 from ..layers.dropconnect import DropConnectEmbedding
+from ..products import looks_inside
 
 # %% ../../nbs/312_tabular.one_pass.ipynb #53df3173
 _classes = nn.Embedding,Embedding,DropConnectEmbedding
@@ -36,11 +37,10 @@ def _tables(embeds) -> list|None:
     tables = [e._parameters.get('weight') for e in embeds]      # `e.weight` takes ten times as long
     return tables if all(map(_is_readable, tables)) else None
 
-def _in_transform() -> bool:
-    "Return whether somebody traces, compiles or transforms this code, or watches all modules"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing(): return True
+def _is_watched(x) -> bool:
+    "Return whether torch looks inside, or somebody watches all modules or all operations"
     hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    return bool(hooks or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
+    return bool(looks_inside(x) or hooks or torch._C._len_torch_dispatch_stack())
 
 def _kernels():
     from fastai_dropconnect.kernels import lookup
@@ -152,7 +152,7 @@ def embed_columns(
 ) -> Tensor: # `(n_rows, sum of the lengths of the vectors)`
     "Look up the vectors of all categorical columns"
     fits = type(x_cat) is Tensor and x_cat.ndim==2 and x_cat.dtype==torch.int64 and x_cat.device.type=='cpu'
-    fits = fits and x_cat.shape[1]==len(embeds) and not _in_transform()
+    fits = fits and x_cat.shape[1]==len(embeds) and not _is_watched(x_cat)
     fixed = _take_fixed(embeds) if fits else None
     tables = _tables(list(embeds)) if fits and fixed is None else None
     if fixed is None and (tables is None or not _kernels().usable(x_cat.device)):
