@@ -407,3 +407,25 @@ def test_the_spread_of_a_blend_is_found_where_the_model_is(monkeypatch):
     devices = []
     monkeypatch.setattr(module, 'to_device', lambda b, device: devices.append(device) or b)
     assert predicted(learn, [learn.dls.valid.one_batch()[:2]])[0].spread.shape[1]==1 and devices==[torch.device('cpu')]
+
+
+def test_dates_of_any_unit_are_one_time():
+    "A CSV file gives another unit than `pd.to_datetime` of a list or a database, and text is dates, too"
+    df = DF.assign(day=pd.date_range('2020-01-01', periods=len(DF)).astype('datetime64[ns]'))
+    learn = learner(dls=make_dls(df))
+    want = learn.calibrate(by='day', last=20, df=df).times
+    later = df[:10].assign(day=df.day.max()+pd.to_timedelta(np.arange(1, 11), unit='D'))
+    for to in ('datetime64[s]', 'datetime64[us]', str, 'category', lambda s: s.dt.tz_localize('UTC'), lambda s: s.dt.date.astype(object)):
+        change = to if callable(to) else lambda s, to=to: s.astype(to)
+        change = change if change is not str else lambda s: s.astype(str)
+        torch.testing.assert_close(learn.calibrate(by='day', last=20, df=df.assign(day=change(df.day))).times, want, rtol=0, atol=0)
+        learn.calibrate(by='day', last=20, df=df)
+        assert (learn.update_calibration(later.assign(day=change(later.day))).times > want.max()).sum()==10
+    years = df.assign(year=2000+df.index%20)
+    want = learn.calibrate(by='year', df=years).times
+    for to in (object, 'category', 'float32', 'Int64'):
+        assert torch.equal(learn.calibrate(by='year', df=years.assign(year=years.year.astype(to))).times, want)
+    for wrong in ('color', df.day.dt.to_period('M'), df.day-df.day[0]):
+        rows = df.dropna() if isinstance(wrong, str) else df.assign(span=wrong)
+        name = wrong if isinstance(wrong, str) else 'span'
+        with pytest.raises(ValueError, match=f"`by` must be a column of dates or numbers, got by='{name}'"): learn.calibrate(by=name, df=rows)

@@ -175,13 +175,17 @@ def _rows(learn, df, ds_idx, names): # Loader, and a dictionary of columns
     _check_classes(learn, df)
     return learn.dls.test_dl(df),{n:df[n] for n in names}
 
+def _microseconds(column): # Of dates of any unit: rows that come later may have another one
+    try: return pd.to_datetime(column).dt.as_unit('us').astype('int64')
+    except (ValueError,TypeError) as e:
+        raise ValueError(f'`by` must be a column of dates or numbers, got by={column.name!r}') from e
+
 def _times(column): # As float64
-    if pd.api.types.is_datetime64_any_dtype(column): x = column.astype('int64').to_numpy()
-    elif pd.api.types.is_numeric_dtype(column): x = column.to_numpy('float64', na_value=np.nan)
-    else: x = pd.to_datetime(column).astype('int64').to_numpy()
     missing = column.isna().to_numpy()
     if missing.any(): raise ValueError(f'`by` must have a date or number in each row, but {missing.sum()} are missing')
-    return torch.from_numpy(x.astype('float64'))
+    if column.dtype==object or isinstance(column.dtype, pd.CategoricalDtype): column = column.astype(object).infer_objects()
+    numbers = column if pd.api.types.is_numeric_dtype(column) else _microseconds(column)
+    return torch.from_numpy(numbers.to_numpy('float64'))
 
 def _check_finite(values, name):
     bad = (~values.isfinite()).sum().item() if values.is_floating_point() else 0
