@@ -2,8 +2,8 @@
 from copy import deepcopy
 import json, warnings
 import numpy as np, pandas as pd, pytest, torch
-from fastai.tabular.all import (Categorify, FillMissing, MSELossFlat, Normalize, TabularDataLoaders, load_learner, rmse,
-                                set_seed)
+from fastai.tabular.all import (Categorify, DataLoader, DataLoaders, FillMissing, Learner, MSELossFlat, Normalize, TabularDataLoaders,
+                                load_learner, rmse, set_seed)
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.calibrate import *
 from fastai_dropconnect.callback.distribution import DistributionMetric
@@ -429,3 +429,25 @@ def test_dates_of_any_unit_are_one_time():
         rows = df.dropna() if isinstance(wrong, str) else df.assign(span=wrong)
         name = wrong if isinstance(wrong, str) else 'span'
         with pytest.raises(ValueError, match=f"`by` must be a column of dates or numbers, got by='{name}'"): learn.calibrate(by=name, df=rows)
+
+
+def test_what_is_no_table_or_lacks_columns_is_named():
+    learn = learner()
+    for n in ('a', 'color', 'b'):
+        for rows in (DF[:3], DF[:0]):
+            with pytest.raises(ValueError, match=rf"`df` must have the columns of the training frame, but \['{n}'\]"): learn.predict_distribution(rows.drop(columns=n))
+        with pytest.raises(ValueError, match=rf"but \['{n}'\] are missing"): learn.calibrate(df=DF.drop(columns=n))
+    learn.calibrate()
+    with pytest.raises(ValueError, match=r"but \['a'\] are missing"): learn.update_calibration(DF.drop(columns='a'))
+    for f in (learn.predict_distribution, learn.update_calibration, lambda df: learn.calibrate(df=df), learn.show_calibration):
+        with pytest.raises(TypeError, match='`df` must be a pd.DataFrame, got Series'): f(DF.iloc[0])
+    for name in ('by','group'):
+        with pytest.raises(TypeError, match=rf"`{name}` must be the name of a column, got {name}=\['color'\]"): learn.calibrate(df=DF, **{name:['color']})
+    x = torch.randn(40, 6)
+    dl = DataLoader(list(zip(x, x[:,:1])), bs=8)
+    plain = Learner(DataLoaders(dl, dl), torch.nn.Linear(6, 1), MSELossFlat())
+    plain.remove_cb(plain.progress)
+    assert plain.calibrate().q.isfinite().all()
+    for f in (plain.predict_distribution, plain.update_calibration, lambda df: plain.calibrate(df=df), plain.show_calibration):
+        with pytest.raises(TypeError, match='needs a Learner of a table, but its loaders have rows of list'): f(DF)
+    with pytest.raises(TypeError, match='needs a Learner of a table'): plain.calibrate(by='day')

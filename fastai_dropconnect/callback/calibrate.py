@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CalibrationRecord', 'KeepCalibration', 'calibration_of', 'set_calibration', 'Predicted', 'is_ensemble', 'predicted',
-           'total_sd', 'distribution_of', 'new_calibration', 'scores_of', 'calibrated_interval']
+           'check_frame', 'total_sd', 'distribution_of', 'new_calibration', 'scores_of', 'calibrated_interval']
 
 # %% ../../nbs/388_callback.calibrate.ipynb #594f9904
 import math, warnings
@@ -22,7 +22,7 @@ from ..checks import check_choice, check_int, check_p
 from ..ensemble.averaging import average_for
 from ..ensemble.blend import BlendedModel, best_temperature
 from ..nn_utils import ModelRecord, inner_model
-from ..tabular.procs import check_columns
+from ..tabular.procs import check_columns, columns_read
 from ..uncertainty.conformal import (METHODS, Calibration, conformal_interval, conformal_scores,
                                                       fit_spread, quantiles_at)
 from ..uncertainty.mc import noise_modules
@@ -164,12 +164,34 @@ def _check_classes(learn, df):
     unknown = 0 if vocab is None or len(ys)!=1 else (~df[ys[0]].isin(list(vocab))).sum()
     if unknown: raise ValueError(f'targets must be classes of the training rows, but {unknown} are not')
 
-def _rows(learn, df, ds_idx, names): # Loader, and a dictionary of columns
-    names = [n for n in names if n is not None]
+def _check_table(learn):
+    if hasattr(learn.dls, 'y_names'): return
+    raise TypeError('this needs a Learner of a table, but its loaders have rows of '
+                    f'{type(getattr(learn.dls, "train_ds", None)).__name__}')
+
+def check_frame(
+    learn:Learner,
+    df:pd.DataFrame, # Rows
+    more:list=() # Columns that it must have beside those that the Learner reads
+):
+    "Raise an error unless the Learner can read the rows"
+    _check_table(learn)
+    if not isinstance(df, pd.DataFrame): raise TypeError(f'`df` must be a pd.DataFrame, got {type(df).__name__}')
+    check_columns(df.columns, sum(columns_read(learn.dls), [*more]), 'df')
+
+def _column_names(**names): # Those that are given
+    for k,n in names.items():
+        if n is not None and not isinstance(n, str): raise TypeError(f'`{k}` must be the name of a column, got {k}={n!r}')
+    return [n for n in names.values() if n is not None]
+
+def _rows(learn, df, ds_idx, **names): # Loader, and a dictionary of columns
+    names = _column_names(**names)
     if df is None:
+        if names: _check_table(learn)
         dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False)
         if not len(dl.dataset): raise ValueError(f'`df` must be given, as the Learner has no rows with ds_idx={ds_idx}')
         return dl,{n:_column(learn, dl.dataset, n) for n in names}
+    check_frame(learn, df)
     check_columns(df.columns, [*names, *learn.dls.y_names], 'df')
     if not len(df): raise ValueError('`df` must have rows, got none')
     _check_classes(learn, df)
@@ -323,7 +345,7 @@ def calibrate(self:Learner,
     symmetric:bool=True # Move both ends of an interval by the same? `False` follows a drift, and needs twice the rows
 ) -> Calibration:
     "Correct intervals or probabilities on rows that took no part in training; small tables: `DropConnectRegressor`"
-    dl,columns = _rows(self, df, ds_idx, (by,group))
+    dl,columns = _rows(self, df, ds_idx, by=by, group=group)
     passes = _passes(self, method, passes, p)
     pred,targs = predicted(self, dl, passes, p)
     _check_rows(pred, targs)
@@ -379,7 +401,7 @@ def update_calibration(self:Learner,
     if cal is None: raise ValueError('`update_calibration` needs a calibration: call `learn.calibrate` first')
     if cal.method=='temperature':
         raise ValueError('`update_calibration` is for intervals: call `learn.calibrate(df=...)` for a new temperature')
-    dl,columns = _rows(self, df, 1, (cal.by,cal.group))
+    dl,columns = _rows(self, df, 1, by=cal.by, group=cal.group)
     pred,targs = predicted(self, dl)
     _check_rows(pred, targs)
     cal.add(*scores_of(pred, targs, cal, columns, cal.symmetric))

@@ -8,10 +8,10 @@ __all__ = ['LEVELS', 'DistributionMetric']
 # %% ../../nbs/389_callback.distribution.ipynb #ba5fff92
 import pandas as pd, torch
 from fastai.basics import Learner, Metric, patch
-from .calibrate import calibrated_interval, calibration_of, distribution_of, predicted, total_sd
+from .calibrate import (calibrated_interval, calibration_of, check_frame, distribution_of, predicted,
+                                                      total_sd)
 from ..checks import check_choice, check_p
 from ..tabular.guard import guard_of_levels, input_guard_of
-from ..tabular.procs import check_columns
 from ..uncertainty.conformal import quantiles_at
 from ..uncertainty.metrics import (brier_score, crps_mixture, crps_quantiles, expected_calibration_error,
                                                     interval_coverage, interval_width, winkler_score)
@@ -53,9 +53,9 @@ def predict_distribution(self:Learner,
     df:pd.DataFrame # Rows like those of training, with or without the target
 ) -> pd.DataFrame: # The index of `df`, and the columns that the Learner can fill
     "Predict means, standard deviations, intervals and quantiles, or probabilities"
-    if not isinstance(df, pd.DataFrame): raise TypeError(f'`df` must be a pd.DataFrame, got {type(df).__name__}')
-    cal,ys = calibration_of(self),list(self.dls.y_names)
-    if cal is not None and cal.group is not None: check_columns(df.columns, [cal.group], 'df')
+    group = getattr(calibration_of(self), 'group', None)
+    check_frame(self, df, [] if group is None else [group])
+    ys = list(self.dls.y_names)
     rows = df.drop(columns=ys, errors='ignore')
     if not len(rows): return self.predict_distribution(_one_row(self, rows))[:0].set_axis(df.index)
     pred,_ = predicted(self, self.dls.test_dl(rows))

@@ -30,7 +30,7 @@ def share_error(
 
 # %% ../../nbs/392_callback.show_calibration.ipynb #c126027b
 def _numbers(learn, df, ds_idx, by): # A frame with a row for each prediction of the first target
-    dl,columns = _rows(learn, df, ds_idx, (by,))
+    dl,columns = _rows(learn, df, ds_idx, by=by)
     pred,targs = predicted(learn, dl)
     if targs is None: raise ValueError('`df` must have the target')
     if pred.kind=='classes': return pred,targs.flatten(),None

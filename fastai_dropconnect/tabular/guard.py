@@ -12,7 +12,7 @@ from fastai.tabular.core import Categorify, TabularPandas, TabularProc
 from fastai.tabular.data import TabularDataLoaders
 from fastcore.basics import patch
 from ..checks import check_int, check_positive
-from .procs import QuantileNormalize, check_columns
+from .procs import QuantileNormalize, check_columns, columns_read
 
 # %% ../../nbs/318_tabular.guard.ipynb #889ef6ad
 def _text(value) -> str: # Of a level or number in a message
@@ -176,7 +176,7 @@ def guard_of_levels(
     guard = InputGuard().fit(pd.DataFrame(), [], [])
     for p in getattr(getattr(getattr(dls, 'train_ds', None), 'procs', None), 'fs', []):
         if isinstance(p, Categorify):
-            guard.levels |= {n: list(p.classes[n][1:]) for n in dls.cat_names if not n.endswith('_na')}
+            guard.levels |= {n: list(p.classes[n][1:]) for n in columns_read(dls)[0]}
     guard.with_gaps = [*guard.levels]
     return guard
 
@@ -193,8 +193,7 @@ def guard_inputs(self:TabularDataLoaders,
 ) -> InputGuard: # Also `dls.input_guard` from now on
     "Add a guard to loaders that have none"
     to = self.train_ds
-    names = {k: [n for n in getattr(to, k) if not n.endswith('_na')] for k in ('cat_names','cont_names')}
-    guard = InputGuard(**kwargs).fit(_raw_frame(to) if df is None else df, *names.values())
+    guard = InputGuard(**kwargs).fit(_raw_frame(to) if df is None else df, *columns_read(self))
     if df is None: guard.widen(to)
     to.procs.fs[:] = [guard, *(p for p in to.procs.fs if not getattr(p, 'guards_inputs', False))]
     return guard

@@ -27,7 +27,7 @@ from ..layers.masked_ensemble import EnsembleLinear
 from .embeddings import num_embeddings_of
 from .model import members_of
 from .predict import add_columns
-from .procs import check_columns, check_no_gaps
+from .procs import check_columns, check_no_gaps, columns_read
 from .resnet import model_class
 from ..uncertainty.noise import NoiseHead, NoiseLoss, NoiseModel, noise_of
 
@@ -42,9 +42,7 @@ class TabularLearner(fastai_learner.TabularLearner):
         if not isinstance(row, pd.Series):
             raise TypeError('`row` must be a pd.Series, such as df.iloc[0], or a dict, '
                             f'but row is a {type(row).__name__}')
-        added = {f'{n}_na' for n in self.dls.cont_names}    # columns that FillMissing adds itself
-        needed = [n for n in [*self.dls.cat_names, *self.dls.cont_names] if n not in added]
-        check_columns(row.index, needed, 'row')
+        check_columns(row.index, sum(columns_read(self.dls), []), 'row')
         with self.no_bar(): decoded,*preds = super().predict(row.drop(self.dls.y_names, errors='ignore'))
         return add_columns(self, decoded),*preds
 
