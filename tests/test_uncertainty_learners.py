@@ -2,7 +2,7 @@
 from copy import deepcopy
 import json, warnings
 import numpy as np, pandas as pd, pytest, torch
-from fastai.tabular.all import (Categorify, DataLoader, DataLoaders, FillMissing, Learner, MSELossFlat, Normalize, TabularDataLoaders,
+from fastai.tabular.all import (Categorify, DataLoader, DataLoaders, FillMissing, Learner, MSELossFlat, MultiCategoryBlock, Normalize, TabularDataLoaders,
                                 load_learner, rmse, set_seed)
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.calibrate import *
@@ -451,3 +451,36 @@ def test_what_is_no_table_or_lacks_columns_is_named():
     for f in (plain.predict_distribution, plain.update_calibration, lambda df: plain.calibrate(df=df), plain.show_calibration):
         with pytest.raises(TypeError, match='needs a Learner of a table, but its loaders have rows of list'): f(DF)
     with pytest.raises(TypeError, match='needs a Learner of a table'): plain.calibrate(by='day')
+
+
+@pytest.mark.parametrize('noise,kw', KINDS[:4])
+def test_training_metrics_are_of_the_same_distribution(noise, kw):
+    "In training quantiles may cross: the metrics of an epoch without any learning are those of validation"
+    metrics = [rmse]+[DistributionMetric(s) for s in ('crps','pinball','nll','coverage','width','winkler')]
+    learn = learner(noise, fit=False, dls=make_dls(DF, bs=160), metrics=metrics, fast=True, **kw)       # each row once
+    for m in learn.model.modules():
+        if isinstance(m, torch.nn.BatchNorm1d): m.momentum = 1.      # validate with the statistics of the one batch
+    learn.recorder.train_metrics = True
+    with learn.no_logging(): learn.fit(1, 0., wd=0.)
+    got = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    learn.recorder.train_metrics = False
+    names = ['train__rmse','train_crps','train_pinball','train_nll','train_coverage_0.9','train_width_0.9','train_winkler_0.9']
+    assert [got[n] for n in names] == pytest.approx(learn.validate(0)[1:], rel=.03)
+
+
+def test_pinball_is_the_mean_over_19_levels():
+    learn = learner('mixture', metrics=DistributionMetric('pinball'))
+    rows = learn.predict_distribution(DF[160:])
+    q,y = rows[[f'q{v:02}' for v in range(5, 100, 5)]].to_numpy('float64'),DF.y[160:].to_numpy('float64')[:,None]
+    t = np.arange(5, 100, 5)/100
+    assert learn.validate()[1] == pytest.approx(np.maximum(t*(y-q), (t-1)*(y-q)).mean(), rel=1e-4)
+
+
+def test_several_classes_per_row_are_refused():
+    df = DF.assign(warm=DF.a>0, big=DF.b>0)
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify,FillMissing,Normalize], cat_names=['color'], cont_names=['a','b'], y_names=['warm','big'],
+                                     y_block=MultiCategoryBlock(encoded=True, vocab=['warm','big']), valid_idx=list(range(160, 200)), bs=32)
+    learn = learner(None, dls=dls, metrics=DistributionMetric('nll'), fit=False)
+    with pytest.raises(ValueError, match='`calibrate` needs a Learner that predicts numbers or one class per row'): learn.calibrate()
+    assert calibration_of(learn) is None
+    with pytest.raises(ValueError, match=r'needs one class per row, got probabilities \(32, 2\) for targets \(32, 2\)'): learn.validate()

@@ -232,6 +232,11 @@ def _passes(learn, method, passes, p): # Noisy passes that the method needs: 50,
     if passes is not None: return check_int(passes, 'passes', 0)
     return 50 if p or noise_modules(inner_model(learn.model)) else 0
 
+def _check_loss(learn): # A probability for each of several classes has neither an interval nor a softmax
+    if average_for(learn.loss_func)[0]!='sigmoid': return
+    raise ValueError('`calibrate` needs a Learner that predicts numbers or one class per row, '
+                     f'got the loss {learn.loss_func}')
+
 def _method_for(pred, method):
     usual = dict(noise='cqr', classes='temperature', numbers='split' if pred.spread is None else 'local')[pred.kind]
     numbers = ('split','pit') if pred.spread is None else ('split','local','pit')
@@ -346,6 +351,7 @@ def calibrate(self:Learner,
 ) -> Calibration:
     "Correct intervals or probabilities on rows that took no part in training; small tables: `DropConnectRegressor`"
     dl,columns = _rows(self, df, ds_idx, by=by, group=group)
+    _check_loss(self)
     passes = _passes(self, method, passes, p)
     pred,targs = predicted(self, dl, passes, p)
     _check_rows(pred, targs)

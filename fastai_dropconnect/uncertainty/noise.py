@@ -284,6 +284,12 @@ class NoiseModel:
     def n_params(self) -> int: # Outputs for each target
         return dict(quantile=self.n_levels, mixture=3*self.n_parts, gaussian=2)[self.kind]
 
+    def ordered(self,
+        out:Tensor # `(*, n_members*n_targets*n_params)` from a `NoiseHead`, in training too
+    ) -> Tensor: # The shape of `out`
+        "Return the outputs of a head in eval mode, whose quantiles do not cross"
+        return out.unflatten(-1, (-1, self.n_levels)).sort(-1).values.flatten(-2) if self.kind=='quantile' else out
+
     def distribution(self,
         out:Tensor, # `(n_rows, n_members*n_targets*n_params)` from a `NoiseHead`, members side by side
         n_targets:int=1,
@@ -392,7 +398,8 @@ class NoiseLoss(nn.modules.loss._Loss):
     def for_metrics(self, out:Tensor) -> Tensor: # (n_rows, n_targets)
         "Return the means, which have the outputs as `outputs`"
         if hasattr(out, 'outputs'): return out
-        res = self.activation(out.detach())
+        out = self.noise.ordered(out.detach())
+        res = self.activation(out)
         res.outputs = out
         return res
 
