@@ -44,7 +44,7 @@ class TabularLearner(fastai_learner.TabularLearner):
                             f'but row is a {type(row).__name__}')
         check_columns(row.index, sum(columns_read(self.dls), []), 'row')
         with self.no_bar(): decoded,*preds = super().predict(row.drop(self.dls.y_names, errors='ignore'))
-        return add_columns(self, decoded),*preds
+        return add_columns(self, decoded, row),*preds
 
 # %% ../../nbs/340_tabular.learner.ipynb #e79c1300
 def _complete_config(
