@@ -88,3 +88,9 @@ def test_a_category_whose_name_ends_like_a_flag(table):
     for guard in (None,dls.guard_inputs,lambda: dls.guard_inputs(df[:100])):
         if guard is not None: guard()
         with learn.no_bar(): assert learn.predict_distribution(odd).warnings.tolist()==["shop_na: 'z' is new",'']
+
+def test_too_many_neighbors_are_named(table):
+    for n in (100, 500):
+        with pytest.raises(ValueError, match=f'`n_neighbors` must be below the number of training rows .* 100, got n_neighbors={n}'): InputGuard(n_neighbors=n).fit(table[:100], CATS, CONTS)
+    with pytest.raises(ValueError, match='columns of numbers, 0, got n_neighbors=3'): InputGuard(n_neighbors=3).fit(table, CATS, [])
+    assert InputGuard(n_neighbors=99).fit(table[:100], CATS, CONTS).distances(table).shape==(120,)

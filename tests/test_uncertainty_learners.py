@@ -484,3 +484,12 @@ def test_several_classes_per_row_are_refused():
     with pytest.raises(ValueError, match='`calibrate` needs a Learner that predicts numbers or one class per row'): learn.calibrate()
     assert calibration_of(learn) is None
     with pytest.raises(ValueError, match=r'needs one class per row, got probabilities \(32, 2\) for targets \(32, 2\)'): learn.validate()
+
+
+def test_groups_that_are_too_small_for_a_correction_are_told():
+    learn = learner()
+    with pytest.warns(UserWarning, match="group='color' changes nothing: no group has 50 rows"): learn.calibrate(group='color')
+    assert calibration_of(learn).group_q=={}
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        assert set(learn.calibrate(group='color', df=DF).group_q)=={'red','green','blue'}       # no value: too few

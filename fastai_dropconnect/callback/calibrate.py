@@ -23,7 +23,7 @@ from ..ensemble.averaging import average_for
 from ..ensemble.blend import BlendedModel, best_temperature
 from ..nn_utils import ModelRecord, inner_model
 from ..tabular.procs import check_columns, columns_read
-from ..uncertainty.conformal import (METHODS, Calibration, conformal_interval, conformal_scores,
+from ..uncertainty.conformal import (GROUP_ROWS, METHODS, Calibration, conformal_interval, conformal_scores,
                                                       fit_spread, quantiles_at)
 from ..uncertainty.mc import noise_modules
 from ..uncertainty.noise import Distribution, GaussianMixture
@@ -325,7 +325,9 @@ def _is_endless(cal):
     at = cal.levels_for(_tails(cal))
     return bool(((at<=0) | (at>=1)).any())
 
-def _warn_if_endless(cal):
+def _warn_of_few_rows(cal):
+    if cal.group is not None and not cal.group_q:
+        warnings.warn(f'group={cal.group!r} changes nothing: no group has {GROUP_ROWS} rows, as its own correction needs')
     if cal.scores is None or not _is_endless(cal): return
     least = math.ceil(round(cal.level_of_ends/(1-cal.level_of_ends), 9))
     given = f'{len(cal.scores)}' + (f' with half_life={cal.half_life}' if cal.half_life else '')
@@ -341,7 +343,7 @@ def calibrate(self:Learner,
     method:str=None, # 'cqr', 'local', 'split', 'pit' or 'temperature', by default the one that fits the Learner
     last:int=None, # Use the latest rows only: how many
     by:str=None, # Column that says when a row happened, a date or a number
-    group:str=None, # Column of groups that get a correction each
+    group:str=None, # Column of groups that get a correction each, if they have 50 rows
     half_life:float=None, # Let a row count half as much as one that came so many rows later
     df:pd.DataFrame=None, # Rows with targets; by default those of `ds_idx`
     ds_idx:int=1, # As in `learn.get_preds`
@@ -361,7 +363,7 @@ def calibrate(self:Learner,
     _check_symmetric(symmetric, method)
     res = new_calibration(pred, targs, method, columns, **settings)
     if method!='temperature': res.add(*scores_of(pred, targs, res, columns, symmetric))
-    _warn_if_endless(res)
+    _warn_of_few_rows(res)
     set_calibration(self, res)
     return res
 
@@ -411,5 +413,5 @@ def update_calibration(self:Learner,
     pred,targs = predicted(self, dl)
     _check_rows(pred, targs)
     cal.add(*scores_of(pred, targs, cal, columns, cal.symmetric))
-    _warn_if_endless(cal)
+    _warn_of_few_rows(cal)
     return cal

@@ -135,11 +135,14 @@ def _points(self:InputGuard, df:pd.DataFrame) -> np.ndarray: # (n_rows, n_column
 def _fit_neighbors(self:InputGuard, numbers:dict):
     "Keep some training rows, and the distance that is far"
     self.scales,self.rows,self.limit = {},None,np.inf
-    if not self.n_neighbors or not numbers: self.n_neighbors = 0; return
+    if not self.n_neighbors: return
+    n_rows = len(next(iter(numbers.values()), ()))
+    if self.n_neighbors>=n_rows:
+        raise ValueError('`n_neighbors` must be below the number of training rows with columns of numbers, '
+                         f'{n_rows}, got n_neighbors={self.n_neighbors}')
     finite = {n: x[np.isfinite(x)] for n,x in numbers.items()}
     self.scales = {n: (float(x.mean()),float(x.std()) or 1.) if len(x) else (0.,1.) for n,x in finite.items()}
     x = np.stack([(numbers[n]-mean)/sd for n,(mean,sd) in self.scales.items()], 1)
-    if len(x)<=self.n_neighbors: self.n_neighbors = 0; return
     keep = np.sort(np.random.default_rng(self.seed).permutation(len(x))[:self.max_rows])
     self.rows = np.nan_to_num(np.hstack([x.clip(-1e3, 1e3), np.zeros((len(x), 1))])[keep], nan=0.)
     self.limit = float(np.quantile(self._mean_distance(self.rows, 1), self.far))    # without the row itself

@@ -9,7 +9,7 @@ __all__ = ['NOISES', 'Distribution', 'QuantileDistribution', 'GaussianMixture', 
 # %% ../../nbs/282_uncertainty.noise.ipynb #6c889ef1
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 from ..checks import check_choice, check_int, check_p
@@ -265,6 +265,7 @@ class GaussianMixture(Distribution):
 
 # %% ../../nbs/282_uncertainty.noise.ipynb #05df854a
 NOISES = 'quantile','mixture','gaussian'
+_SETTINGS = dict(quantile='n_levels', mixture='n_parts', gaussian='beta')
 
 @dataclass(frozen=True)
 class NoiseModel:
@@ -279,6 +280,10 @@ class NoiseModel:
         check_int(self.n_levels, 'n_levels', 2)
         check_int(self.n_parts, 'n_parts')
         check_p(self.beta, 'beta')
+        for f in fields(self)[1:]:
+            value = getattr(self, f.name)
+            if f.name==_SETTINGS[self.kind] or value==f.default: continue
+            raise ValueError(f'`{f.name}` must be {f.default} for {self.kind!r}, which has none, got {f.name}={value!r}')
 
     @property
     def n_params(self) -> int: # Outputs for each target
