@@ -278,7 +278,7 @@ def distribution_of(
     "Return the distribution of a noise model, or else the Gaussian of the calibration"
     if pred.distribution is not None: return pred.distribution
     mean,sd = [t.double()[...,None,None] for t in (pred.mean, total_sd(pred, cal))]
-    return GaussianMixture(torch.zeros_like(mean), mean, sd.clamp(min=1e-9))
+    return GaussianMixture(torch.zeros_like(mean), mean, sd.clamp(min=1e-300))
 
 
 # %% ../../nbs/388_callback.calibrate.ipynb #ea6b7bfe

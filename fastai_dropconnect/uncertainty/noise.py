@@ -25,7 +25,8 @@ def _solve(
     "Find where a CDF reaches the levels"
     x,rows = (low+high)/2,torch.arange(len(low), device=low.device)
     low,high = low.clone(),high.clone()
-    last = high-low     # length of the last step
+    span = high-low
+    last = span.clone()     # length of the last step
     for _ in range(100):
         if not len(rows): break
         at,lo,hi,before = x[rows],low[rows],high[rows],last[rows]
@@ -36,7 +37,7 @@ def _solve(
         good = (step>=lo) & (step<=hi) & ((step-at).abs()<=before/2)     # else Newton may go in circles
         new = torch.where(good, step, (lo+hi)/2)
         x[rows],low[rows],high[rows],last[rows] = new,lo,hi,(new-at).abs()
-        done = (gap==0) | ((new-at).abs()<=1e-14*(1+at.abs())) | (hi<=lo)
+        done = (gap==0) | ((new-at).abs()<=1e-14*(span[rows]+at.abs())) | (hi<=lo)
         rows = rows[~done.all(1)]
     return x
 
@@ -169,10 +170,10 @@ class QuantileDistribution(Distribution):
         x = x.unsqueeze(1).expand(-1, q.shape[1], -1).contiguous()
         i = torch.searchsorted(q.contiguous(), x, right=True).clamp(1, n-1)-1
         # for the density no piece is narrower than a thousandth of all, else that of equal quantiles would be infinite
-        least = (1e-3/n*(q[...,-1:]-q[...,:1])).clamp(min=1e-30)
+        least = (1e-3/n*(q[...,-1:]-q[...,:1])).clamp(min=1e-300)
         left,right = q.gather(-1, i),q.gather(-1, i+1)
         width = right-left
-        cdf,pdf = i+1+((x-left)/width.clamp(min=1e-30)).clamp(0, 1),1/torch.maximum(width, least)
+        cdf,pdf = i+1+((x-left)/width.clamp(min=1e-300)).clamp(0, 1),1/torch.maximum(width, least)
         low,high = [torch.maximum(t.unsqueeze(-1), least) for t in self._tails]
         below,above = ((x-q[...,:1])/low).clamp(max=0).exp(),((q[...,-1:]-x)/high).clamp(max=0).exp()
         under,over = x<q[...,:1],x>=q[...,-1:]
