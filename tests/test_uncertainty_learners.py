@@ -310,14 +310,14 @@ def test_targets_of_any_scale(noise, scale):
 
 @pytest.mark.parametrize('kw', [dict(), dict(config=dict(members=2))])
 def test_small_targets_without_a_noise_model_have_small_intervals(kw):
-    df = DF.assign(y=1e-20*DF.y.astype('float64'))
+    df = DF.assign(y=1e-27*DF.y.astype('float64'))
     learn = learner(None, dls=make_dls(df), fit=False, **kw)
     with torch.no_grad():
         for p in learn.model.parameters(): p.zero_()
     for method in ('pit','split'):
         learn.calibrate(method=method)
         got = learn.predict_distribution(df[160:])
-        assert 1e-20 < (got.upper-got.lower).mean() < 2e-19 and got.upper.ge(df.y[160:]).mean() > .9, method
+        assert 1e-27 < (got.upper-got.lower).mean() < 2e-26 and got.upper.ge(df.y[160:]).mean() > .9, method
 
 
 def test_groups_and_times_are_those_of_the_rows_as_they_were():
