@@ -376,6 +376,7 @@ def test_a_trained_learner_gets_a_noise_model():
     assert frame(learn).sd.gt(0).all()
     snapshots = learner(None, restarts=True)
     with pytest.raises(ValueError, match='without snapshots'): snapshots.set_noise()
+    with pytest.raises(ValueError, match="`noise` must be one of 'quantile', 'mixture', 'gaussian', got noise=None"): learn.set_noise(None)
 
 
 @pytest.mark.parametrize('path,value,message', [

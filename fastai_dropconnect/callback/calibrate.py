@@ -388,7 +388,7 @@ def _groups(cal, columns): # Of each row, or `None`
 def calibrated_interval(
     learn:Learner,
     pred:Predicted, # Of numbers
-    df:pd.DataFrame=None # The rows, for their groups
+    columns:dict|pd.DataFrame=None # Of the rows, for their groups
 ) -> tuple: # Lower and upper end, `(n_rows, n_targets)` each, or `None` if nothing is known
     "Return corrected intervals, or those of the noise model if the Learner is not calibrated"
     cal = calibration_of(learn)
@@ -396,7 +396,7 @@ def calibrated_interval(
     _check_fits(pred, cal)
     if cal.method=='pit':
         return quantiles_at(distribution_of(pred, cal), cal.levels_for(_tails(cal))).unbind(-1)
-    groups = None if df is None else _groups(cal, df)
+    groups = None if columns is None else _groups(cal, columns)
     return conformal_interval(cal.quantiles_for(len(pred.mean), groups), cal.method, **_inputs(pred, cal))
 
 # %% ../../nbs/388_callback.calibrate.ipynb #4cef14d0

@@ -30,11 +30,12 @@ def share_error(
 
 # %% ../../nbs/392_callback.show_calibration.ipynb #c126027b
 def _numbers(learn, df, ds_idx, by): # A frame with a row for each prediction of the first target
-    dl,columns = _rows(learn, df, ds_idx, by=by)
+    cal = calibration_of(learn)
+    dl,columns = _rows(learn, df, ds_idx, by=by, group=cal and cal.group)
     pred,targs = predicted(learn, dl)
     if targs is None: raise ValueError('`df` must have the target')
     if pred.kind=='classes': return pred,targs.flatten(),None
-    sd,interval = total_sd(pred, calibration_of(learn)),calibrated_interval(learn, pred, df)
+    sd,interval = total_sd(pred, cal),calibrated_interval(learn, pred, columns)
     if sd is None:
         raise ValueError('`show_calibration` needs a Learner with `noise` or a calibration: '
                          'call `learn.calibrate` first')

@@ -21,6 +21,7 @@ from fastai.tabular.model import TabularModel, get_emb_sz
 from fastcore.basics import ifnone, patch
 from fastcore.meta import delegates
 from torch import nn
+from ..checks import check_choice
 from ..ensemble.averaging import EnsembleLoss, average_for, average_members
 from ..layers.dropconnect import DropConnectLinear
 from ..layers.masked_ensemble import EnsembleLinear
@@ -29,7 +30,7 @@ from .model import members_of
 from .predict import add_columns
 from .procs import check_columns, check_no_gaps, columns_read
 from .resnet import model_class
-from ..uncertainty.noise import NoiseHead, NoiseLoss, NoiseModel, noise_of
+from ..uncertainty.noise import NOISES, NoiseHead, NoiseLoss, NoiseModel, noise_of
 
 # %% ../../nbs/340_tabular.learner.ipynb #c3fa9a38
 class TabularLearner(fastai_learner.TabularLearner):
@@ -163,6 +164,7 @@ def set_noise(self:Learner,
         raise TypeError(f'`set_noise` needs a TabularModel, got {type(self.model).__name__}')
     if any(len(getattr(cb, 'record', ())) for cb in self.cbs if hasattr(cb, 'states_for')):
         raise ValueError('`set_noise` needs a Learner without snapshots, as theirs have the old last layer')
+    if noise is None: check_choice(noise, 'noise', NOISES)
     head,loss_func,n_out = _noise_parts(self.dls, noise)
     block,i,last = _last_layer(self.model)
     block[i] = _like(last, n_out)
