@@ -121,6 +121,12 @@ def test_moments_refuse_what_they_cannot_do():
     with pytest.raises(TypeError, match=r'embeds.0 \(DropConnectEmbedding\)'): output_moments(model, args)
     with pytest.raises(TypeError, match='got Softmax'): output_moments(nn.Sequential(DropConnectLinear(6, 3, p=.1), nn.Softmax(1)), (torch.randn(3, 6),))
 
+@pytest.mark.parametrize('dropout', [nn.AlphaDropout, nn.FeatureAlphaDropout])
+def test_dropout_to_another_value_than_0_has_no_moments(dropout):
+    model,x = nn.Sequential(nn.Linear(6, 9), nn.SELU(), dropout(.2), nn.Linear(9, 2)),torch.randn(5, 6)
+    with pytest.raises(TypeError, match=f'got {dropout.__name__}: draw samples'): output_moments(model, (x,))
+    assert mc_samples(model, (x,), n=3).std(1).gt(0).all()
+
 def test_the_diagonal_is_exact_for_one_noisy_layer():
     torch.manual_seed(0)
     model,x = nn.Sequential(DropConnectLinear(6, 9, p=.2), nn.ReLU(), nn.Linear(9, 2)),torch.randn(5, 6)

@@ -107,6 +107,10 @@ class _Member:
 def _through(module:nn.Module, m:_Moments, member:_Member, diagonal:bool) -> _Moments:
     "Return the moments after a module"
     if type(module).__name__ in _ACTIVATIONS: return _activation(m, module)
+    _unknown(module)
+
+def _unknown(module:nn.Module):
+    "Raise `TypeError`"
     raise TypeError('moments are known of linear layers, batch norm, dropout and activations of one number, '
                     f'got {type(module).__name__}: draw samples instead')
 
@@ -133,6 +137,7 @@ def _(module, m, member, diagonal):
 
 @_through.register(_DropoutNd)
 def _(module, m, member, diagonal):
+    if isinstance(module, (nn.AlphaDropout,nn.FeatureAlphaDropout)): _unknown(module)      # drops to another value than 0
     c = noise_probability(module) if module.training else 0.
     if not c: return m
     var = (0. if m.var is None else m.var) + (m.mean.square()+(0. if m.var is None else m.var))*(c/(1-c))
