@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['CalibrationRecord', 'KeepCalibration', 'calibration_of', 'set_calibration', 'Predicted', 'is_ensemble', 'predicted',
-           'check_frame', 'total_sd', 'distribution_of', 'new_calibration', 'scores_of', 'calibrated_interval']
+           'total_sd', 'distribution_of', 'new_calibration', 'scores_of', 'calibrated_interval']
 
 # %% ../../nbs/388_callback.calibrate.ipynb #594f9904
 import math, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-import numpy as np, pandas as pd, torch
+import pandas as pd, torch
 from fastai.basics import DataLoader, Learner, patch, to_device
 from fastcore.basics import noop
 from torch import Tensor
 from .core import RESTORE, RecordingCallback
 from . import mc     # noqa: F401, adds `Learner.get_mc_preds`
 from .members import weighted_members, without_metrics
+from .rows import rows_of, times_of
 from .snapshots import SnapshotEnsemble
 from ..checks import check_choice, check_int, check_p
 from ..ensemble.averaging import average_for
 from ..ensemble.blend import BlendedModel, best_temperature
 from ..nn_utils import ModelRecord, inner_model
-from ..tabular.procs import check_columns, columns_read
 from ..uncertainty.conformal import (GROUP_ROWS, METHODS, Calibration, conformal_interval, conformal_scores,
                                                       fit_spread, quantiles_at)
 from ..uncertainty.mc import noise_modules
@@ -151,64 +151,6 @@ def _two_dims(targs): # `(n_rows, n_targets)`
     return targs if targs is None or targs.ndim>1 else targs[:,None]
 
 # %% ../../nbs/388_callback.calibrate.ipynb #30afd874
-def _column(learn, ds, name): # Of encoded rows, as it was before
-    items = ds.items
-    if name not in items: raise ValueError(f'`df` must be given, as the rows of the Learner have no column {name!r}')
-    if name in ds.cont_names: return ds.new(items.copy()).decode().items[name]
-    if name not in ds.cat_names: return items[name]
-    vocab = ds.procs.categorify.classes[name]
-    return pd.Series([vocab[int(c)] for c in items[name]], items.index)
-
-def _check_classes(learn, df):
-    vocab,ys = getattr(learn.dls, 'vocab', None),learn.dls.y_names
-    unknown = 0 if vocab is None or len(ys)!=1 else (~df[ys[0]].isin(list(vocab))).sum()
-    if unknown: raise ValueError(f'targets must be classes of the training rows, but {unknown} are not')
-
-def _check_table(learn):
-    if hasattr(learn.dls, 'y_names'): return
-    raise TypeError('this needs a Learner of a table, but its loaders have rows of '
-                    f'{type(getattr(learn.dls, "train_ds", None)).__name__}')
-
-def check_frame(
-    learn:Learner,
-    df:pd.DataFrame, # Rows
-    more:list=() # Columns that it must have beside those that the Learner reads
-):
-    "Raise an error unless the Learner can read the rows"
-    _check_table(learn)
-    if not isinstance(df, pd.DataFrame): raise TypeError(f'`df` must be a pd.DataFrame, got {type(df).__name__}')
-    check_columns(df.columns, sum(columns_read(learn.dls), [*more]), 'df')
-
-def _column_names(**names): # Those that are given
-    for k,n in names.items():
-        if n is not None and not isinstance(n, str): raise TypeError(f'`{k}` must be the name of a column, got {k}={n!r}')
-    return [n for n in names.values() if n is not None]
-
-def _rows(learn, df, ds_idx, **names): # Loader, and a dictionary of columns
-    names = _column_names(**names)
-    if df is None:
-        if names: _check_table(learn)
-        dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False)
-        if not len(dl.dataset): raise ValueError(f'`df` must be given, as the Learner has no rows with ds_idx={ds_idx}')
-        return dl,{n:_column(learn, dl.dataset, n) for n in names}
-    check_frame(learn, df)
-    check_columns(df.columns, [*names, *learn.dls.y_names], 'df')
-    if not len(df): raise ValueError('`df` must have rows, got none')
-    _check_classes(learn, df)
-    return learn.dls.test_dl(df),{n:df[n] for n in names}
-
-def _microseconds(column): # Of dates of any unit: rows that come later may have another one
-    try: return pd.to_datetime(column).dt.as_unit('us').astype('int64')
-    except (ValueError,TypeError) as e:
-        raise ValueError(f'`by` must be a column of dates or numbers, got by={column.name!r}') from e
-
-def _times(column): # As float64
-    missing = column.isna().to_numpy()
-    if missing.any(): raise ValueError(f'`by` must have a date or number in each row, but {missing.sum()} are missing')
-    if column.dtype==object or isinstance(column.dtype, pd.CategoricalDtype): column = column.astype(object).infer_objects()
-    numbers = column if pd.api.types.is_numeric_dtype(column) else _microseconds(column)
-    return torch.from_numpy(numbers.to_numpy('float64'))
-
 def _check_finite(values, name):
     bad = (~values.isfinite()).sum().item() if values.is_floating_point() else 0
     if bad: raise ValueError(f'{name} must be finite numbers, but {bad} are not')
@@ -283,7 +225,7 @@ def distribution_of(
 
 # %% ../../nbs/388_callback.calibrate.ipynb #ea6b7bfe
 def _latest(columns, n, by=None, last=None): # Positions of the rows to use, in the order of time
-    order = torch.arange(n) if by is None else torch.argsort(_times(columns[by]), stable=True)
+    order = torch.arange(n) if by is None else torch.argsort(times_of(columns[by]), stable=True)
     return order[n-last:] if last and last<n else order
 
 def _check_symmetric(symmetric, method):
@@ -327,7 +269,7 @@ def _is_endless(cal):
 
 def _warn_of_few_rows(cal):
     if cal.group is not None and not cal.group_q:
-        warnings.warn(f'group={cal.group!r} changes nothing: no group has {GROUP_ROWS} rows, as its own correction needs')
+        warnings.warn(f'group={cal.group!r} changes nothing: no group has {GROUP_ROWS} rows')
     if cal.scores is None or not _is_endless(cal): return
     least = math.ceil(round(cal.level_of_ends/(1-cal.level_of_ends), 9))
     given = f'{len(cal.scores)}' + (f' with half_life={cal.half_life}' if cal.half_life else '')
@@ -352,7 +294,7 @@ def calibrate(self:Learner,
     symmetric:bool=True # Move both ends of an interval by the same? `False` follows a drift, and needs twice the rows
 ) -> Calibration:
     "Correct intervals or probabilities on rows that took no part in training; small tables: `DropConnectRegressor`"
-    dl,columns = _rows(self, df, ds_idx, by=by, group=group)
+    dl,columns = rows_of(self, df, ds_idx, by=by, group=group)
     _check_loss(self)
     passes = _passes(self, method, passes, p)
     pred,targs = predicted(self, dl, passes, p)
@@ -377,7 +319,7 @@ def scores_of(
     "Score rows for a calibration"
     inputs = dict(cdf=distribution_of(pred, cal).cdf(targs)) if cal.method=='pit' else _inputs(pred, cal)
     scores = conformal_scores(targs, cal.method, **inputs, symmetric=symmetric)
-    times = None if cal.by is None else _times(columns[cal.by])
+    times = None if cal.by is None else times_of(columns[cal.by])
     return scores,times,_groups(cal, columns)
 
 def _groups(cal, columns): # Of each row, or `None`
@@ -409,7 +351,7 @@ def update_calibration(self:Learner,
     if cal is None: raise ValueError('`update_calibration` needs a calibration: call `learn.calibrate` first')
     if cal.method=='temperature':
         raise ValueError('`update_calibration` is for intervals: call `learn.calibrate(df=...)` for a new temperature')
-    dl,columns = _rows(self, df, 1, by=cal.by, group=cal.group)
+    dl,columns = rows_of(self, df, 1, by=cal.by, group=cal.group)
     pred,targs = predicted(self, dl)
     _check_rows(pred, targs)
     cal.add(*scores_of(pred, targs, cal, columns, cal.symmetric))

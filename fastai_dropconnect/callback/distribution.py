@@ -8,8 +8,8 @@ __all__ = ['LEVELS', 'DistributionMetric']
 # %% ../../nbs/389_callback.distribution.ipynb #ba5fff92
 import pandas as pd, torch
 from fastai.basics import Learner, Metric, patch
-from .calibrate import (calibrated_interval, calibration_of, check_frame, distribution_of, predicted,
-                                                      total_sd)
+from .calibrate import calibrated_interval, calibration_of, distribution_of, predicted, total_sd
+from .rows import check_frame
 from ..checks import check_choice, check_p
 from ..tabular.guard import guard_of_levels, input_guard_of
 from ..uncertainty.conformal import quantiles_at

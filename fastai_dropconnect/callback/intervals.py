@@ -9,7 +9,8 @@ __all__ = ['has_interval', 'interval_columns']
 import pandas as pd, torch
 from fastai.basics import Learner, delegates, patch
 from fastai.tabular.core import TabularPandas, display_df
-from .calibrate import _column, calibrated_interval, calibration_of, predicted
+from .calibrate import calibrated_interval, calibration_of, predicted
+from .rows import column_before
 from ..tabular.learner import TabularLearner
 from ..tabular.predict import ROW_COLUMNS
 
@@ -35,7 +36,7 @@ def _groups_of(learn, rows, given): # A frame with their column, or `None`
     group = getattr(calibration_of(learn), 'group', None)
     if group is None: return None
     if given is not None and group in given: return pd.DataFrame({group: [given[group]]})
-    return _column(learn, rows, group).to_frame(group)
+    return column_before(rows, group).to_frame(group)
 
 def interval_columns(
     learn:Learner,

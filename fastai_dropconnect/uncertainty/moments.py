@@ -139,7 +139,7 @@ def _(module, m, member, diagonal):
 def _(module, m, member, diagonal):
     c = noise_probability(module) if module.training else 0.
     if not c: return m
-    if isinstance(module, (nn.AlphaDropout,nn.FeatureAlphaDropout)): _unknown(module)      # drops to another value than 0
+    if isinstance(module, (nn.AlphaDropout,nn.FeatureAlphaDropout)): _unknown(module)    # never to 0
     var = (0. if m.var is None else m.var) + (m.mean.square()+(0. if m.var is None else m.var))*(c/(1-c))
     return _Moments(m.mean, var, m.cov, m.factor)
 

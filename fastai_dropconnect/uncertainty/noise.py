@@ -8,38 +8,12 @@ __all__ = ['NOISES', 'Distribution', 'QuantileDistribution', 'GaussianMixture', 
 
 # %% ../../nbs/282_uncertainty.noise.ipynb #6c889ef1
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 from ..checks import check_choice, check_int, check_p
 from .metrics import pinball_loss
-
-# %% ../../nbs/282_uncertainty.noise.ipynb #6ab5dd6c
-def _solve(
-    cdf_pdf:Callable, # Function of rows `(n,)` and x `(n, k)` to the CDF and the density there
-    low:Tensor, # `(n_rows, k)`, below the solution
-    high:Tensor, # `(n_rows, k)`, above it
-    levels:Tensor # `(k,)`
-) -> Tensor: # `(n_rows, k)`
-    "Find where a CDF reaches the levels"
-    x,rows = (low+high)/2,torch.arange(len(low), device=low.device)
-    low,high = low.clone(),high.clone()
-    span = high-low
-    last = span.clone()     # length of the last step
-    for _ in range(100):
-        if not len(rows): break
-        at,lo,hi,before = x[rows],low[rows],high[rows],last[rows]
-        cdf,pdf = cdf_pdf(rows, at)
-        gap = cdf-levels
-        lo,hi = torch.where(gap<=0, at, lo),torch.where(gap>=0, at, hi)
-        step = at-gap/pdf
-        good = (step>=lo) & (step<=hi) & ((step-at).abs()<=before/2)     # else Newton may go in circles
-        new = torch.where(good, step, (lo+hi)/2)
-        x[rows],low[rows],high[rows],last[rows] = new,lo,hi,(new-at).abs()
-        done = (gap==0) | ((new-at).abs()<=1e-14*(span[rows]+at.abs())) | (hi<=lo)
-        rows = rows[~done.all(1)]
-    return x
+from .solve import solve_cdf
 
 # %% ../../nbs/282_uncertainty.noise.ipynb #52df4c55
 def _log(x): return x.clamp(min=torch.finfo(x.dtype).tiny).log()
@@ -80,7 +54,7 @@ class Distribution:
         "Return where the CDF reaches `levels`"
         levels,flat = self._levels(levels),self._flat()
         low,high = flat._ends(levels)
-        res = low if torch.equal(low, high) else _solve(lambda rows, x: flat[rows]._cdf_pdf(x), low, high, levels)
+        res = low if torch.equal(low, high) else solve_cdf(lambda rows, x: flat[rows]._cdf_pdf(x), low, high, levels)
         return res.to(self.member_means.dtype).view(*self.shape, len(levels))
 
     def interval(self,
@@ -284,7 +258,7 @@ class NoiseModel:
         for f in fields(self)[1:]:
             value = getattr(self, f.name)
             if f.name==_SETTINGS[self.kind] or value==f.default: continue
-            raise ValueError(f'`{f.name}` must be {f.default} for {self.kind!r}, which has none, got {f.name}={value!r}')
+            raise ValueError(f'`{f.name}` must be {f.default} for {self.kind!r}, got {f.name}={value!r}')
 
     @property
     def n_params(self) -> int: # Outputs for each target
