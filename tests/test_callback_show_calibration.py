@@ -70,3 +70,17 @@ def test_errors_of_shares():
     shares = rng.binomial(200, .9, 2000)/200
     assert .91 < (np.abs(shares-.9)<=share_error(shares, np.full(2000, 200))).mean() < .98
     assert share_error(np.array([1.]), np.array([50]))[0]>0
+
+def test_groups_are_those_of_the_rows_with_and_without_a_frame():
+    set_seed(0)
+    df = make_table(600)
+    learn = tabular_learner(make_dls(df), layers=[8], noise='quantile')
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 1e-2)
+    learn.calibrate(group='color', df=df)
+    cal = learn.keep_calibration.record.value
+    for i,k in enumerate(cal.group_q): cal.group_q[k] += i
+    widths = (lambda f: (f.upper-f.lower).mean())(learn.predict_distribution(df[480:]))
+    for kwargs in (dict(), dict(df=df[480:])):
+        drawn = learn.show_calibration(**kwargs)[1,1].get_legend().texts[0].get_text()
+        assert drawn==f'mean {widths:.3g}', kwargs
+    with pytest.raises(ValueError, match=r"\['color'\] are missing"): learn.show_calibration(df.drop(columns='color'))

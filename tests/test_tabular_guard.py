@@ -79,3 +79,18 @@ def test_arguments(kw, match):
 def test_neighbors_of_a_column_without_values():
     guard = InputGuard(n_neighbors=2).fit(pd.DataFrame(dict(a=[1.,2,3,4], b=[np.nan]*4)), [], ['a','b'])
     assert np.isfinite(guard.distances(pd.DataFrame(dict(a=[1.,np.nan], b=[np.nan,3.])))).all()
+
+def test_a_category_whose_name_ends_like_a_flag(table):
+    "`FillMissing` adds a_na for a column a, and nothing else that ends so"
+    df = table.assign(shop_na=np.where(table.index%2, 'x', 'y'))
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify,FillMissing,Normalize], cat_names=['color','shop_na'], cont_names=list(CONTS), y_names='y', valid_idx=range(100, 120), bs=20)
+    learn,odd = tabular_learner(dls, layers=[5]),df[:2].assign(shop_na=['z','y'])
+    for guard in (None,dls.guard_inputs,lambda: dls.guard_inputs(df[:100])):
+        if guard is not None: guard()
+        with learn.no_bar(): assert learn.predict_distribution(odd).warnings.tolist()==["shop_na: 'z' is new",'']
+
+def test_too_many_neighbors_are_named(table):
+    for n in (100, 500):
+        with pytest.raises(ValueError, match=f'`n_neighbors` must be below the number of training rows .* 100, got n_neighbors={n}'): InputGuard(n_neighbors=n).fit(table[:100], CATS, CONTS)
+    with pytest.raises(ValueError, match='columns of numbers, 0, got n_neighbors=3'): InputGuard(n_neighbors=3).fit(table, CATS, [])
+    assert InputGuard(n_neighbors=99).fit(table[:100], CATS, CONTS).distances(table).shape==(120,)

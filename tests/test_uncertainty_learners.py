@@ -2,8 +2,8 @@
 from copy import deepcopy
 import json, warnings
 import numpy as np, pandas as pd, pytest, torch
-from fastai.tabular.all import (Categorify, FillMissing, MSELossFlat, Normalize, TabularDataLoaders, load_learner, rmse,
-                                set_seed)
+from fastai.tabular.all import (Categorify, DataLoader, DataLoaders, FillMissing, Learner, MSELossFlat, MultiCategoryBlock, Normalize, TabularDataLoaders,
+                                load_learner, rmse, set_seed)
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.calibrate import *
 from fastai_dropconnect.callback.distribution import DistributionMetric
@@ -304,6 +304,20 @@ def test_targets_of_any_scale(noise, scale):
     got = learn.predict_distribution(df[160:])
     assert np.isfinite(got[['sd','sd_noise','sd_members','lower','upper']]).all(axis=None) and (got[['sd_noise','sd_members']]>0).all(axis=None)
     assert ((got.lower<=df.y[160:]) & (df.y[160:]<=got.upper)).mean() >= .9
+    learn.metrics = DistributionMetric('crps')
+    assert 0 < learn.validate()[1]/scale < 5
+
+
+@pytest.mark.parametrize('kw', [dict(), dict(config=dict(members=2))])
+def test_small_targets_without_a_noise_model_have_small_intervals(kw):
+    df = DF.assign(y=1e-27*DF.y.astype('float64'))
+    learn = learner(None, dls=make_dls(df), fit=False, **kw)
+    with torch.no_grad():
+        for p in learn.model.parameters(): p.zero_()
+    for method in ('pit','split'):
+        learn.calibrate(method=method)
+        got = learn.predict_distribution(df[160:])
+        assert 1e-27 < (got.upper-got.lower).mean() < 2e-26 and got.upper.ge(df.y[160:]).mean() > .9, method
 
 
 def test_groups_and_times_are_those_of_the_rows_as_they_were():
@@ -362,6 +376,7 @@ def test_a_trained_learner_gets_a_noise_model():
     assert frame(learn).sd.gt(0).all()
     snapshots = learner(None, restarts=True)
     with pytest.raises(ValueError, match='without snapshots'): snapshots.set_noise()
+    with pytest.raises(ValueError, match="`noise` must be one of 'quantile', 'mixture', 'gaussian', got noise=None"): learn.set_noise(None)
 
 
 @pytest.mark.parametrize('path,value,message', [
@@ -407,3 +422,89 @@ def test_the_spread_of_a_blend_is_found_where_the_model_is(monkeypatch):
     devices = []
     monkeypatch.setattr(module, 'to_device', lambda b, device: devices.append(device) or b)
     assert predicted(learn, [learn.dls.valid.one_batch()[:2]])[0].spread.shape[1]==1 and devices==[torch.device('cpu')]
+
+
+def test_dates_of_any_unit_are_one_time():
+    "A CSV file gives another unit than `pd.to_datetime` of a list or a database, and text is dates, too"
+    df = DF.assign(day=pd.date_range('2020-01-01', periods=len(DF)).astype('datetime64[ns]'))
+    learn = learner(dls=make_dls(df))
+    want = learn.calibrate(by='day', last=20, df=df).times
+    later = df[:10].assign(day=df.day.max()+pd.to_timedelta(np.arange(1, 11), unit='D'))
+    for to in ('datetime64[s]', 'datetime64[us]', str, 'category', lambda s: s.dt.tz_localize('UTC'), lambda s: s.dt.date.astype(object)):
+        change = to if callable(to) else lambda s, to=to: s.astype(to)
+        change = change if change is not str else lambda s: s.astype(str)
+        torch.testing.assert_close(learn.calibrate(by='day', last=20, df=df.assign(day=change(df.day))).times, want, rtol=0, atol=0)
+        learn.calibrate(by='day', last=20, df=df)
+        assert (learn.update_calibration(later.assign(day=change(later.day))).times > want.max()).sum()==10
+    years = df.assign(year=2000+df.index%20)
+    want = learn.calibrate(by='year', df=years).times
+    for to in (object, 'category', 'float32', 'Int64'):
+        assert torch.equal(learn.calibrate(by='year', df=years.assign(year=years.year.astype(to))).times, want)
+    for wrong in ('color', df.day.dt.to_period('M'), df.day-df.day[0]):
+        rows = df.dropna() if isinstance(wrong, str) else df.assign(span=wrong)
+        name = wrong if isinstance(wrong, str) else 'span'
+        with pytest.raises(ValueError, match=f"`by` must be a column of dates or numbers, got by='{name}'"): learn.calibrate(by=name, df=rows)
+
+
+def test_what_is_no_table_or_lacks_columns_is_named():
+    learn = learner()
+    for n in ('a', 'color', 'b'):
+        for rows in (DF[:3], DF[:0]):
+            with pytest.raises(ValueError, match=rf"`df` must have the columns of the training frame, but \['{n}'\]"): learn.predict_distribution(rows.drop(columns=n))
+        with pytest.raises(ValueError, match=rf"but \['{n}'\] are missing"): learn.calibrate(df=DF.drop(columns=n))
+    learn.calibrate()
+    with pytest.raises(ValueError, match=r"but \['a'\] are missing"): learn.update_calibration(DF.drop(columns='a'))
+    for f in (learn.predict_distribution, learn.update_calibration, lambda df: learn.calibrate(df=df), learn.show_calibration):
+        with pytest.raises(TypeError, match='`df` must be a pd.DataFrame, got Series'): f(DF.iloc[0])
+    for name in ('by','group'):
+        with pytest.raises(TypeError, match=rf"`{name}` must be the name of a column, got {name}=\['color'\]"): learn.calibrate(df=DF, **{name:['color']})
+    x = torch.randn(40, 6)
+    dl = DataLoader(list(zip(x, x[:,:1])), bs=8)
+    plain = Learner(DataLoaders(dl, dl), torch.nn.Linear(6, 1), MSELossFlat())
+    plain.remove_cb(plain.progress)
+    assert plain.calibrate().q.isfinite().all()
+    for f in (plain.predict_distribution, plain.update_calibration, lambda df: plain.calibrate(df=df), plain.show_calibration):
+        with pytest.raises(TypeError, match='needs a Learner of a table, but its loaders have rows of list'): f(DF)
+    with pytest.raises(TypeError, match='needs a Learner of a table'): plain.calibrate(by='day')
+
+
+@pytest.mark.parametrize('noise,kw', KINDS[:4])
+def test_training_metrics_are_of_the_same_distribution(noise, kw):
+    "In training quantiles may cross: the metrics of an epoch without any learning are those of validation"
+    metrics = [rmse]+[DistributionMetric(s) for s in ('crps','pinball','nll','coverage','width','winkler')]
+    learn = learner(noise, fit=False, dls=make_dls(DF, bs=160), metrics=metrics, fast=True, **kw)       # each row once
+    for m in learn.model.modules():
+        if isinstance(m, torch.nn.BatchNorm1d): m.momentum = 1.      # validate with the statistics of the one batch
+    learn.recorder.train_metrics = True
+    with learn.no_logging(): learn.fit(1, 0., wd=0.)
+    got = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    learn.recorder.train_metrics = False
+    names = ['train__rmse','train_crps','train_pinball','train_nll','train_coverage_0.9','train_width_0.9','train_winkler_0.9']
+    assert [got[n] for n in names] == pytest.approx(learn.validate(0)[1:], rel=.03)
+
+
+def test_pinball_is_the_mean_over_19_levels():
+    learn = learner('mixture', metrics=DistributionMetric('pinball'))
+    rows = learn.predict_distribution(DF[160:])
+    q,y = rows[[f'q{v:02}' for v in range(5, 100, 5)]].to_numpy('float64'),DF.y[160:].to_numpy('float64')[:,None]
+    t = np.arange(5, 100, 5)/100
+    assert learn.validate()[1] == pytest.approx(np.maximum(t*(y-q), (t-1)*(y-q)).mean(), rel=1e-4)
+
+
+def test_several_classes_per_row_are_refused():
+    df = DF.assign(warm=DF.a>0, big=DF.b>0)
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify,FillMissing,Normalize], cat_names=['color'], cont_names=['a','b'], y_names=['warm','big'],
+                                     y_block=MultiCategoryBlock(encoded=True, vocab=['warm','big']), valid_idx=list(range(160, 200)), bs=32)
+    learn = learner(None, dls=dls, metrics=DistributionMetric('nll'), fit=False)
+    with pytest.raises(ValueError, match='`calibrate` needs a Learner that predicts numbers or one class per row'): learn.calibrate()
+    assert calibration_of(learn) is None
+    with pytest.raises(ValueError, match=r'needs one class per row, got probabilities \(32, 2\) for targets \(32, 2\)'): learn.validate()
+
+
+def test_groups_that_are_too_small_for_a_correction_are_told():
+    learn = learner()
+    with pytest.warns(UserWarning, match="group='color' changes nothing: no group has 50 rows"): learn.calibrate(group='color')
+    assert calibration_of(learn).group_q=={}
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        assert set(learn.calibrate(group='color', df=DF).group_q)=={'red','green','blue'}       # no value: too few

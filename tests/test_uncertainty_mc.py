@@ -1,5 +1,5 @@
 "Monte-Carlo passes: what is noisy, that nothing is left behind, and that moments agree with samples"
-import pytest, torch
+import pandas as pd, pytest, torch
 from fastai.tabular.all import Learner, MSELossFlat, TabularModel, set_seed
 from torch import nn
 from conftest import make_dls, make_table
@@ -121,6 +121,12 @@ def test_moments_refuse_what_they_cannot_do():
     with pytest.raises(TypeError, match=r'embeds.0 \(DropConnectEmbedding\)'): output_moments(model, args)
     with pytest.raises(TypeError, match='got Softmax'): output_moments(nn.Sequential(DropConnectLinear(6, 3, p=.1), nn.Softmax(1)), (torch.randn(3, 6),))
 
+@pytest.mark.parametrize('dropout', [nn.AlphaDropout, nn.FeatureAlphaDropout])
+def test_dropout_to_another_value_than_0_has_no_moments(dropout):
+    model,x = nn.Sequential(nn.Linear(6, 9), nn.SELU(), dropout(.2), nn.Linear(9, 2)),torch.randn(5, 6)
+    with pytest.raises(TypeError, match=f'got {dropout.__name__}: draw samples'): output_moments(model, (x,))
+    assert mc_samples(model, (x,), n=3).std(1).gt(0).all()
+
 def test_the_diagonal_is_exact_for_one_noisy_layer():
     torch.manual_seed(0)
     model,x = nn.Sequential(DropConnectLinear(6, 9, p=.2), nn.ReLU(), nn.Linear(9, 2)),torch.randn(5, 6)
@@ -179,3 +185,24 @@ def test_any_learner():
     learn = Learner(DataLoaders(dl, dl), net(), MSELossFlat(), opt_func=None)
     learn.remove_cb(learn.progress)
     assert learn.get_mc_preds(n=3, p=.1)[0].shape==(40,3,2)
+
+@pytest.mark.parametrize('mode', ['gaussian','example','batch'])
+def test_rows_of_different_batches_have_noise_of_their_own(mode):
+    "A seed repeats the whole prediction, not each batch, and leaves all random numbers as they were"
+    learn = learner()
+    one = make_table(120)[:1]
+    dl = learn.dls.test_dl(pd.concat([one]*64, ignore_index=True), bs=2)
+    rng = torch.get_rng_state()
+    samples = learn.get_mc_preds(n=20, p=.2, mode=mode, dl=dl, seed=3)[0][:,:,0]
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(learn.get_mc_preds(n=20, p=.2, mode=mode, dl=dl, seed=3)[0][:,:,0], samples)
+    first = samples[::2]     # of each batch
+    assert len(first.unique(dim=0))==32
+    ratio = first.mean(0).var()*32/first.var()      # noise that all batches share would not average out: 32
+    assert .3 < ratio < 3
+
+def test_no_rows_to_sample_are_named():
+    learn = learner()
+    empty = learn.dls.test_dl(make_table(120)[:0])
+    for kw in (dict(), dict(method='moments')):
+        with pytest.raises(ValueError, match='`dl` must have rows, got none'): learn.get_mc_preds(p=.1, dl=empty, **kw)

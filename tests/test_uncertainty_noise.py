@@ -128,3 +128,18 @@ def test_the_default_levels_hold_for_autocast():
     head,loss = NoiseHead('quantile', [3.], [2.]),NoiseLoss('quantile', [2.])
     with torch.autocast('cpu', torch.bfloat16): out = head(torch.nn.Linear(4, 19)(torch.randn(8, 4)))
     assert out.dtype==torch.float32 and loss(out, torch.randn(8, 1)).isfinite()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('scale', [1e-34,1e-19,1e-12,1e12,1e34])
+def test_distributions_have_the_unit_of_the_target(kind, scale):
+    "Charges in coulombs have the quantiles of charges in electrons"
+    dist = draw(kind, 5, 3, 0)
+    scaled = type(dist)(*[t if k=='log_weights' else t*scale for k,t in vars(dist).items() if t is not None])
+    levels,x = [.001,.05,.3,.5,.95,.999],dist.mean+dist.sd*torch.linspace(-3, 3, 5, dtype=torch.float64)
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    close(scaled.quantiles(levels)/scale, dist.quantiles(levels))
+    close(scaled.cdf(x*scale), dist.cdf(x))
+    close(scaled.log_prob(x*scale)+math.log(scale), dist.log_prob(x))
+    for n in ('mean','sd','sd_noise','sd_members'): close(getattr(scaled, n)/scale, getattr(dist, n))
+    close(scaled.sample(3, torch.Generator().manual_seed(0))/scale, dist.sample(3, torch.Generator().manual_seed(0)))

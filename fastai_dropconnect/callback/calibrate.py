@@ -10,20 +10,20 @@ __all__ = ['CalibrationRecord', 'KeepCalibration', 'calibration_of', 'set_calibr
 import math, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-import numpy as np, pandas as pd, torch
+import pandas as pd, torch
 from fastai.basics import DataLoader, Learner, patch, to_device
 from fastcore.basics import noop
 from torch import Tensor
 from .core import RESTORE, RecordingCallback
 from . import mc     # noqa: F401, adds `Learner.get_mc_preds`
 from .members import weighted_members, without_metrics
+from .rows import rows_of, times_of
 from .snapshots import SnapshotEnsemble
 from ..checks import check_choice, check_int, check_p
 from ..ensemble.averaging import average_for
 from ..ensemble.blend import BlendedModel, best_temperature
 from ..nn_utils import ModelRecord, inner_model
-from ..tabular.procs import check_columns
-from ..uncertainty.conformal import (METHODS, Calibration, conformal_interval, conformal_scores,
+from ..uncertainty.conformal import (GROUP_ROWS, METHODS, Calibration, conformal_interval, conformal_scores,
                                                       fit_spread, quantiles_at)
 from ..uncertainty.mc import noise_modules
 from ..uncertainty.noise import Distribution, GaussianMixture
@@ -151,38 +151,6 @@ def _two_dims(targs): # `(n_rows, n_targets)`
     return targs if targs is None or targs.ndim>1 else targs[:,None]
 
 # %% ../../nbs/388_callback.calibrate.ipynb #30afd874
-def _column(learn, ds, name): # Of encoded rows, as it was before
-    items = ds.items
-    if name not in items: raise ValueError(f'`df` must be given, as the rows of the Learner have no column {name!r}')
-    if name in ds.cont_names: return ds.new(items.copy()).decode().items[name]
-    if name not in ds.cat_names: return items[name]
-    vocab = ds.procs.categorify.classes[name]
-    return pd.Series([vocab[int(c)] for c in items[name]], items.index)
-
-def _check_classes(learn, df):
-    vocab,ys = getattr(learn.dls, 'vocab', None),learn.dls.y_names
-    unknown = 0 if vocab is None or len(ys)!=1 else (~df[ys[0]].isin(list(vocab))).sum()
-    if unknown: raise ValueError(f'targets must be classes of the training rows, but {unknown} are not')
-
-def _rows(learn, df, ds_idx, names): # Loader, and a dictionary of columns
-    names = [n for n in names if n is not None]
-    if df is None:
-        dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False)
-        if not len(dl.dataset): raise ValueError(f'`df` must be given, as the Learner has no rows with ds_idx={ds_idx}')
-        return dl,{n:_column(learn, dl.dataset, n) for n in names}
-    check_columns(df.columns, [*names, *learn.dls.y_names], 'df')
-    if not len(df): raise ValueError('`df` must have rows, got none')
-    _check_classes(learn, df)
-    return learn.dls.test_dl(df),{n:df[n] for n in names}
-
-def _times(column): # As float64
-    if pd.api.types.is_datetime64_any_dtype(column): x = column.astype('int64').to_numpy()
-    elif pd.api.types.is_numeric_dtype(column): x = column.to_numpy('float64', na_value=np.nan)
-    else: x = pd.to_datetime(column).astype('int64').to_numpy()
-    missing = column.isna().to_numpy()
-    if missing.any(): raise ValueError(f'`by` must have a date or number in each row, but {missing.sum()} are missing')
-    return torch.from_numpy(x.astype('float64'))
-
 def _check_finite(values, name):
     bad = (~values.isfinite()).sum().item() if values.is_floating_point() else 0
     if bad: raise ValueError(f'{name} must be finite numbers, but {bad} are not')
@@ -205,6 +173,11 @@ def _passes(learn, method, passes, p): # Noisy passes that the method needs: 50,
     if p is not None: check_p(p)
     if passes is not None: return check_int(passes, 'passes', 0)
     return 50 if p or noise_modules(inner_model(learn.model)) else 0
+
+def _check_loss(learn): # A probability for each of several classes has neither an interval nor a softmax
+    if average_for(learn.loss_func)[0]!='sigmoid': return
+    raise ValueError('`calibrate` needs a Learner that predicts numbers or one class per row, '
+                     f'got the loss {learn.loss_func}')
 
 def _method_for(pred, method):
     usual = dict(noise='cqr', classes='temperature', numbers='split' if pred.spread is None else 'local')[pred.kind]
@@ -247,12 +220,12 @@ def distribution_of(
     "Return the distribution of a noise model, or else the Gaussian of the calibration"
     if pred.distribution is not None: return pred.distribution
     mean,sd = [t.double()[...,None,None] for t in (pred.mean, total_sd(pred, cal))]
-    return GaussianMixture(torch.zeros_like(mean), mean, sd.clamp(min=1e-9))
+    return GaussianMixture(torch.zeros_like(mean), mean, sd.clamp(min=1e-300))
 
 
 # %% ../../nbs/388_callback.calibrate.ipynb #ea6b7bfe
 def _latest(columns, n, by=None, last=None): # Positions of the rows to use, in the order of time
-    order = torch.arange(n) if by is None else torch.argsort(_times(columns[by]), stable=True)
+    order = torch.arange(n) if by is None else torch.argsort(times_of(columns[by]), stable=True)
     return order[n-last:] if last and last<n else order
 
 def _check_symmetric(symmetric, method):
@@ -294,7 +267,9 @@ def _is_endless(cal):
     at = cal.levels_for(_tails(cal))
     return bool(((at<=0) | (at>=1)).any())
 
-def _warn_if_endless(cal):
+def _warn_of_few_rows(cal):
+    if cal.group is not None and not cal.group_q:
+        warnings.warn(f'group={cal.group!r} changes nothing: no group has {GROUP_ROWS} rows')
     if cal.scores is None or not _is_endless(cal): return
     least = math.ceil(round(cal.level_of_ends/(1-cal.level_of_ends), 9))
     given = f'{len(cal.scores)}' + (f' with half_life={cal.half_life}' if cal.half_life else '')
@@ -310,7 +285,7 @@ def calibrate(self:Learner,
     method:str=None, # 'cqr', 'local', 'split', 'pit' or 'temperature', by default the one that fits the Learner
     last:int=None, # Use the latest rows only: how many
     by:str=None, # Column that says when a row happened, a date or a number
-    group:str=None, # Column of groups that get a correction each
+    group:str=None, # Column of groups that get a correction each, if they have 50 rows
     half_life:float=None, # Let a row count half as much as one that came so many rows later
     df:pd.DataFrame=None, # Rows with targets; by default those of `ds_idx`
     ds_idx:int=1, # As in `learn.get_preds`
@@ -319,7 +294,8 @@ def calibrate(self:Learner,
     symmetric:bool=True # Move both ends of an interval by the same? `False` follows a drift, and needs twice the rows
 ) -> Calibration:
     "Correct intervals or probabilities on rows that took no part in training; small tables: `DropConnectRegressor`"
-    dl,columns = _rows(self, df, ds_idx, (by,group))
+    dl,columns = rows_of(self, df, ds_idx, by=by, group=group)
+    _check_loss(self)
     passes = _passes(self, method, passes, p)
     pred,targs = predicted(self, dl, passes, p)
     _check_rows(pred, targs)
@@ -329,7 +305,7 @@ def calibrate(self:Learner,
     _check_symmetric(symmetric, method)
     res = new_calibration(pred, targs, method, columns, **settings)
     if method!='temperature': res.add(*scores_of(pred, targs, res, columns, symmetric))
-    _warn_if_endless(res)
+    _warn_of_few_rows(res)
     set_calibration(self, res)
     return res
 
@@ -343,7 +319,7 @@ def scores_of(
     "Score rows for a calibration"
     inputs = dict(cdf=distribution_of(pred, cal).cdf(targs)) if cal.method=='pit' else _inputs(pred, cal)
     scores = conformal_scores(targs, cal.method, **inputs, symmetric=symmetric)
-    times = None if cal.by is None else _times(columns[cal.by])
+    times = None if cal.by is None else times_of(columns[cal.by])
     return scores,times,_groups(cal, columns)
 
 def _groups(cal, columns): # Of each row, or `None`
@@ -354,7 +330,7 @@ def _groups(cal, columns): # Of each row, or `None`
 def calibrated_interval(
     learn:Learner,
     pred:Predicted, # Of numbers
-    df:pd.DataFrame=None # The rows, for their groups
+    columns:dict|pd.DataFrame=None # Of the rows, for their groups
 ) -> tuple: # Lower and upper end, `(n_rows, n_targets)` each, or `None` if nothing is known
     "Return corrected intervals, or those of the noise model if the Learner is not calibrated"
     cal = calibration_of(learn)
@@ -362,7 +338,7 @@ def calibrated_interval(
     _check_fits(pred, cal)
     if cal.method=='pit':
         return quantiles_at(distribution_of(pred, cal), cal.levels_for(_tails(cal))).unbind(-1)
-    groups = None if df is None else _groups(cal, df)
+    groups = None if columns is None else _groups(cal, columns)
     return conformal_interval(cal.quantiles_for(len(pred.mean), groups), cal.method, **_inputs(pred, cal))
 
 # %% ../../nbs/388_callback.calibrate.ipynb #4cef14d0
@@ -375,9 +351,9 @@ def update_calibration(self:Learner,
     if cal is None: raise ValueError('`update_calibration` needs a calibration: call `learn.calibrate` first')
     if cal.method=='temperature':
         raise ValueError('`update_calibration` is for intervals: call `learn.calibrate(df=...)` for a new temperature')
-    dl,columns = _rows(self, df, 1, (cal.by,cal.group))
+    dl,columns = rows_of(self, df, 1, by=cal.by, group=cal.group)
     pred,targs = predicted(self, dl)
     _check_rows(pred, targs)
     cal.add(*scores_of(pred, targs, cal, columns, cal.symmetric))
-    _warn_if_endless(cal)
+    _warn_of_few_rows(cal)
     return cal

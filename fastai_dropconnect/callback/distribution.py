@@ -9,12 +9,12 @@ __all__ = ['LEVELS', 'DistributionMetric']
 import pandas as pd, torch
 from fastai.basics import Learner, Metric, patch
 from .calibrate import calibrated_interval, calibration_of, distribution_of, predicted, total_sd
+from .rows import check_frame
 from ..checks import check_choice, check_p
 from ..tabular.guard import guard_of_levels, input_guard_of
-from ..tabular.procs import check_columns
 from ..uncertainty.conformal import quantiles_at
 from ..uncertainty.metrics import (brier_score, crps_mixture, crps_quantiles, expected_calibration_error,
-                                                    interval_coverage, interval_width, winkler_score)
+                                                    interval_coverage, interval_width, pinball_loss, winkler_score)
 from ..uncertainty.noise import GaussianMixture
 
 # %% ../../nbs/389_callback.distribution.ipynb #b79b250a
@@ -53,9 +53,9 @@ def predict_distribution(self:Learner,
     df:pd.DataFrame # Rows like those of training, with or without the target
 ) -> pd.DataFrame: # The index of `df`, and the columns that the Learner can fill
     "Predict means, standard deviations, intervals and quantiles, or probabilities"
-    if not isinstance(df, pd.DataFrame): raise TypeError(f'`df` must be a pd.DataFrame, got {type(df).__name__}')
-    cal,ys = calibration_of(self),list(self.dls.y_names)
-    if cal is not None and cal.group is not None: check_columns(df.columns, [cal.group], 'df')
+    group = getattr(calibration_of(self), 'group', None)
+    check_frame(self, df, [] if group is None else [group])
+    ys = list(self.dls.y_names)
     rows = df.drop(columns=ys, errors='ignore')
     if not len(rows): return self.predict_distribution(_one_row(self, rows))[:0].set_axis(df.index)
     pred,_ = predicted(self, self.dls.test_dl(rows))
@@ -76,6 +76,12 @@ def _crps(dist, y): # (n_rows, n_targets)
     if isinstance(dist, GaussianMixture): return crps_mixture(*dist.parts(), y)
     return crps_quantiles(dist.quantiles(dist.levels), y, dist.levels)
 
+def _pinball(dist, y): # (n_rows, n_targets)
+    levels = [v/100 for v in LEVELS]
+    return pinball_loss(dist.quantiles(levels), y, levels)
+
+_of_distribution = dict(crps=_crps, pinball=_pinball, nll=lambda dist, y: -dist.log_prob(y))
+
 _of_interval = dict(coverage=lambda lo, hi, y, level: interval_coverage(lo, hi, y),
                     width=lambda lo, hi, y, level: interval_width(lo, hi), winkler=winkler_score)
 _of_probabilities = dict(nll=lambda p, y: -p.gather(1, y.long().view(-1, 1)).clamp(min=1e-12).log(),
@@ -84,10 +90,10 @@ _of_probabilities = dict(nll=lambda p, y: -p.gather(1, y.long().view(-1, 1)).cla
 class DistributionMetric(Metric):
     "A fastai metric of predicted distributions or probabilities, over all rows of a validation"
     def __init__(self,
-        score:str='crps', # 'crps', 'nll', 'coverage', 'width' or 'winkler'; for classes 'nll', 'brier' or 'ece'
+        score:str='crps', # 'crps', 'pinball', 'nll', 'coverage', 'width', 'winkler'; of classes 'nll', 'brier', 'ece'
         level:float=.9 # Of the interval
     ):
-        self.score = check_choice(score, 'score', ('crps','nll',*_of_interval,'brier','ece'))
+        self.score = check_choice(score, 'score', (*_of_distribution,*_of_interval,'brier','ece'))
         self.level = check_p(level, 'level')
         self.reset()
 
@@ -101,8 +107,7 @@ class DistributionMetric(Metric):
 
     def _of_numbers(self, dist, y):
         y = y.reshape(-1, dist.mean.shape[1])
-        if self.score=='crps': return _crps(dist, y)
-        if self.score=='nll': return -dist.log_prob(y)
+        if self.score in _of_distribution: return _of_distribution[self.score](dist, y)
         if self.score in _of_interval: return _of_interval[self.score](*dist.interval(self.level), y, self.level)
         raise ValueError(f"`score` must be one for numbers, such as 'crps', got score={self.score!r}")
 
@@ -110,7 +115,10 @@ class DistributionMetric(Metric):
         if self.score not in _of_probabilities:
             raise ValueError(f'`score` must be one of {", ".join(_of_probabilities)} without a noise model, '
                              f'got score={self.score!r}')
-        return learn.loss_func.activation(out).cpu(),learn.y.flatten().cpu()
+        probs,y = learn.loss_func.activation(out).cpu(),learn.y.flatten().cpu()
+        if len(y)==len(probs) and probs.shape[1:].numel()>1: return probs,y
+        raise ValueError(f'`DistributionMetric` needs one class per row, got probabilities {tuple(probs.shape)} '
+                         f'for targets {tuple(learn.y.shape)}')
 
     @property
     def value(self) -> float:

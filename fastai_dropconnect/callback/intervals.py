@@ -6,10 +6,11 @@
 __all__ = ['has_interval', 'interval_columns']
 
 # %% ../../nbs/391_callback.intervals.ipynb #391c0003
-import torch
+import pandas as pd, torch
 from fastai.basics import Learner, delegates, patch
 from fastai.tabular.core import TabularPandas, display_df
-from .calibrate import _column, calibrated_interval, calibration_of, predicted
+from .calibrate import calibrated_interval, calibration_of, predicted
+from .rows import column_before
 from ..tabular.learner import TabularLearner
 from ..tabular.predict import ROW_COLUMNS
 
@@ -21,28 +22,35 @@ def has_interval(
     cal = calibration_of(learn)
     return hasattr(learn.loss_func, 'distribution') or cal is not None and cal.method!='temperature'
 
-def _interval_of(learn, rows): # Lower and upper ends for encoded rows, `(n_rows, n_targets)` each
+def _interval_of(learn, rows, groups): # Lower and upper ends for encoded rows, `(n_rows, n_targets)` each
     cats = torch.from_numpy(rows.items[list(rows.cat_names)].to_numpy('int64'))
     conts = torch.from_numpy(rows.items[list(rows.cont_names)].to_numpy('float32'))
-    group = getattr(calibration_of(learn), 'group', None)
-    raw = None if group is None else _column(learn, rows, group).to_frame(group)
     with learn.no_bar(): pred,_ = predicted(learn, [(cats,conts)])
-    return calibrated_interval(learn, pred, raw)
+    return calibrated_interval(learn, pred, groups)
+
+def _has_groups(learn, rows, given):
+    group = getattr(calibration_of(learn), 'group', None)
+    return group is None or given is not None and group in given or group in rows.cat_names
+
+def _groups_of(learn, rows, given): # A frame with their column, or `None`
+    group = getattr(calibration_of(learn), 'group', None)
+    if group is None: return None
+    if given is not None and group in given: return pd.DataFrame({group: [given[group]]})
+    return column_before(rows, group).to_frame(group)
 
 def interval_columns(
     learn:Learner,
-    rows:TabularPandas # Encoded, as `dls.decode` returns them
+    rows:TabularPandas, # Encoded, as `dls.decode` returns them
+    given:pd.Series=None # The only row, as it was before
 ) -> dict: # From names such as 'price_lower' to numbers; empty without an interval
     "Return the ends of the interval of each target"
-    if not has_interval(learn): return {}
-    group = getattr(calibration_of(learn), 'group', None)
-    if group is not None and group not in rows.cat_names: return {}
-    ends = dict(zip(('lower','upper'), _interval_of(learn, rows)))
+    if not has_interval(learn) or not _has_groups(learn, rows, given): return {}
+    ends = dict(zip(('lower','upper'), _interval_of(learn, rows, _groups_of(learn, rows, given))))
     return {f'{n}_{k}':v[:,i].cpu().numpy() for i,n in enumerate(learn.dls.y_names) for k,v in ends.items()}
 
 # %% ../../nbs/391_callback.intervals.ipynb #391c0013
-def _add_to_row(learn, row): # Of `learn.predict`
-    columns = interval_columns(learn, row)
+def _add_to_row(learn, row, given): # Of `learn.predict`
+    columns = interval_columns(learn, row, given)
     if not columns: return
     row.items = row.items.assign(**columns)
     row.y_names = [*row.y_names, *columns]

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/387_callback.mc.ipynb #3004dbb3
 from contextlib import contextmanager, nullcontext
+from itertools import repeat
 import torch
 from fastai.basics import DataLoader, Learner, getcallable, noop, patch
 from .members import _is_masked, _snapshots_of, without_metrics
@@ -14,7 +15,7 @@ from ..checks import check_choice, check_int, check_p, check_seed
 from ..functional import MODES
 from ..nn_utils import inner_model
 from ..tabular.model import each_member
-from ..uncertainty.mc import mc_samples, noise_modules
+from ..uncertainty.mc import mc_samples, noise_modules, seeded
 from ..uncertainty.moments import mix_moments, output_moments
 
 # %% ../../nbs/387_callback.mc.ipynb #4c15784e
@@ -49,18 +50,25 @@ def _without_loss(learn): # No loss and no metric takes several predictions of a
 def _preds_with(learn, forward, act, ds_idx, dl): # What `forward` returns in place of the model, and targets
     model = inner_model(learn.model)
     members = each_member(model) if _is_masked(learn) else nullcontext()
-    with _without_loss(learn),members,_forward_of(model, forward): return learn.get_preds(ds_idx, dl, act=act)
+    with _without_loss(learn),members,_forward_of(model, forward): preds,targs = learn.get_preds(ds_idx, dl, act=act)
+    if preds is None: raise ValueError('`dl` must have rows, got none')
+    return preds,targs
 
 # %% ../../nbs/387_callback.mc.ipynb #ef5271b3
 def _shares(n:int, n_parts:int) -> list:
     "Split `n` samples into parts that differ by one at most"
     return [n//n_parts + (i < n%n_parts) for i in range(n_parts)]
 
-def _sampler(model, n, k, p, mode, seed, repeat): # `forward` that returns (n_rows, n, n_out)
-    passes = -(-n//k)
+def _seeds(seed): # One for each batch, whose rows would share their noise otherwise
+    if seed is None: yield from repeat(None)
+    gen = torch.Generator().manual_seed(seed)
+    while True: yield int(torch.randint(2**62, (), generator=gen))
+
+def _sampler(model, n, k, p, mode, seed, copies): # `forward` that returns (n_rows, n, n_out)
+    passes,seeds = -(-n//k),_seeds(seed)
     is_noisy = p is not None or bool(noise_modules(model))
     def forward(*args):
-        if is_noisy: out = mc_samples(model, args, passes, p, mode, seed, repeat)
+        if is_noisy: out = mc_samples(model, args, passes, p, mode, next(seeds), copies)
         else: out = model(*args)[:,None].expand(-1, passes, *[-1]*(1+(k>1)))
         return out.flatten(1, 2)[:,:n] if k>1 else out
     return forward
@@ -78,7 +86,7 @@ def _each_act(learn): # The activation of the loss, for each sample
     act = getcallable(learn.loss_func, 'activation')
     return lambda p: torch.stack([act(sample) for sample in p.unbind(1)], 1)
 
-def _mc_samples(learn, n, p, mode, ds_idx, dl, seed, repeat):
+def _mc_samples(learn, n, p, mode, ds_idx, dl, seed, copies):
     model,networks = inner_model(learn.model),_networks(learn)
     k = model.n_members if _is_masked(learn) else 1
     if n<len(networks)*k:
@@ -86,7 +94,7 @@ def _mc_samples(learn, n, p, mode, ds_idx, dl, seed, repeat):
     res = []
     for i,(network,share) in enumerate(zip(networks, _shares(n, len(networks)))):
         own_seed = None if seed is None else seed+i
-        with network: res.append(_preds_with(learn, _sampler(model, share, k, p, mode, own_seed, repeat),
+        with network: res.append(_preds_with(learn, _sampler(model, share, k, p, mode, own_seed, copies),
                                              _each_act(learn), ds_idx, dl))
     return torch.cat([preds for preds,_ in res], 1),res[0][1]
 
@@ -118,5 +126,6 @@ def get_mc_preds(self:Learner,
     if p is not None: check_p(p)
     if p is None and not noise_modules(inner_model(self.model)) and not (_is_masked(self) or _snapshots_of(self)):
         raise ValueError('`p` must be given for a model that was trained without noise, got p=None')
-    if method=='moments': return _mc_moments(self, p, diagonal, ds_idx, dl)
-    return _mc_samples(self, n, p, mode, ds_idx, dl, seed, repeat)
+    with seeded(inner_model(self.model), seed):     # loaders draw, too
+        if method=='moments': return _mc_moments(self, p, diagonal, ds_idx, dl)
+        return _mc_samples(self, n, p, mode, ds_idx, dl, seed, repeat)

@@ -9,7 +9,8 @@ __all__ = ['equal_groups', 'share_error']
 import math
 import numpy as np, pandas as pd, torch
 from fastai.basics import Learner, patch
-from .calibrate import (_rows, calibrated_interval, calibration_of, predicted, total_sd)
+from .calibrate import calibrated_interval, calibration_of, predicted, total_sd
+from .rows import rows_of
 from ..checks import check_int
 
 # %% ../../nbs/392_callback.show_calibration.ipynb #3ec345fe
@@ -30,11 +31,12 @@ def share_error(
 
 # %% ../../nbs/392_callback.show_calibration.ipynb #c126027b
 def _numbers(learn, df, ds_idx, by): # A frame with a row for each prediction of the first target
-    dl,columns = _rows(learn, df, ds_idx, (by,))
+    cal = calibration_of(learn)
+    dl,columns = rows_of(learn, df, ds_idx, by=by, group=cal and cal.group)
     pred,targs = predicted(learn, dl)
     if targs is None: raise ValueError('`df` must have the target')
     if pred.kind=='classes': return pred,targs.flatten(),None
-    sd,interval = total_sd(pred, calibration_of(learn)),calibrated_interval(learn, pred, df)
+    sd,interval = total_sd(pred, cal),calibrated_interval(learn, pred, columns)
     if sd is None:
         raise ValueError('`show_calibration` needs a Learner with `noise` or a calibration: '
                          'call `learn.calibrate` first')

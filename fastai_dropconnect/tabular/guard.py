@@ -12,7 +12,7 @@ from fastai.tabular.core import Categorify, TabularPandas, TabularProc
 from fastai.tabular.data import TabularDataLoaders
 from fastcore.basics import patch
 from ..checks import check_int, check_positive
-from .procs import QuantileNormalize, check_columns
+from .procs import QuantileNormalize, check_columns, columns_read
 
 # %% ../../nbs/318_tabular.guard.ipynb #889ef6ad
 def _text(value) -> str: # Of a level or number in a message
@@ -135,11 +135,14 @@ def _points(self:InputGuard, df:pd.DataFrame) -> np.ndarray: # (n_rows, n_column
 def _fit_neighbors(self:InputGuard, numbers:dict):
     "Keep some training rows, and the distance that is far"
     self.scales,self.rows,self.limit = {},None,np.inf
-    if not self.n_neighbors or not numbers: self.n_neighbors = 0; return
+    if not self.n_neighbors: return
+    n_rows = len(next(iter(numbers.values()), ()))
+    if self.n_neighbors>=n_rows:
+        raise ValueError('`n_neighbors` must be below the number of training rows with columns of numbers, '
+                         f'{n_rows}, got n_neighbors={self.n_neighbors}')
     finite = {n: x[np.isfinite(x)] for n,x in numbers.items()}
     self.scales = {n: (float(x.mean()),float(x.std()) or 1.) if len(x) else (0.,1.) for n,x in finite.items()}
     x = np.stack([(numbers[n]-mean)/sd for n,(mean,sd) in self.scales.items()], 1)
-    if len(x)<=self.n_neighbors: self.n_neighbors = 0; return
     keep = np.sort(np.random.default_rng(self.seed).permutation(len(x))[:self.max_rows])
     self.rows = np.nan_to_num(np.hstack([x.clip(-1e3, 1e3), np.zeros((len(x), 1))])[keep], nan=0.)
     self.limit = float(np.quantile(self._mean_distance(self.rows, 1), self.far))    # without the row itself
@@ -176,7 +179,7 @@ def guard_of_levels(
     guard = InputGuard().fit(pd.DataFrame(), [], [])
     for p in getattr(getattr(getattr(dls, 'train_ds', None), 'procs', None), 'fs', []):
         if isinstance(p, Categorify):
-            guard.levels |= {n: list(p.classes[n][1:]) for n in dls.cat_names if not n.endswith('_na')}
+            guard.levels |= {n: list(p.classes[n][1:]) for n in columns_read(dls)[0]}
     guard.with_gaps = [*guard.levels]
     return guard
 
@@ -193,8 +196,7 @@ def guard_inputs(self:TabularDataLoaders,
 ) -> InputGuard: # Also `dls.input_guard` from now on
     "Add a guard to loaders that have none"
     to = self.train_ds
-    names = {k: [n for n in getattr(to, k) if not n.endswith('_na')] for k in ('cat_names','cont_names')}
-    guard = InputGuard(**kwargs).fit(_raw_frame(to) if df is None else df, *names.values())
+    guard = InputGuard(**kwargs).fit(_raw_frame(to) if df is None else df, *columns_read(self))
     if df is None: guard.widen(to)
     to.procs.fs[:] = [guard, *(p for p in to.procs.fs if not getattr(p, 'guards_inputs', False))]
     return guard

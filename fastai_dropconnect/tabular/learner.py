@@ -21,15 +21,16 @@ from fastai.tabular.model import TabularModel, get_emb_sz
 from fastcore.basics import ifnone, patch
 from fastcore.meta import delegates
 from torch import nn
+from ..checks import check_choice
 from ..ensemble.averaging import EnsembleLoss, average_for, average_members
 from ..layers.dropconnect import DropConnectLinear
 from ..layers.masked_ensemble import EnsembleLinear
 from .embeddings import num_embeddings_of
 from .model import members_of
 from .predict import add_columns
-from .procs import check_columns, check_no_gaps
+from .procs import check_columns, check_no_gaps, columns_read
 from .resnet import model_class
-from ..uncertainty.noise import NoiseHead, NoiseLoss, NoiseModel, noise_of
+from ..uncertainty.noise import NOISES, NoiseHead, NoiseLoss, NoiseModel, noise_of
 
 # %% ../../nbs/340_tabular.learner.ipynb #c3fa9a38
 class TabularLearner(fastai_learner.TabularLearner):
@@ -42,11 +43,9 @@ class TabularLearner(fastai_learner.TabularLearner):
         if not isinstance(row, pd.Series):
             raise TypeError('`row` must be a pd.Series, such as df.iloc[0], or a dict, '
                             f'but row is a {type(row).__name__}')
-        added = {f'{n}_na' for n in self.dls.cont_names}    # columns that FillMissing adds itself
-        needed = [n for n in [*self.dls.cat_names, *self.dls.cont_names] if n not in added]
-        check_columns(row.index, needed, 'row')
+        check_columns(row.index, sum(columns_read(self.dls), []), 'row')
         with self.no_bar(): decoded,*preds = super().predict(row.drop(self.dls.y_names, errors='ignore'))
-        return add_columns(self, decoded),*preds
+        return add_columns(self, decoded, row),*preds
 
 # %% ../../nbs/340_tabular.learner.ipynb #e79c1300
 def _complete_config(
@@ -165,6 +164,7 @@ def set_noise(self:Learner,
         raise TypeError(f'`set_noise` needs a TabularModel, got {type(self.model).__name__}')
     if any(len(getattr(cb, 'record', ())) for cb in self.cbs if hasattr(cb, 'states_for')):
         raise ValueError('`set_noise` needs a Learner without snapshots, as theirs have the old last layer')
+    if noise is None: check_choice(noise, 'noise', NOISES)
     head,loss_func,n_out = _noise_parts(self.dls, noise)
     block,i,last = _last_layer(self.model)
     block[i] = _like(last, n_out)

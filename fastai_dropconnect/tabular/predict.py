@@ -133,22 +133,24 @@ class RowProcs:
         return torch.tensor([cats], dtype=torch.int64), torch.from_numpy(np.array([conts]).astype(np.float32))
 
 # %% ../../nbs/335_tabular.predict.ipynb #367288a2
-ROW_COLUMNS = []     # functions of a Learner and a predicted row, which add columns to the row
+ROW_COLUMNS = []     # functions of a Learner, a predicted row and the row as given, which add columns to the former
 
 def add_columns(
     learn:Learner,
-    row:TabularPandas # As the model sees it, with the prediction
+    row:TabularPandas, # As the model sees it, with the prediction
+    given:pd.Series=None # As it was before
 ) -> TabularPandas: # `row`
     "Let `ROW_COLUMNS` add what else the Learner says about a row"
-    for f in ROW_COLUMNS: f(learn, row)
+    for f in ROW_COLUMNS: f(learn, row, given)
     return row
 
 class DecodedRow(TabularPandas):
     "What `dls.decode(batch)` returns, decoded when it is first looked at"
     def __init__(self,
         learn:Learner, # Its loaders decode
-        batch:tuple # Codes, numbers and decoded predictions
-    ): vars(self)['_decode'] = lambda: add_columns(learn, learn.dls.decode(batch))
+        batch:tuple, # Codes, numbers and decoded predictions
+        given:pd.Series=None # The row before it was encoded
+    ): vars(self)['_decode'] = lambda: add_columns(learn, learn.dls.decode(batch), given)
 
     def __getattr__(self, name):
         if '_decode' not in vars(self): raise AttributeError(name)
@@ -181,7 +183,7 @@ class FastPredict:
         try: batch = self._batch(row)
         except Unknown: return type(self.learn).predict(self.learn, row)
         preds,decoded = self._outputs(batch)
-        return DecodedRow(self.learn, (*batch, decoded)), decoded[0], preds[0]
+        return DecodedRow(self.learn, (*batch, decoded), row.copy()), decoded[0], preds[0]
 
     def _batch(self, row):
         if not isinstance(row, pd.Series): raise Unknown('the row')

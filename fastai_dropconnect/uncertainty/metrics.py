@@ -57,7 +57,7 @@ def crps_mixture(
     "Return the CRPS of mixtures of Gaussians"
     to_target = (weights*_mean_distance(targs.unsqueeze(-1)-means, sds)).sum(-1)
     gap = means.unsqueeze(-1)-means.unsqueeze(-2)
-    sd = (sds.unsqueeze(-1).square()+sds.unsqueeze(-2).square()).sqrt()
+    sd = torch.hypot(sds.unsqueeze(-1), sds.unsqueeze(-2))      # 1e-25 has no square in float32
     pairs = weights.unsqueeze(-1)*weights.unsqueeze(-2)*_mean_distance(gap, sd)
     return to_target - .5*pairs.sum((-1,-2))
 

@@ -107,6 +107,10 @@ class _Member:
 def _through(module:nn.Module, m:_Moments, member:_Member, diagonal:bool) -> _Moments:
     "Return the moments after a module"
     if type(module).__name__ in _ACTIVATIONS: return _activation(m, module)
+    _unknown(module)
+
+def _unknown(module:nn.Module):
+    "Raise `TypeError`"
     raise TypeError('moments are known of linear layers, batch norm, dropout and activations of one number, '
                     f'got {type(module).__name__}: draw samples instead')
 
@@ -135,6 +139,7 @@ def _(module, m, member, diagonal):
 def _(module, m, member, diagonal):
     c = noise_probability(module) if module.training else 0.
     if not c: return m
+    if isinstance(module, (nn.AlphaDropout,nn.FeatureAlphaDropout)): _unknown(module)    # never to 0
     var = (0. if m.var is None else m.var) + (m.mean.square()+(0. if m.var is None else m.var))*(c/(1-c))
     return _Moments(m.mean, var, m.cov, m.factor)
 

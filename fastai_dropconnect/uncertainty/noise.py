@@ -8,37 +8,12 @@ __all__ = ['NOISES', 'Distribution', 'QuantileDistribution', 'GaussianMixture', 
 
 # %% ../../nbs/282_uncertainty.noise.ipynb #6c889ef1
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 from ..checks import check_choice, check_int, check_p
 from .metrics import pinball_loss
-
-# %% ../../nbs/282_uncertainty.noise.ipynb #6ab5dd6c
-def _solve(
-    cdf_pdf:Callable, # Function of rows `(n,)` and x `(n, k)` to the CDF and the density there
-    low:Tensor, # `(n_rows, k)`, below the solution
-    high:Tensor, # `(n_rows, k)`, above it
-    levels:Tensor # `(k,)`
-) -> Tensor: # `(n_rows, k)`
-    "Find where a CDF reaches the levels"
-    x,rows = (low+high)/2,torch.arange(len(low), device=low.device)
-    low,high = low.clone(),high.clone()
-    last = high-low     # length of the last step
-    for _ in range(100):
-        if not len(rows): break
-        at,lo,hi,before = x[rows],low[rows],high[rows],last[rows]
-        cdf,pdf = cdf_pdf(rows, at)
-        gap = cdf-levels
-        lo,hi = torch.where(gap<=0, at, lo),torch.where(gap>=0, at, hi)
-        step = at-gap/pdf
-        good = (step>=lo) & (step<=hi) & ((step-at).abs()<=before/2)     # else Newton may go in circles
-        new = torch.where(good, step, (lo+hi)/2)
-        x[rows],low[rows],high[rows],last[rows] = new,lo,hi,(new-at).abs()
-        done = (gap==0) | ((new-at).abs()<=1e-14*(1+at.abs())) | (hi<=lo)
-        rows = rows[~done.all(1)]
-    return x
+from .solve import solve_cdf
 
 # %% ../../nbs/282_uncertainty.noise.ipynb #52df4c55
 def _log(x): return x.clamp(min=torch.finfo(x.dtype).tiny).log()
@@ -79,7 +54,7 @@ class Distribution:
         "Return where the CDF reaches `levels`"
         levels,flat = self._levels(levels),self._flat()
         low,high = flat._ends(levels)
-        res = low if torch.equal(low, high) else _solve(lambda rows, x: flat[rows]._cdf_pdf(x), low, high, levels)
+        res = low if torch.equal(low, high) else solve_cdf(lambda rows, x: flat[rows]._cdf_pdf(x), low, high, levels)
         return res.to(self.member_means.dtype).view(*self.shape, len(levels))
 
     def interval(self,
@@ -169,10 +144,10 @@ class QuantileDistribution(Distribution):
         x = x.unsqueeze(1).expand(-1, q.shape[1], -1).contiguous()
         i = torch.searchsorted(q.contiguous(), x, right=True).clamp(1, n-1)-1
         # for the density no piece is narrower than a thousandth of all, else that of equal quantiles would be infinite
-        least = (1e-3/n*(q[...,-1:]-q[...,:1])).clamp(min=1e-30)
+        least = (1e-3/n*(q[...,-1:]-q[...,:1])).clamp(min=1e-300)
         left,right = q.gather(-1, i),q.gather(-1, i+1)
         width = right-left
-        cdf,pdf = i+1+((x-left)/width.clamp(min=1e-30)).clamp(0, 1),1/torch.maximum(width, least)
+        cdf,pdf = i+1+((x-left)/width.clamp(min=1e-300)).clamp(0, 1),1/torch.maximum(width, least)
         low,high = [torch.maximum(t.unsqueeze(-1), least) for t in self._tails]
         below,above = ((x-q[...,:1])/low).clamp(max=0).exp(),((q[...,-1:]-x)/high).clamp(max=0).exp()
         under,over = x<q[...,:1],x>=q[...,-1:]
@@ -265,6 +240,7 @@ class GaussianMixture(Distribution):
 
 # %% ../../nbs/282_uncertainty.noise.ipynb #05df854a
 NOISES = 'quantile','mixture','gaussian'
+_SETTINGS = dict(quantile='n_levels', mixture='n_parts', gaussian='beta')
 
 @dataclass(frozen=True)
 class NoiseModel:
@@ -279,10 +255,20 @@ class NoiseModel:
         check_int(self.n_levels, 'n_levels', 2)
         check_int(self.n_parts, 'n_parts')
         check_p(self.beta, 'beta')
+        for f in fields(self)[1:]:
+            value = getattr(self, f.name)
+            if f.name==_SETTINGS[self.kind] or value==f.default: continue
+            raise ValueError(f'`{f.name}` must be {f.default} for {self.kind!r}, got {f.name}={value!r}')
 
     @property
     def n_params(self) -> int: # Outputs for each target
         return dict(quantile=self.n_levels, mixture=3*self.n_parts, gaussian=2)[self.kind]
+
+    def ordered(self,
+        out:Tensor # `(*, n_members*n_targets*n_params)` from a `NoiseHead`, in training too
+    ) -> Tensor: # The shape of `out`
+        "Return the outputs of a head in eval mode, whose quantiles do not cross"
+        return out.unflatten(-1, (-1, self.n_levels)).sort(-1).values.flatten(-2) if self.kind=='quantile' else out
 
     def distribution(self,
         out:Tensor, # `(n_rows, n_members*n_targets*n_params)` from a `NoiseHead`, members side by side
@@ -392,7 +378,8 @@ class NoiseLoss(nn.modules.loss._Loss):
     def for_metrics(self, out:Tensor) -> Tensor: # (n_rows, n_targets)
         "Return the means, which have the outputs as `outputs`"
         if hasattr(out, 'outputs'): return out
-        res = self.activation(out.detach())
+        out = self.noise.ordered(out.detach())
+        res = self.activation(out)
         res.outputs = out
         return res
 
