@@ -25,7 +25,7 @@ from .frame_loaders import encode_frame, known_levels, part_loaders
 from .fit_best import BUDGETS, StopAt, fit_best_on, score_for
 from .recipes import RECIPES, train_recipe
 from .splits import column_or_values, splits_of
-from .tabular.frames import FrameReader, as_frame
+from .tabular.frames import FrameReader, as_frame, is_records
 
 
 # %% ../nbs/528_table_estimator.ipynb #ec3fbe12
@@ -48,7 +48,9 @@ def _pair(eval_set):
     if isinstance(pair, tuple) and len(pair)==2: return pair
     raise ValueError(f'`eval_set` must be a pair (X, y), got {type(eval_set).__name__}')
 
-def _is_records(X): return isinstance(X, list) and bool(X) and isinstance(X[0], dict)
+def _has_names(X): # Does a table name its columns?
+    has_fields = getattr(getattr(X, 'dtype', None), 'names', None) is not None     # of structured arrays
+    return has_fields or isinstance(X, dict) or is_records(X) or hasattr(X, 'columns') or hasattr(X, 'to_pandas')
 
 def _plain_names(X):
     "Return a table whose names scikit-learn takes: it wants all or none to be text"
@@ -160,7 +162,7 @@ def _checked(self:TableEstimator, X, y):
     "Return the rows as a frame, and the targets as an array"
     if y is None: raise ValueError(f'{type(self).__name__} requires y to be passed, but the target y is None')
     df = as_frame(X)
-    validate_data(self, _plain_names(df if _is_records(X) else X), skip_check_array=True)
+    validate_data(self, _plain_names(df) if _has_names(X) else X, skip_check_array=True)
     self._columns = list(df)
     y = self._checked_targets(y)
     check_consistent_length(df, y)
@@ -182,10 +184,9 @@ def _with_weight(self:TableEstimator, X, y, rows):
 def _same_columns(self:TableEstimator, X):
     "Return rows with the columns of the training rows, found by name if they have names"
     df = as_frame(X)
-    if _is_records(X): X = df
-    named = hasattr(X, 'columns') or hasattr(X, 'to_pandas') or isinstance(X, dict)     # no array
-    if named and all(c in df for c in self._columns): X = df = df[self._columns]
-    validate_data(self, _plain_names(X), skip_check_array=True, reset=False)
+    named = _has_names(X)
+    if named and all(c in df for c in self._columns): df = df[self._columns]
+    validate_data(self, _plain_names(df) if named else X, skip_check_array=True, reset=False)
     return df.set_axis(self._columns, axis=1).reset_index(drop=True)
 
 # %% ../nbs/528_table_estimator.ipynb #73fa9b60

@@ -1,5 +1,5 @@
 """`DropConnectRegressor` and `DropConnectClassifier`: what scikit-learn asks of estimators, tables of all kinds, files"""
-import copy, importlib.util, json, pickle, subprocess, sys
+import copy, decimal, importlib.util, json, pickle, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 import sklearn.utils.estimator_checks as checks
@@ -307,6 +307,34 @@ def test_records_and_flags_from_elsewhere():
     assert (model.predict(df.to_dict('records'))==want).all() and (regressor().fit(df.to_dict('records'), y).predict(df)==want).all()
     for flag in (df.flag.astype(int), df.flag.astype(str).str.lower(), df.flag.astype(float), df.flag.astype('boolean')):
         assert (model.predict(df.assign(flag=flag))==want).all()
+
+def test_tables_of_all_makes():
+    "What numpy, Arrow and dictionaries hold is read as a frame of the same values is"
+    df,y = table()
+    df = df[['x', 'noise', 'flag']]
+    model = regressor().fit(df, y)
+    want = model.predict(df)
+    for X in (df.to_dict('list'), df.to_records(index=False), np.array(df.to_records(index=False))):
+        again = regressor().fit(X, y)
+        assert (again.predict(X)==want).all() and (model.predict(X)==want).all() and list(again.feature_names_in_)==list(df)
+    gaps = df.assign(x=df.x.mask(df.x>1))[['x', 'noise']]
+    masked = np.ma.masked_array(df[['x', 'noise']].to_numpy(), gaps.isna().to_numpy())
+    assert (regressor().fit(masked, y).predict(masked)==regressor().fit(gaps.to_numpy(), y).predict(gaps.to_numpy())).all()
+    sizes = table()[0][['size']].to_numpy()
+    assert (regressor().fit(sizes.astype('S1'), y).predict(sizes)==regressor().fit(sizes, y).predict(sizes)).all()
+
+def test_columns_of_arrow():
+    pa = pytest.importorskip('pyarrow')
+    df,y = table()
+    day = pd.Series(pd.date_range('2020', periods=120))
+    plain = df.assign(day=day, lasts=day-day[0], cents=df.x.round(2), made=df['size'])
+    arrow = {'day': (day.dt.date, pa.date32()), 'lasts': (plain.lasts, pa.duration('s')), 'made': (df['size'], pa.dictionary(pa.int8(), pa.string())),
+             'cents': (map(decimal.Decimal, plain.cents.map('{:.2f}'.format)), pa.decimal128(9, 2))}
+    odd = plain.assign(**{k: pd.array(list(v), dtype=pd.ArrowDtype(t)) for k,(v,t) in arrow.items()})
+    model = regressor().fit(plain, y)
+    assert (model.predict(odd)==model.predict(plain)).all() and (regressor().fit(odd, y).predict(odd)==model.predict(plain)).all()
+    lists = df.assign(lists=pd.array([[1]]*120, dtype=pd.ArrowDtype(pa.list_(pa.int8()))), day=odd.day.mask(day<day[9]))
+    assert 'lists' in regressor().fit(lists, y).reader_.dropped
 
 def test_targets_of_wrong_types():
     df,y = table()
