@@ -209,6 +209,21 @@ def test_times_of_all_types(monkeypatch):
             regressor().fit(df, y, time=t)
             assert seen[-1][0][1]<=set(range(90, 120)) and len(seen[-1])==1
 
+def test_times_as_text_and_as_ordered_categories(monkeypatch):
+    "The day may come first, and the order of a category is the one that it says"
+    seen = spy(monkeypatch)
+    df,y = table()
+    last = [(set(range(96)), set(range(96, 120)))]
+    words = [f'{w} week' for w in ('first', 'second', 'third', 'fourth', 'last')]
+    for time in (df.when.dt.strftime('%d/%m/%Y'), df.when.dt.strftime('%d.%m.%Y').tolist(), [str(9+i) for i in range(120)],
+                 pd.Categorical(np.repeat(words, 24), words, ordered=True), df[['when']]):
+        regressor(refit=False).fit(df[['x']], y, time=time)
+        assert seen[-1]==last
+    regressor(refit=False).fit(df[['x', 'when']].set_axis([0, 2], axis=1), y, time=2)      # a column by its name
+    assert seen[-1]==last
+    with pytest.raises(ValueError, match=r'`sample_weight` must have a value for each of the 120 rows, got \(60, 2\)'):
+        regressor().fit(df, y, sample_weight=np.ones((60, 2)))
+
 @pytest.mark.parametrize('make', [regressor, classifier])
 def test_no_validation_rows(make):
     df,y = table()
