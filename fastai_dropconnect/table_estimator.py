@@ -17,7 +17,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from .blended_learner import blended_learner
 from .boosting import TREES, boosted_candidate
 from .callback.calibrate import calibration_of, set_calibration
-from .checks import check_choice, check_positive
+from .checks import check_choice, check_path, check_positive
 from .drift import beyond_range, leave_out
 from .ensemble.blend import BlendedModel
 from .fit_folder import FitFolder, rows_digest
@@ -63,6 +63,7 @@ def _new_names(n, df):
 
 def _no_gaps(y, name):
     "Return targets, or raise an error if one is missing"
+    if isinstance(y, np.ma.MaskedArray): y = y.astype(object).filled(np.nan) if np.ma.is_masked(y) else y.data
     gaps = pd.isna(pd.DataFrame(y) if isinstance(y, pd.DataFrame) else np.asarray(y))
     # scikit-learn's words
     if np.any(gaps): raise ValueError(f'Input {name} contains NaN: each row must have a target')
@@ -113,6 +114,7 @@ class TableEstimator(BaseEstimator):
         check_choice(self.budget, 'budget', BUDGETS)
         check_choice(self.refit, 'refit', (True,False,'auto'))
         _check_device(self.device)
+        check_path(self.folder, 'folder')
         limit = None if self.time_limit is None else check_positive(self.time_limit, 'time_limit')
         vars(self).pop('learner_', None)     # a fit that fails leaves no model of other columns
         X,y = self._checked(X, y)
@@ -121,6 +123,9 @@ class TableEstimator(BaseEstimator):
         seed = self._seed()
         self._learn_targets(y)
         try: return self._search(X, y, rows, seed, eval_set, start, limit)
+        except BaseException:
+            vars(self).pop('learner_', None)     # one that is not finished is none
+            raise
         finally: vars(self).pop('_all_rows', None)
 
     def _seed(self):
@@ -175,6 +180,7 @@ def _with_weight(self:TableEstimator, X, y, rows):
     if rows['weights'] is None: return X,y,rows
     try: w = _check_sample_weight(rows['weights'], X, ensure_non_negative=True)
     except ValueError as e: raise ValueError(f'`sample_weight`: {e}') from None
+    w = w/w.max()     # sums stay finite
     if (w>0).sum()<3: raise ValueError(f'`sample_weight` must be above 0 for at least 3 rows, got {(w>0).sum()}')
     kept = np.flatnonzero(w>0)
     rows = {k: None if v is None else v.iloc[kept] for k,v in (rows | dict(weights=pd.Series(w))).items()}
@@ -345,13 +351,17 @@ def _boosted(self:TableEstimator, folds, score, seed, start):
 
 # %% ../nbs/528_table_estimator.ipynb #9c388313
 @patch
+def _known(self:TableEstimator, df):
+    "Count levels of rows that the networks do not know as missing"
+    return known_levels(df, {n: self.learner_.dls.classes[n] for n in self.reader_.cat_names})
+
+@patch
 def _outputs(self:TableEstimator, X):
     "Return what the Learner predicts, (n_rows, n_out)"
     check_is_fitted(self)
     df,learn = self.reader_.transform(self._same_columns(X)),self.learner_
     if not len(df): return np.zeros((0, learn.dls.c))
-    df = known_levels(df, {n: learn.dls.classes[n] for n in self.reader_.cat_names})
-    with learn.no_bar(): return learn.get_preds(dl=learn.dls.test_dl(df))[0].double().cpu().numpy()
+    with learn.no_bar(): return learn.get_preds(dl=learn.dls.test_dl(self._known(df)))[0].double().cpu().numpy()
 
 # %% ../nbs/528_table_estimator.ipynb #4f7a5c5d
 @patch
@@ -386,4 +396,4 @@ def feature_importances_(self:TableEstimator) -> np.ndarray: # Of each column of
         base,parts = self._loss_of(*self._valid_rows),self.reader_.parts
         raw = np.array([self._importance(parts[c], base) if parts.get(c) else 0. for c in self._columns])
         self._importances = raw/raw.sum() if raw.sum() else raw
-    return self._importances
+    return self._importances.copy()

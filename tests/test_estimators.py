@@ -357,6 +357,52 @@ def test_targets_of_wrong_types():
         with pytest.raises(TypeError, match='`y` must hold numbers'): regressor().fit(df, wrong)
     with pytest.raises(TypeError, match='one type, such as text, got int, text'): classifier().fit(df, pd.Series([1, 'a']*60))
 
+def test_targets_of_all_makes():
+    df,y = table()
+    gaps = np.ma.masked_array(y, y>10)
+    for make,targets in ((regressor, gaps), (classifier, np.ma.masked_array(y>10, y>12))):
+        with pytest.raises(ValueError, match='each row must have a target'): make().fit(df, targets)
+    assert (regressor().fit(df, np.ma.masked_array(y)).predict(df)==regressor().fit(df, y).predict(df)).all()
+    for wrong in (df['size'], y+1j, y.where(y<10, np.inf)):
+        with pytest.raises(ValueError, match='`y` must hold finite numbers'): regressor().fit(df, wrong)
+    half = (y>10).to_numpy('float16')
+    assert classifier().fit(df, half, eval_set=(df, half)).predict(df).dtype=='float16'
+    with pytest.raises(ValueError, match='2 classes, got one class: 1$'): classifier().fit(df, np.ones(120, int))
+    if hasattr(np.dtypes, 'StringDType'):     # numpy 2
+        assert set(classifier().fit(df, np.array(df['size'], np.dtypes.StringDType())).predict(df))<=set('SML')
+    both = np.c_[y, y]
+    for wrong in (y, np.c_[both, y]):
+        with pytest.raises(ValueError, match='`eval_set` must have targets of the same shape'): regressor().fit(df, both, eval_set=(df, wrong))
+
+def test_weights_of_any_size():
+    df,y = table()
+    weights = np.arange(120.)
+    want = regressor().fit(df, y, sample_weight=weights).predict(df)
+    for scale in (2.**1015, 2.**-1015): assert (regressor().fit(df, y, sample_weight=weights*scale).predict(df)==want).all()
+
+def test_a_fit_that_fails_late_leaves_no_model(monkeypatch):
+    df,y = table()
+    def interrupt(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(DropConnectRegressor, '_calibrate', interrupt)
+    model = regressor()
+    with pytest.raises(KeyboardInterrupt): model.fit(df, y)
+    with pytest.raises(NotFittedError): model.predict(df)
+
+def test_what_estimators_return_and_take(tmp_path):
+    df,y = table()
+    model = classifier().fit(df, y>10)
+    assert np.allclose(np.exp(model.predict_log_proba(df)), model.predict_proba(df))
+    model.feature_importances_[:] = 0
+    assert model.feature_importances_.sum()>.99
+    model.save(tmp_path)
+    with pytest.raises(ValueError, match="`device` must be .*'warp'"): DropConnectClassifier.load(tmp_path, device='warp')
+    with pytest.raises(TypeError, match='`folder` must be .* got folder=5'): regressor(folder=5).fit(df, y)
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_a_metric_without_a_value(value):
+    metric = make_scorer(lambda targs,preds: value)
+    with pytest.raises(ValueError, match=f'`metric` must be able to measure numbers.*it returns {value}'): regressor(metric=metric).fit(*table())
+
 def test_an_outlier_does_not_hide_the_other_targets():
     r = np.random.default_rng(0)
     x = r.normal(0, 1, (400, 2))
