@@ -15,7 +15,6 @@ from functools import partial
 from types import SimpleNamespace
 import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback, CancelFitException
-from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Metric, mk_metric
 from fastai.tabular.data import TabularDataLoaders
 from fastai.torch_core import no_random, to_detach
@@ -27,7 +26,7 @@ from .checks import check_choice, check_int, check_positive
 from .ensemble.averaging import average_for
 from .ensemble.blend import BlendedModel, best_temperature, greedy_weights
 from .progress import SearchProgress
-from .recipes import RECIPES, Recipe, fresh_loaders, is_higher_better
+from .recipes import RECIPES, Recipe, check_loaders, fresh_loaders, is_higher_better, metric_name
 from .tabular.embeddings import PLE
 from .tabular.learner import TabularLearner
 from .uncertainty.grid import GridScore
@@ -51,9 +50,7 @@ def score_for(
     "Return the function to minimize on validation rows"
     to_outputs = _to_outputs[average_for(loss_func)[0]]
     if metric is None: return lambda preds,targs: float(loss_func(to_outputs(preds), targs))
-    if not callable(metric) and not isinstance(metric, Metric):
-        raise TypeError(f'`metric` must be None or one metric of fastai, got metric={metric!r}')
-    sign = -1 if is_higher_better(mk_metric(metric).name.lstrip('_'), higher_is_better) else 1
+    sign = -1 if is_higher_better(metric_name(metric), higher_is_better) else 1
     return lambda preds,targs: sign*_metric_value(metric, to_outputs(preds), targs)
 
 # %% ../nbs/410_fit_best.ipynb #a3cafe59
@@ -399,11 +396,4 @@ def fit_best(
     noise:str|NoiseModel=None # Predict distributions of numbers: 'quantile', 'mixture', 'gaussian', or settings
 ) -> TabularLearner: # Predicts with the blend; `leaderboard` says what is in it
     "Train the networks that the validation rows ask for, and blend them"
-    if not isinstance(dls, DataLoaders):
-        raise TypeError(f'`dls` must be the DataLoaders of a table, got {type(dls).__name__}')
-    if not len(dls.valid_ds): raise ValueError('`dls` must have validation rows to choose by, but it has none')
-    if not len(dls.train): raise ValueError(f'`dls` must have a batch to train on, got bs={dls.train.bs} for '
-                                            f'{len(dls.train_ds)} rows')
-    if any(ds.ys.isna().to_numpy().any() for ds in (dls.train_ds,dls.valid_ds)):
-        raise ValueError('`dls` must have a target for each row, but some are missing')
-    return fit_best_on([dls], metric, budget, time_limit, seed, higher_is_better, verbose, noise=noise)
+    return fit_best_on([check_loaders(dls)], metric, budget, time_limit, seed, higher_is_better, verbose, noise=noise)
