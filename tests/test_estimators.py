@@ -85,6 +85,17 @@ def test_columns_are_found_by_name_if_they_have_names():
     assert (model.predict(mixed[list(mixed)[::-1]])==want).all() and list(model.feature_names_in_)==[str(c) for c in mixed]
     with pytest.raises(ValueError, match='more than once|unique column names'): regressor().fit(df.rename(columns={'noise': 'x'}), y)
 
+def test_columns_of_any_name(tmp_path):
+    "Also names of arguments and attributes of frames and of fastai's tables"
+    df,y = table()
+    names = ['self', 'items', 'cat_names', 'xs', 'é 🙂', '']
+    want = regressor().fit(df, y)
+    for i in range(6):
+        odd = df.set_axis(names[i:] + names[:i], axis=1)
+        model = regressor().fit(odd, y, eval_set=(odd, y))
+        assert (model.predict(odd)==DropConnectRegressor.load(model.save(tmp_path)).predict(odd)).all() and len(model.predict_dist(odd))==120
+    assert np.allclose(regressor().fit(odd, y).predict(odd), want.predict(df))
+
 def test_index_does_not_matter():
     df,y = table()
     want = regressor().fit(df, y).predict(df)
