@@ -106,6 +106,14 @@ def _by_value(
 # %% ../../nbs/305_tabular.frames.ipynb #9f027bfa
 _largest = float(np.finfo('float32').max)
 _durations = datetime.timedelta,np.timedelta64,datetime.time
+_clock = re.compile('(-|[0-9]+ days?,? |-[0-9]+ days [+])?[0-9]{1,3}:[0-5][0-9](:[0-5][0-9]([.][0-9]+)?)?')
+
+def _seconds_or_text(
+    text:str|None # As `_text` returns it
+) -> float|str|None:
+    "Convert durations and times of day written as text, such as 11:30"
+    if not text or not _clock.fullmatch(text): return text
+    return pd.Timedelta(text if text.count(':')==2 else f'{text}:00').total_seconds()
 
 def _number_or_text(
     value # Not missing
@@ -113,7 +121,7 @@ def _number_or_text(
     "Convert a value of a column of numbers"
     if isinstance(value, datetime.time): value = pd.Timedelta(value.replace(tzinfo=None).isoformat())
     if isinstance(value, _durations): return pd.Timedelta(value).total_seconds()
-    if not isinstance(value, numbers.Number): return _text(value)
+    if not isinstance(value, numbers.Number): return _seconds_or_text(_text(value))
     try: return float(value)
     except OverflowError: return _largest if value>0 else -_largest     # whole numbers of Python have no end
     except (TypeError,ValueError): return None     # complex numbers
@@ -211,6 +219,7 @@ def _kind_of_values(
     if texts and all(map(_is_number_text, texts)):
         no_marks = len(texts)==len(sample)      # or somebody has made text of numbers, so that they count as names
         return ('category' if no_marks and all(map(_is_whole, texts)) and _repeats(s) else 'number'),None
+    if texts and np.mean([bool(_clock.fullmatch(t)) for t in texts])>=.95: return 'number',None
     format = date_format(texts)
     return ('date' if format else 'category'),format
 
