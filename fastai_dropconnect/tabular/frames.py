@@ -33,8 +33,7 @@ def _free_names(
     return list(res)
 
 # %% ../../nbs/305_tabular.frames.ipynb #365d36df
-def is_records(X): # Are these rows given as dictionaries?
-    return isinstance(X, list) and bool(X) and isinstance(X[0], dict)
+def is_records(X): return isinstance(X, list) and bool(X) and isinstance(X[0], dict)     # Rows as dictionaries?
 
 def as_frame(
     X # `pd.DataFrame`, array or list of shape (n_rows, n_columns), dictionaries, or a table with `to_pandas`
@@ -108,17 +107,11 @@ _largest = float(np.finfo('float32').max)
 _durations = datetime.timedelta,np.timedelta64,datetime.time
 _clock = re.compile('(-|[0-9]+ days?,? |-[0-9]+ days [+])?[0-9]{1,3}:[0-5][0-9](:[0-5][0-9]([.][0-9]+)?)?')
 
-def _seconds_or_text(
-    text:str|None # As `_text` returns it
-) -> float|str|None:
-    "Convert durations and times of day written as text, such as 11:30"
+def _seconds_or_text(text): # Of durations and times of day, such as 11:30
     if not text or not _clock.fullmatch(text): return text
     return pd.Timedelta(text if text.count(':')==2 else f'{text}:00').total_seconds()
 
-def _number_or_text(
-    value # Not missing
-) -> float|str|None: # Seconds of durations and times of day
-    "Convert a value of a column of numbers"
+def _number_or_text(value): # Of a column of numbers; durations become seconds
     if isinstance(value, datetime.time): value = pd.Timedelta(value.replace(tzinfo=None).isoformat())
     if isinstance(value, _durations): return pd.Timedelta(value).total_seconds()
     if not isinstance(value, numbers.Number): return _seconds_or_text(_text(value))
@@ -283,10 +276,7 @@ def _check_frame(
 
 _arrow_types = bool,int,float,str,datetime.datetime    # that pandas computes with
 
-def _without_arrow(
-    s:pd.Series # A column
-) -> pd.Series: # Of a type of numpy, if pandas cannot compute with the one of Arrow
-    "Convert columns of Arrow such as lists, dates and durations"
+def _without_arrow(s): # A column, also of Arrow's lists, dates and durations
     if not isinstance(s.dtype, pd.ArrowDtype) or s.dtype.type in _arrow_types: return s
     return s.astype(object if s.dtype.kind=='O' else s.dtype.numpy_dtype)
 
