@@ -22,7 +22,7 @@ from .serialize.fields import Fields, decode_values, encode_values, is_number
 from .serialize.files import SavedModel
 from .serialize.learner import load_model, save_model
 from .serialize.reader import build_frame, build_reader, describe_frame, describe_reader
-from .table_estimator import TableEstimator, _no_gaps
+from .table_estimator import TableEstimator, _check_device, _no_gaps
 from .uncertainty.noise import NOISES
 
 # %% ../nbs/530_estimators.ipynb #e61a6046
@@ -64,7 +64,9 @@ class DropConnectRegressor(Intervals, RegressorMixin, TableEstimator):
     def _checked_targets(self, y):
         kinds = {t.kind for t in (y.dtypes if isinstance(y, pd.DataFrame) else [np.asarray(y).dtype])}
         if kinds & {'m','M'}: raise TypeError('`y` must hold numbers, got dates or durations: convert them first')
-        y = check_array(_no_gaps(y, 'y'), dtype='float64', ensure_2d=False, input_name='y')
+        y = _no_gaps(y, 'y')
+        try: y = check_array(y, dtype='float64', ensure_2d=False, input_name='y')
+        except ValueError as e: raise ValueError(f'`y` must hold finite numbers, but: {e}') from None
         if y.ndim<3 and y.size: return y
         raise ValueError(f'`y` must have the shape (n_rows,) or (n_rows, n_targets), got {y.shape}')
 
@@ -79,11 +81,13 @@ class DropConnectRegressor(Intervals, RegressorMixin, TableEstimator):
         small = (y/largest).clip(*self._limits)     # no overflow
         self._mean,scale = small.mean(0)*largest,small.std(0)*largest
         self._limits = self._limits*largest
-        self._scale = np.where(scale>0, scale, 1)
+        self._scale = scale     # 0 where all targets are equal: these are predicted exactly
 
     def _encoded_targets(self, y):
-        if np.ndim(y)!=1+self._has_columns: raise ValueError('`eval_set` must have targets of the same shape as `y`')
-        return ((y.clip(*self._limits)-self._mean)/self._scale).clip(-1e30, 1e30).astype('float32').reshape(len(y), -1)
+        if np.shape(y)[1:]!=np.shape(self._mean):
+            raise ValueError(f'`eval_set` must have targets of the same shape as `y`, got {np.shape(y)}')
+        y = (y.clip(*self._limits)-self._mean)/np.where(self._scale>0, self._scale, 1)
+        return y.clip(-1e30, 1e30).astype('float32').reshape(len(y), -1)
 
     def _metric(self):
         if self.metric is None: return None
@@ -107,6 +111,9 @@ def _without_object(y):
     plain = pd.Series(y).infer_objects()
     return plain.to_numpy() if plain.dtype.kind in 'biuf' else y
 
+def _without_half(y): # pandas has no index of 16 bits
+    return y.astype('float64') if y.dtype.kind=='f' else y
+
 class DropConnectClassifier(ClassifierMixin, TableEstimator):
     "Predict classes with the networks that suit a table"
     def predict_proba(self,
@@ -115,6 +122,12 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
         "Predict the probability of each class"
         res = self._outputs(X)
         return res/res.sum(1, keepdims=True)
+
+    def predict_log_proba(self,
+        X:object # Rows
+    ) -> np.ndarray: # (n_rows, n_classes)
+        "Predict the logarithm of the probability of each class"
+        return np.log(self.predict_proba(X))
 
     def predict(self,
         X:object # Rows
@@ -125,6 +138,7 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
 
     def _checked_targets(self, y):
         y = column_or_1d(np.asarray(_no_gaps(y, 'y')), warn=True)
+        if y.dtype.kind=='T': y = y.astype(object)     # numpy's text of any length
         if y.dtype==object: y = _without_object(y)     # nullable types, and columns that once had gaps
         kinds = {'text' if isinstance(v, str) else type(v).__name__ for v in y} if y.dtype==object else set()
         if len(kinds)>1:
@@ -136,10 +150,11 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
         "Note the classes"
         try: self.classes_ = np.unique(y)
         except TypeError: raise TypeError('`y` must have labels of one type, such as text, got several types') from None
-        if len(self.classes_)<2: raise ValueError(f'`y` must have 2 classes, got one class: {self.classes_[0]!r}')
+        names = self.classes_.tolist()
+        if len(names)<2: raise ValueError(f'`y` must have 2 classes, got one class: {names[0]!r}')
 
     def _encoded_targets(self, y):
-        codes = pd.Index(self.classes_).get_indexer(y)
+        codes = pd.Index(_without_half(self.classes_)).get_indexer(_without_half(y))
         if (codes<0).any():
             raise ValueError(f'`eval_set` must have the classes of `y` (of its rows with a weight above 0), '
                              f'got {np.asarray(y)[codes<0].tolist()[0]!r}')
@@ -208,6 +223,7 @@ def load(cls:TableEstimator,
     device:str|torch.device='cpu' # Where to predict
 ) -> TableEstimator: # Fitted
     "Load an estimator; nothing in the folder is executed"
+    _check_device(device)
     config = SavedModel(path).config.get('estimator')
     if config is None: raise ValueError(f'{path} must hold an estimator, but it holds a Learner: use `load_model`')
     try:

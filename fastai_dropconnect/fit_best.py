@@ -26,7 +26,7 @@ from .checks import check_choice, check_int, check_positive
 from .ensemble.averaging import average_for
 from .ensemble.blend import BlendedModel, best_temperature, greedy_weights
 from .progress import SearchProgress
-from .recipes import RECIPES, Recipe, fresh_loaders, is_higher_better
+from .recipes import RECIPES, Recipe, check_loaders, fresh_loaders, is_higher_better, metric_name
 from .tabular.embeddings import PLE
 from .tabular.learner import TabularLearner
 from .uncertainty.grid import GridScore
@@ -50,7 +50,7 @@ def score_for(
     "Return the function to minimize on validation rows"
     to_outputs = _to_outputs[average_for(loss_func)[0]]
     if metric is None: return lambda preds,targs: float(loss_func(to_outputs(preds), targs))
-    sign = -1 if is_higher_better(mk_metric(metric).name.lstrip('_'), higher_is_better) else 1
+    sign = -1 if is_higher_better(metric_name(metric), higher_is_better) else 1
     return lambda preds,targs: sign*_metric_value(metric, to_outputs(preds), targs)
 
 # %% ../nbs/410_fit_best.ipynb #a3cafe59
@@ -330,6 +330,8 @@ def _blend(
     "Find the weights of the candidates, and the temperature of classes"
     finite = [c for c in search.candidates if c.preds.isfinite().all()]
     if not finite: raise ValueError('`dls`: no network has finite predictions for the validation rows')
+    if not any(math.isfinite(c.loss) for c in finite):
+        raise ValueError(f'`metric` (by default the loss) must be finite for the validation rows, got {finite[0].loss}')
     preds = torch.stack([c.preds for c in finite], 1)
     weights = greedy_weights(preds, search.targs, search.score, prior_rows=PRIOR_ROWS)
     weights = torch.where(weights<.01, 0, weights)
@@ -394,7 +396,4 @@ def fit_best(
     noise:str|NoiseModel=None # Predict distributions of numbers: 'quantile', 'mixture', 'gaussian', or settings
 ) -> TabularLearner: # Predicts with the blend; `leaderboard` says what is in it
     "Train the networks that the validation rows ask for, and blend them"
-    if not len(dls.valid_ds): raise ValueError('`dls` must have validation rows to choose by, but it has none')
-    if not len(dls.train): raise ValueError(f'`dls` must have a batch to train on, got bs={dls.train.bs} for '
-                                            f'{len(dls.train_ds)} rows')
-    return fit_best_on([dls], metric, budget, time_limit, seed, higher_is_better, verbose, noise=noise)
+    return fit_best_on([check_loaders(dls)], metric, budget, time_limit, seed, higher_is_better, verbose, noise=noise)

@@ -21,7 +21,9 @@ def known_levels(
     levels:dict # Name of a column -> its known levels
 ) -> pd.DataFrame: # A copy
     "Count levels that are not known as missing"
-    return df.assign(**{n: df[n].where(df[n].isin(list(known))) for n,known in levels.items()})
+    res = df.copy(deep=False)     # `assign` cannot set a column that is called 'self'
+    for n,known in levels.items(): res[n] = df[n].where(df[n].isin(list(known)))
+    return res
 
 def encode_frame(
     df:pd.DataFrame, # Rows as `FrameReader` returns them, with targets

@@ -10,9 +10,9 @@ import warnings
 import numpy as np, pandas as pd, torch
 from sklearn.utils.validation import check_is_fitted
 from .blended_learner import blended_learner
-from .callback import distribution as _    # noqa: F401, adds `learn.predict_distribution`
 from .callback.calibrate import (Predicted, calibration_of, distribution_of, new_calibration, predicted,
                                                    scores_of, set_calibration)
+from .callback.distribution import warnings_for      # adds `learn.predict_distribution`
 from .checks import check_p
 from .ensemble.blend import BlendedModel
 from .uncertainty.conformal import Calibration, quantiles_at
@@ -51,6 +51,11 @@ def calibration_on(
 # %% ../nbs/529_intervals.ipynb #1817a3d1
 MOST_AT_ONCE = 4096    # rows; distributions take memory
 
+def _in_units(x, mean, scale): # The scale of equal targets is 0
+    "Turn predictions into numbers as the targets are; infinite ends stay infinite"
+    infinite = np.isinf(x)
+    return np.where(infinite, x, np.where(infinite, 0, x)*scale + mean)
+
 class Intervals:
     "Predict quantiles, intervals and distributions with an estimator of numbers"
     def _parts(self, X):
@@ -66,11 +71,12 @@ class Intervals:
         at = cal.levels_for(levels)
         for df in self._parts(X):
             if not len(df): return np.zeros((0, len(np.ravel(self._mean)), len(levels)))
-            res.append(quantiles_at(distribution_of(predicted(learn, learn.dls.test_dl(df))[0], cal), at))
+            pred = predicted(learn, learn.dls.test_dl(self._known(df)))[0]
+            res.append(quantiles_at(distribution_of(pred, cal), at))
         if ((at<=0) | (at>=1)).any():
             n = len(cal.scores)
             warnings.warn(f'{n} held-out rows are too few for the levels {list(levels)}: some ends are infinite')
-        return torch.cat(res).cpu().numpy()*np.reshape(self._scale, (-1,1)) + np.reshape(self._mean, (-1,1))
+        return _in_units(torch.cat(res).cpu().numpy(), *(np.reshape(v, (-1,1)) for v in (self._mean,self._scale)))
 
     def predict_quantiles(self,
         X:object, # Rows
@@ -99,12 +105,15 @@ class Intervals:
         "Predict mean, standard deviation, interval of 90 % and quantiles"
         check_is_fitted(self)
         learn = self.learner_
-        res = pd.concat([learn.predict_distribution(df) for df in self._parts(X)])
+        res = pd.concat([learn.predict_distribution(self._known(df)).assign(warnings=warnings_for(learn, df))
+                         for df in self._parts(X)])
         units = zip(learn.dls.y_names, np.ravel(self._mean), np.ravel(self._scale), strict=True)
         for i,(y,mean,scale) in enumerate(units):
             start = f'{y}_' if len(learn.dls.y_names)>1 else ''
             own = [n for n in res if n.startswith(start) and n!='warnings']
-            for n in own: res[n] = res[n].to_numpy('float64')*scale + (0 if 'sd' in n.removeprefix(start) else mean)
+            for n in own:
+                zero = 0 if 'sd' in n.removeprefix(start) else mean
+                res[n] = _in_units(res[n].to_numpy('float64'), zero, scale)
             res = res.rename(columns={n: f'{i}_{n.removeprefix(start)}' for n in own} if start else {})
         return res.set_axis(X.index) if isinstance(X, pd.DataFrame) else res.reset_index(drop=True)
 

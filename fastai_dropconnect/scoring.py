@@ -99,8 +99,9 @@ class ScorerMetric:
         n = 2*max(n_out, 2)
         outputs = torch.linspace(.1, 1, n*n_out).view(n, n_out)
         try:
-            if self.classes is not None: self(outputs, torch.arange(n)%n_out)
-            else: self._of_numbers(outputs.numpy(), outputs.flip(0).numpy())     # positive: some metrics take no others
+            if self.classes is not None: value = self(outputs, torch.arange(n)%n_out)
+            else: value = self._of_numbers(outputs.numpy(), outputs.flip(0).numpy())     # positive: some take no others
+            if not math.isfinite(value): raise ValueError(f'it returns {value}')
         except (ValueError,TypeError,AttributeError) as e:
             kind = 'numbers' if self.classes is None else f'{n_out} classes'
             raise ValueError(f'`metric` must be able to measure {kind}, got metric={self.__name__!r}: {e}') from e

@@ -9,6 +9,7 @@ __all__ = ['FOLDS_BELOW', 'splits_of', 'column_or_values']
 import warnings
 import numpy as np, pandas as pd
 from sklearn import model_selection as split
+from .tabular.frames import date_format
 
 # %% ../nbs/522_splits.ipynb #56ec97a8
 def _merge_rare(
@@ -23,17 +24,27 @@ def _merge_rare(
 
 # %% ../nbs/522_splits.ipynb #4f6235b8
 def _as_numbers(
-    time # Dates, text of dates, periods, durations, or numbers
+    time # Dates, periods, durations, numbers, text of these, or an ordered category
 ) -> np.ndarray: # float64
     "Convert times to numbers that rise with time"
     s = time if isinstance(time, pd.Series) else pd.Series(np.asarray(time))
+    if isinstance(s.dtype, pd.CategoricalDtype) and s.cat.ordered: s = s.cat.codes.where(s.notna())
     s = pd.Series((s.dt.to_timestamp() if isinstance(s.dtype, pd.PeriodDtype) else s).to_numpy())
     if pd.api.types.is_timedelta64_dtype(s): s = s.dt.total_seconds()
-    if not pd.api.types.is_numeric_dtype(s):
-        try: s = pd.to_datetime(s, utc=True).dt.tz_localize(None) - pd.Timestamp('1970-01-01')
-        except (ValueError,TypeError) as e: raise ValueError(f'`time` must hold dates or numbers, but: {e}') from None
-        s = s/pd.Timedelta(days=1)
+    if not pd.api.types.is_numeric_dtype(s): s = _of_text(s)
     return s.to_numpy('float64', na_value=np.nan)
+
+def _of_text(s): # Or of dates
+    "Convert dates and text to numbers"
+    if s.map(type).isin([str,float,type(None)]).all():      # a gap may be a float
+        x = pd.to_numeric(s, errors='coerce')
+        if x.notna().sum()==s.notna().sum(): return x
+        texts = s.dropna()
+        format = date_format(texts.sample(min(len(texts), 10_000), random_state=0).tolist())
+    else: format = None
+    try: s = pd.to_datetime(s, format=format, utc=True).dt.tz_localize(None) - pd.Timestamp('1970-01-01')
+    except (ValueError,TypeError) as e: raise ValueError(f'`time` must hold dates or numbers, but: {e}') from None
+    return s/pd.Timedelta(days=1)
 
 def _latest(
     time, # Of each row
@@ -98,9 +109,11 @@ def column_or_values(
 ) -> pd.Series|None: # `None` if `values` is
     "Return the values of a column that is given by name, or in full"
     if values is None: return None
-    if isinstance(values, str):
+    if np.isscalar(values):
         if values in df: return df[values]
         raise ValueError(f'`{name}` must be the name of a column of `X` or a value for each row, got {name}={values!r}')
-    s = values if isinstance(values, pd.Series) else pd.Series(np.asarray(values).reshape(-1))
-    if len(s)!=len(df): raise ValueError(f'`{name}` must have a value for each of the {len(df)} rows, got {len(s)}')
-    return s
+    if isinstance(values, pd.DataFrame) and values.shape[1]==1: values = values.iloc[:,0]
+    s = values if isinstance(values, (pd.Series,pd.Index,pd.Categorical)) else np.asarray(values)
+    if s.shape not in ((len(df),),(len(df),1)):
+        raise ValueError(f'`{name}` must have a value for each of the {len(df)} rows, got {s.shape}')
+    return s if isinstance(s, pd.Series) else pd.Series(s.reshape(-1) if isinstance(s, np.ndarray) else s)

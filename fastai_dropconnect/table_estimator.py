@@ -17,7 +17,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from .blended_learner import blended_learner
 from .boosting import TREES, boosted_candidate
 from .callback.calibrate import calibration_of, set_calibration
-from .checks import check_choice, check_positive
+from .checks import check_choice, check_path, check_positive
 from .drift import beyond_range, leave_out
 from .ensemble.blend import BlendedModel
 from .fit_folder import FitFolder, rows_digest
@@ -25,7 +25,7 @@ from .frame_loaders import encode_frame, known_levels, part_loaders
 from .fit_best import BUDGETS, StopAt, fit_best_on, score_for
 from .recipes import RECIPES, train_recipe
 from .splits import column_or_values, splits_of
-from .tabular.frames import FrameReader, as_frame
+from .tabular.frames import FrameReader, as_frame, is_records
 
 
 # %% ../nbs/528_table_estimator.ipynb #ec3fbe12
@@ -48,7 +48,9 @@ def _pair(eval_set):
     if isinstance(pair, tuple) and len(pair)==2: return pair
     raise ValueError(f'`eval_set` must be a pair (X, y), got {type(eval_set).__name__}')
 
-def _is_records(X): return isinstance(X, list) and bool(X) and isinstance(X[0], dict)
+def _has_names(X): # Does a table name its columns?
+    has_fields = getattr(getattr(X, 'dtype', None), 'names', None) is not None     # of structured arrays
+    return has_fields or isinstance(X, dict) or is_records(X) or hasattr(X, 'columns') or hasattr(X, 'to_pandas')
 
 def _plain_names(X):
     "Return a table whose names scikit-learn takes: it wants all or none to be text"
@@ -61,6 +63,7 @@ def _new_names(n, df):
 
 def _no_gaps(y, name):
     "Return targets, or raise an error if one is missing"
+    if isinstance(y, np.ma.MaskedArray): y = y.astype(object).filled(np.nan) if np.ma.is_masked(y) else y.data
     gaps = pd.isna(pd.DataFrame(y) if isinstance(y, pd.DataFrame) else np.asarray(y))
     # scikit-learn's words
     if np.any(gaps): raise ValueError(f'Input {name} contains NaN: each row must have a target')
@@ -111,6 +114,7 @@ class TableEstimator(BaseEstimator):
         check_choice(self.budget, 'budget', BUDGETS)
         check_choice(self.refit, 'refit', (True,False,'auto'))
         _check_device(self.device)
+        check_path(self.folder, 'folder')
         limit = None if self.time_limit is None else check_positive(self.time_limit, 'time_limit')
         vars(self).pop('learner_', None)     # a fit that fails leaves no model of other columns
         X,y = self._checked(X, y)
@@ -119,6 +123,9 @@ class TableEstimator(BaseEstimator):
         seed = self._seed()
         self._learn_targets(y)
         try: return self._search(X, y, rows, seed, eval_set, start, limit)
+        except BaseException:
+            vars(self).pop('learner_', None)     # one that is not finished is none
+            raise
         finally: vars(self).pop('_all_rows', None)
 
     def _seed(self):
@@ -160,7 +167,7 @@ def _checked(self:TableEstimator, X, y):
     "Return the rows as a frame, and the targets as an array"
     if y is None: raise ValueError(f'{type(self).__name__} requires y to be passed, but the target y is None')
     df = as_frame(X)
-    validate_data(self, _plain_names(df if _is_records(X) else X), skip_check_array=True)
+    validate_data(self, _plain_names(df) if _has_names(X) else X, skip_check_array=True)
     self._columns = list(df)
     y = self._checked_targets(y)
     check_consistent_length(df, y)
@@ -173,6 +180,7 @@ def _with_weight(self:TableEstimator, X, y, rows):
     if rows['weights'] is None: return X,y,rows
     try: w = _check_sample_weight(rows['weights'], X, ensure_non_negative=True)
     except ValueError as e: raise ValueError(f'`sample_weight`: {e}') from None
+    w = w/w.max()     # sums stay finite
     if (w>0).sum()<3: raise ValueError(f'`sample_weight` must be above 0 for at least 3 rows, got {(w>0).sum()}')
     kept = np.flatnonzero(w>0)
     rows = {k: None if v is None else v.iloc[kept] for k,v in (rows | dict(weights=pd.Series(w))).items()}
@@ -182,10 +190,9 @@ def _with_weight(self:TableEstimator, X, y, rows):
 def _same_columns(self:TableEstimator, X):
     "Return rows with the columns of the training rows, found by name if they have names"
     df = as_frame(X)
-    if _is_records(X): X = df
-    named = hasattr(X, 'columns') or hasattr(X, 'to_pandas') or isinstance(X, dict)     # no array
-    if named and all(c in df for c in self._columns): X = df = df[self._columns]
-    validate_data(self, _plain_names(X), skip_check_array=True, reset=False)
+    named = _has_names(X)
+    if named and all(c in df for c in self._columns): df = df[self._columns]
+    validate_data(self, _plain_names(df) if named else X, skip_check_array=True, reset=False)
     return df.set_axis(self._columns, axis=1).reset_index(drop=True)
 
 # %% ../nbs/528_table_estimator.ipynb #73fa9b60
@@ -344,13 +351,17 @@ def _boosted(self:TableEstimator, folds, score, seed, start):
 
 # %% ../nbs/528_table_estimator.ipynb #9c388313
 @patch
+def _known(self:TableEstimator, df):
+    "Count levels of rows that the networks do not know as missing"
+    return known_levels(df, {n: self.learner_.dls.classes[n] for n in self.reader_.cat_names})
+
+@patch
 def _outputs(self:TableEstimator, X):
     "Return what the Learner predicts, (n_rows, n_out)"
     check_is_fitted(self)
     df,learn = self.reader_.transform(self._same_columns(X)),self.learner_
     if not len(df): return np.zeros((0, learn.dls.c))
-    df = known_levels(df, {n: learn.dls.classes[n] for n in self.reader_.cat_names})
-    with learn.no_bar(): return learn.get_preds(dl=learn.dls.test_dl(df))[0].double().cpu().numpy()
+    with learn.no_bar(): return learn.get_preds(dl=learn.dls.test_dl(self._known(df)))[0].double().cpu().numpy()
 
 # %% ../nbs/528_table_estimator.ipynb #4f7a5c5d
 @patch
@@ -385,4 +396,4 @@ def feature_importances_(self:TableEstimator) -> np.ndarray: # Of each column of
         base,parts = self._loss_of(*self._valid_rows),self.reader_.parts
         raw = np.array([self._importance(parts[c], base) if parts.get(c) else 0. for c in self._columns])
         self._importances = raw/raw.sum() if raw.sum() else raw
-    return self._importances
+    return self._importances.copy()

@@ -1,5 +1,5 @@
 """`DropConnectRegressor` and `DropConnectClassifier`: what scikit-learn asks of estimators, tables of all kinds, files"""
-import copy, importlib.util, json, pickle, subprocess, sys
+import copy, decimal, importlib.util, json, pickle, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 import sklearn.utils.estimator_checks as checks
@@ -84,6 +84,17 @@ def test_columns_are_found_by_name_if_they_have_names():
     model = regressor().fit(mixed, y)
     assert (model.predict(mixed[list(mixed)[::-1]])==want).all() and list(model.feature_names_in_)==[str(c) for c in mixed]
     with pytest.raises(ValueError, match='more than once|unique column names'): regressor().fit(df.rename(columns={'noise': 'x'}), y)
+
+def test_columns_of_any_name(tmp_path):
+    "Also names of arguments and attributes of frames and of fastai's tables"
+    df,y = table()
+    names = ['self', 'items', 'cat_names', 'xs', 'é 🙂', '']
+    want = regressor().fit(df, y)
+    for i in range(6):
+        odd = df.set_axis(names[i:] + names[:i], axis=1)
+        model = regressor().fit(odd, y, eval_set=(odd, y))
+        assert (model.predict(odd)==DropConnectRegressor.load(model.save(tmp_path)).predict(odd)).all() and len(model.predict_dist(odd))==120
+    assert np.allclose(regressor().fit(odd, y).predict(odd), want.predict(df))
 
 def test_index_does_not_matter():
     df,y = table()
@@ -209,6 +220,21 @@ def test_times_of_all_types(monkeypatch):
             regressor().fit(df, y, time=t)
             assert seen[-1][0][1]<=set(range(90, 120)) and len(seen[-1])==1
 
+def test_times_as_text_and_as_ordered_categories(monkeypatch):
+    "The day may come first, and the order of a category is the one that it says"
+    seen = spy(monkeypatch)
+    df,y = table()
+    last = [(set(range(96)), set(range(96, 120)))]
+    words = [f'{w} week' for w in ('first', 'second', 'third', 'fourth', 'last')]
+    for time in (df.when.dt.strftime('%d/%m/%Y'), df.when.dt.strftime('%d.%m.%Y').tolist(), [str(9+i) for i in range(120)],
+                 pd.Categorical(np.repeat(words, 24), words, ordered=True), df[['when']]):
+        regressor(refit=False).fit(df[['x']], y, time=time)
+        assert seen[-1]==last
+    regressor(refit=False).fit(df[['x', 'when']].set_axis([0, 2], axis=1), y, time=2)      # a column by its name
+    assert seen[-1]==last
+    with pytest.raises(ValueError, match=r'`sample_weight` must have a value for each of the 120 rows, got \(60, 2\)'):
+        regressor().fit(df, y, sample_weight=np.ones((60, 2)))
+
 @pytest.mark.parametrize('make', [regressor, classifier])
 def test_no_validation_rows(make):
     df,y = table()
@@ -308,11 +334,85 @@ def test_records_and_flags_from_elsewhere():
     for flag in (df.flag.astype(int), df.flag.astype(str).str.lower(), df.flag.astype(float), df.flag.astype('boolean')):
         assert (model.predict(df.assign(flag=flag))==want).all()
 
+def test_tables_of_all_makes():
+    "What numpy, Arrow and dictionaries hold is read as a frame of the same values is"
+    df,y = table()
+    df = df[['x', 'noise', 'flag']]
+    model = regressor().fit(df, y)
+    want = model.predict(df)
+    for X in (df.to_dict('list'), df.to_records(index=False), np.array(df.to_records(index=False))):
+        again = regressor().fit(X, y)
+        assert (again.predict(X)==want).all() and (model.predict(X)==want).all() and list(again.feature_names_in_)==list(df)
+    gaps = df.assign(x=df.x.mask(df.x>1))[['x', 'noise']]
+    masked = np.ma.masked_array(df[['x', 'noise']].to_numpy(), gaps.isna().to_numpy())
+    assert (regressor().fit(masked, y).predict(masked)==regressor().fit(gaps.to_numpy(), y).predict(gaps.to_numpy())).all()
+    sizes = table()[0][['size']].to_numpy()
+    assert (regressor().fit(sizes.astype('S1'), y).predict(sizes)==regressor().fit(sizes, y).predict(sizes)).all()
+
+def test_columns_of_arrow():
+    pa = pytest.importorskip('pyarrow')
+    df,y = table()
+    day = pd.Series(pd.date_range('2020', periods=120))
+    plain = df.assign(day=day, lasts=day-day[0], cents=df.x.round(2), made=df['size'])
+    arrow = {'day': (day.dt.date, pa.date32()), 'lasts': (plain.lasts, pa.duration('s')), 'made': (df['size'], pa.dictionary(pa.int8(), pa.string())),
+             'cents': (map(decimal.Decimal, plain.cents.map('{:.2f}'.format)), pa.decimal128(9, 2))}
+    odd = plain.assign(**{k: pd.array(list(v), dtype=pd.ArrowDtype(t)) for k,(v,t) in arrow.items()})
+    model = regressor().fit(plain, y)
+    assert (model.predict(odd)==model.predict(plain)).all() and (regressor().fit(odd, y).predict(odd)==model.predict(plain)).all()
+    lists = df.assign(lists=pd.array([[1]]*120, dtype=pd.ArrowDtype(pa.list_(pa.int8()))), day=odd.day.mask(day<day[9]))
+    assert 'lists' in regressor().fit(lists, y).reader_.dropped
+
 def test_targets_of_wrong_types():
     df,y = table()
     for wrong in (df.when, df.when-df.when[0], df[['when']]):
         with pytest.raises(TypeError, match='`y` must hold numbers'): regressor().fit(df, wrong)
     with pytest.raises(TypeError, match='one type, such as text, got int, text'): classifier().fit(df, pd.Series([1, 'a']*60))
+
+def test_targets_of_all_makes():
+    df,y = table()
+    gaps = np.ma.masked_array(y, y>10)
+    for make,targets in ((regressor, gaps), (classifier, np.ma.masked_array(y>10, y>12))):
+        with pytest.raises(ValueError, match='each row must have a target'): make().fit(df, targets)
+    assert (regressor().fit(df, np.ma.masked_array(y)).predict(df)==regressor().fit(df, y).predict(df)).all()
+    for wrong in (df['size'], y+1j, y.where(y<10, np.inf)):
+        with pytest.raises(ValueError, match='`y` must hold finite numbers'): regressor().fit(df, wrong)
+    half = (y>10).to_numpy('float16')
+    assert classifier().fit(df, half, eval_set=(df, half)).predict(df).dtype=='float16'
+    with pytest.raises(ValueError, match='2 classes, got one class: 1$'): classifier().fit(df, np.ones(120, int))
+    if hasattr(np.dtypes, 'StringDType'):     # numpy 2
+        assert set(classifier().fit(df, np.array(df['size'], np.dtypes.StringDType())).predict(df))<=set('SML')
+    both = np.c_[y, y]
+    for wrong in (y, np.c_[both, y]):
+        with pytest.raises(ValueError, match='`eval_set` must have targets of the same shape'): regressor().fit(df, both, eval_set=(df, wrong))
+
+def test_weights_of_any_size():
+    df,y = table()
+    weights = np.arange(120.)
+    want = regressor().fit(df, y, sample_weight=weights).predict(df)
+    for scale in (2.**1015, 2.**-1015): assert (regressor().fit(df, y, sample_weight=weights*scale).predict(df)==want).all()
+
+def test_a_fit_that_fails_late_leaves_no_model(monkeypatch):
+    df,y = table()
+    def interrupt(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(DropConnectRegressor, '_calibrate', interrupt)
+    model = regressor()
+    with pytest.raises(KeyboardInterrupt): model.fit(df, y)
+    with pytest.raises(NotFittedError): model.predict(df)
+
+def test_what_estimators_return_and_take(tmp_path):
+    df,y = table()
+    model = classifier().fit(df, y>10)
+    assert np.allclose(np.exp(model.predict_log_proba(df)), model.predict_proba(df))
+    model.feature_importances_[:] = 0
+    assert model.feature_importances_.sum()>.99
+    model.save(tmp_path)
+    with pytest.raises(ValueError, match="`device` must be .*'warp'"): DropConnectClassifier.load(tmp_path, device='warp')
+    with pytest.raises(TypeError, match='`folder` must be .* got folder=5'): regressor(folder=5).fit(df, y)
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_a_metric_without_a_value(value):
+    metric = make_scorer(lambda targs,preds: value)
+    with pytest.raises(ValueError, match=f'`metric` must be able to measure numbers.*it returns {value}'): regressor(metric=metric).fit(*table())
 
 def test_an_outlier_does_not_hide_the_other_targets():
     r = np.random.default_rng(0)

@@ -168,3 +168,16 @@ def test_several_targets():
 def test_loaders_without_a_batch_are_refused():
     dls = loaders(valid=range(30, 160))     # 30 rows, and batches of 32
     with pytest.raises(ValueError, match='`dls` must have a batch to train on, got bs=32 for 30 rows'): fit_best(dls, verbose=False)
+
+
+def test_what_is_refused():
+    for metric in ([rmse], 'rmse'):
+        with pytest.raises(TypeError, match='`metric` must be None or one metric of fastai, got metric='): fit_best(loaders(), metric, verbose=False)
+    with pytest.raises(TypeError, match='`dls` must be the DataLoaders of a table, got DataFrame'): fit_best(table())
+    for rows in (slice(0, 3), slice(90, 99)):
+        df = table()
+        df.loc[rows,'y'] = np.nan
+        with pytest.raises(ValueError, match='`dls` must have a target for each row'): fit_best(loaders(df), verbose=False)
+    one_class = loaders(table().assign(label=lambda d: np.where(d.index<40, 'no', d.label)), y='label', block=CategoryBlock())
+    with pytest.raises(ValueError, match='`metric` .by default the loss. must be finite for the validation rows, got nan'):
+        fit_best(one_class, RocAucBinary(), 'quick', verbose=False)

@@ -64,3 +64,17 @@ def test_names_of_parts_do_not_hide_columns():
     rows = reader.transform(df)
     assert [reader.parts[c] for c in ('sold_hour', 'area_na', 'area')]==[['sold_hour_'], ['area_na_'], ['area']] and not reader.dropped
     assert (rows.sold_hour_==df.sold_hour).all() and (rows.area_na_==df.area_na).all()
+
+def test_times_of_day_and_durations_however_they_are_written():
+    "From databases they come as objects, from files as text; either is read as the seconds that pandas has"
+    at = pd.Series(pd.to_timedelta(np.arange(0, 86400, 997), unit='s'))
+    text = at.astype(str).str.removeprefix('0 days ')
+    forms = dict(pandas=at, objects=at.astype(object), times=[(pd.Timestamp(0)+t).time() for t in at], text=text, short=text.str.slice(0, 5), python=at.map(lambda t: str(t.to_pytimedelta())))
+    for name,values in forms.items():
+        reader = FrameReader().fit(pd.DataFrame(dict(at=values)))
+        assert reader.cont_names==['at'] and not reader.dropped
+        for later in forms.values():
+            apart = reader.transform(pd.DataFrame(dict(at=later)))['at'] - at.dt.total_seconds()
+            assert apart.between(-60, 0).all() and (later is forms['short'] or (apart==0).all()), name
+    scores = pd.DataFrame(dict(a=['4:3', '16:9']*9, b=['1:75', '2:80']*9))
+    with warnings.catch_warnings(action='ignore'): assert FrameReader().fit(scores).cat_names==['a', 'b']

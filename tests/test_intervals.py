@@ -76,6 +76,28 @@ def test_equal_targets():
         model = regressor(noise=noise).fit(df, np.full(60, 7.))
         assert np.allclose(model.predict(df), 7, atol=1.5) and np.isfinite(model.predict_interval(df)).all()
 
+@pytest.mark.parametrize('value', [1e-6, -3e9, 0])
+def test_equal_targets_are_predicted_exactly(value, tmp_path):
+    df,_ = table(60)
+    model = regressor().fit(df, np.full(60, value))
+    for m in (model, DropConnectRegressor.load(model.save(tmp_path))):
+        assert (m.predict(df)==value).all() and (m.predict_interval(df)==value).all()
+        dist = m.predict_dist(df)
+        assert (dist[['mean', 'lower', 'upper']]==value).all(axis=None) and (dist.sd==0).all()
+    few = regressor().fit(df[:12], np.full(12, value))
+    assert np.isinf(few.predict_interval(df)).all() and np.isinf(few.predict_dist(df)[['lower', 'upper']]).all(axis=None)
+
+def test_new_levels_are_named_and_nothing_is_deprecated():
+    df,y = table()
+    model = regressor().fit(df, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        warnings.filterwarnings('ignore', message='The given NumPy array is not writable')     # fastai with pandas 3
+        odd = df.assign(size=np.where(df.x>.5, 'XL', df['size']))
+        dist,interval = model.predict_dist(odd),model.predict_interval(odd)
+    assert np.allclose(dist[['lower', 'upper']], interval)
+    assert (dist.warnings=="size: 'XL' is new").equals(df.x>.5) and (dist.warnings[df.x<=.5]=='').all()
+
 def test_all_rows_at_the_end_keep_the_calibration():
     df,y = table(400)
     model = regressor(noise='quantile').fit(df, y, time=np.arange(400))
