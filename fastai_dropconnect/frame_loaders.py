@@ -31,12 +31,13 @@ def encode_frame(
     cont_names:list,
     y_names:list,
     y_block, # fastai's `RegressionBlock` or `CategoryBlock`
-    n_fit:int # The encoding is found on so many rows, the first ones
+    n_fit:int, # The encoding is found on so many rows, the first ones
+    straight:list=() # Names of numbers that keep their proportions, as in `QuantileNormalize`
 ) -> TabularPandas:
     "Encode all rows"
     if n_fit<len(df): df = known_levels(df, {n: df[n].iloc[:n_fit].unique() for n in cat_names})
     splits = list(range(n_fit)),list(range(n_fit, len(df)))
-    procs = [Categorify,FillMissingAnywhere,QuantileNormalize(output_distribution='normal')]
+    procs = [Categorify,FillMissingAnywhere,QuantileNormalize(output_distribution='normal', straight=list(straight))]
     return TabularPandas(df, procs, list(cat_names), list(cont_names), y_names, y_block, splits, reduce_memory=False)
 
 def part_loaders(

@@ -25,7 +25,8 @@ from .frame_loaders import encode_frame, known_levels, part_loaders
 from .fit_best import BUDGETS, StopAt, fit_best_on, score_for
 from .recipes import RECIPES, train_recipe
 from .splits import column_or_values, splits_of
-from .tabular.frames import FrameReader, as_frame, is_records
+from .tabular.frames import as_frame, is_records
+from .tabular.straight import StraightReader
 
 
 # %% ../nbs/528_table_estimator.ipynb #ec3fbe12
@@ -210,6 +211,7 @@ def _folds(self:TableEstimator, X, y, rows, seed, eval_set):
     weights = None if weights is None else np.asarray(weights)
     if eval_set is not None or rows['groups'] is not None or rows['time'] is not None:
         self._drop_drifting(df, targets, splits[0], weights)
+    self.reader_.keep_straight(df, targets, splits[0])
     to,whole = self._encode(df, targets, n),[(np.arange(len(df)),splits[0][1])]
     encode = partial(self._encode, df, targets, len(df)) if n<len(df) else lambda: to
     self._all_rows = lambda: self._fold_loaders(encode(), whole, weights)
@@ -225,7 +227,7 @@ def _splits(self:TableEstimator, n, y, rows, seed):
 @patch
 def _read(self:TableEstimator, X):
     "Decide what the columns are, and read the training rows"
-    self.reader_ = FrameReader().fit(X)
+    self.reader_ = StraightReader().fit(X)
     return self.reader_.transform(X)
 
 @patch
@@ -241,8 +243,9 @@ def _read_more(self:TableEstimator, X, y):
 def _encode(self:TableEstimator, df, targets, n_fit):
     "Encode the rows as the first `n_fit` of them want"
     self._y_names = _new_names(targets.shape[1], df)
-    df = df[self.reader_.names].assign(**dict(zip(self._y_names, targets.T)))
-    return encode_frame(df, self.reader_.cat_names, self.reader_.cont_names, self._y_names, self._y_block(), n_fit)
+    reader = self.reader_
+    df = reader.with_copies(df)[reader.names].assign(**dict(zip(self._y_names, targets.T)))
+    return encode_frame(df, reader.cat_names, reader.cont_names, self._y_names, self._y_block(), n_fit, reader.straight)
 
 @patch
 def _fold_loaders(self:TableEstimator, to, splits, weights):
@@ -331,7 +334,7 @@ def _drop_drifting(self:TableEstimator, df, targets, rows, weights):
     deadline = clock.monotonic() + (self.time_limit/6 if self.time_limit else math.inf)
     def loss_without(names):
         if clock.monotonic()>=deadline: return math.inf
-        self.reader_ = FrameReader.from_dict(kept).leave_out(names, '')
+        self.reader_ = StraightReader.from_dict(kept).leave_out(names, '')
         return _quick_loss(self._fold_loaders(self._encode(*rows), splits, weights)[0], deadline)
     useless = leave_out(names, loss_without)
     self.reader_ = reader.leave_out(useless, 'it runs beyond its training range')

@@ -78,6 +78,11 @@ _distributions = { # name: (from ranks, back to ranks)
 # %% ../../nbs/300_tabular.procs.ipynb #67cce83d
 _finite = np.finfo(float).min,np.finfo(float).max
 
+def _straight_quantiles(x, z): # Those of a column whose values are in proportion to `z`
+    middle = np.median(x)
+    edge = np.abs(z[1]) or np.abs(z[0])      # training values lie within the last but one quantiles
+    return middle + np.abs(x-middle).max()/edge*z
+
 class QuantileNormalize(TabularProc):
     "Scale continuous columns by their ranks in the training rows, to mean 0 and standard deviation 1"
     order = Normalize.order
@@ -85,7 +90,8 @@ class QuantileNormalize(TabularProc):
         n_quantiles:int=1000, # Quantiles kept for each column, at most; fewer when there are few rows: one per 30 rows
         output_distribution:str='uniform', # 'uniform', from -1.73 to 1.73, or 'normal', from -5.2 to 5.2
         subsample:int=None, # Compute the quantiles from at most this many rows, drawn at random; `None`: from all
-        seed:int=0 # Seed for drawing the rows
+        seed:int=0, # Seed for drawing the rows
+        straight:list=() # Names of columns that are scaled in proportion, not by ranks
     ):
         check_int(n_quantiles, 'n_quantiles', 2)
         check_choice(output_distribution, 'output_distribution', _distributions)
@@ -104,6 +110,10 @@ class QuantileNormalize(TabularProc):
         n = min(len(x), self.n_quantiles, max(10, len(x)//30))
         self.quantiles = QuantileTransformer(n_quantiles=n, subsample=self.subsample, random_state=self.seed)
         self.quantiles.fit(np.apply_along_axis(_break_ties, 0, x))
+        from_ranks,_ = _distributions[self.output_distribution]
+        z = from_ranks(self.quantiles.references_)
+        for i,name in enumerate(to.cont_names):
+            if name in self.straight: self.quantiles.quantiles_[:,i] = _straight_quantiles(x[:,i], z)
 
     def encodes(self, to):
         from_ranks,_ = _distributions[self.output_distribution]
