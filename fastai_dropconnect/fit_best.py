@@ -112,11 +112,12 @@ class Kind:
         return Kind(self.recipe.replace(**settings), lr or self.lr, kwargs)
 
 def _y_range(dls):
-    "Return the range of the training targets and 5 % on each side, or `None` for classes"
+    "Return the range of the training targets and 5 % on each side, or `None` for classes and long tails"
     if average_for(dls.train_ds.loss_func)[0]!='mean' or len(dls.y_names)!=1: return None
     y = dls.train_ds.ys.to_numpy('float64')
     low,high = float(y.min()),float(y.max())
-    return (low-.05*(high-low), high+.05*(high-low)) if high>low else None
+    if not 0<np.abs(y-y.mean()).max()<=8*y.std(): return None     # a sigmoid bends lines that go far out
+    return low-.05*(high-low),high+.05*(high-low)
 
 def learner_for(
     dls:TabularDataLoaders, # Their own state does not change

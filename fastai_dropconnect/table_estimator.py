@@ -18,12 +18,11 @@ from .blended_learner import blended_learner
 from .boosting import TREES, boosted_candidate
 from .callback.calibrate import calibration_of, set_calibration
 from .checks import check_choice, check_path, check_positive
-from .drift import beyond_range, leave_out
+from .drift import beyond_range, leave_out, quick_loss
 from .ensemble.blend import BlendedModel
 from .fit_folder import FitFolder, rows_digest
 from .frame_loaders import encode_frame, known_levels, part_loaders
-from .fit_best import BUDGETS, StopAt, fit_best_on, score_for
-from .recipes import RECIPES, train_recipe
+from .fit_best import BUDGETS, fit_best_on, score_for
 from .splits import column_or_values, splits_of
 from .tabular.frames import as_frame, is_records
 from .tabular.straight import StraightReader
@@ -309,14 +308,6 @@ def _blend_in(self:TableEstimator, models, weights, dls):
     self._keep_rows()     # where there was `eval_set`, their codes are others now
 
 # %% ../nbs/528_table_estimator.ipynb #d371a70d
-def _quick_loss(dls, deadline):
-    "Return the validation loss of a small network, infinite if the time is over"
-    epochs = min(20, 3 + 300//max(1, len(dls.train)))
-    recipe = RECIPES['ple' if dls.cont_names else 'fastai']
-    learn = train_recipe(dls, recipe, epochs, cbs=StopAt(deadline), layers=[64,32])
-    if learn._grab_cbs(StopAt)[0].timed_out: return math.inf
-    with learn.no_bar(), learn.no_logging(): return float(learn.validate()[0])
-
 @patch
 def _drop_drifting(self:TableEstimator, df, targets, rows, weights):
     "Leave out columns that run beyond their training range, where that lowers the validation loss"
@@ -335,7 +326,7 @@ def _drop_drifting(self:TableEstimator, df, targets, rows, weights):
     def loss_without(names):
         if clock.monotonic()>=deadline: return math.inf
         self.reader_ = StraightReader.from_dict(kept).leave_out(names, '')
-        return _quick_loss(self._fold_loaders(self._encode(*rows), splits, weights)[0], deadline)
+        return quick_loss(self._fold_loaders(self._encode(*rows), splits, weights)[0], deadline)
     useless = leave_out(names, loss_without)
     self.reader_ = reader.leave_out(useless, 'it runs beyond its training range')
 

@@ -6,7 +6,7 @@ import sklearn.utils.estimator_checks as checks
 from sklearn.base import clone
 from sklearn.compose import make_column_transformer
 from sklearn.exceptions import NotFittedError
-from sklearn.metrics import log_loss, make_scorer, mean_absolute_error
+from sklearn.metrics import log_loss, make_scorer, mean_absolute_error, root_mean_squared_error
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -18,6 +18,7 @@ from fastai_dropconnect.scoring import ScorerMetric
 from fastai_dropconnect.serialize.learner import load_model
 from fastai_dropconnect.serialize.predictor import load_predictor
 from fastai_dropconnect.splits import splits_of
+from fastai_dropconnect.tabular.straight import StraightReader
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 has_lightgbm = importlib.util.find_spec('lightgbm') is not None
@@ -422,6 +423,25 @@ def test_an_outlier_does_not_hide_the_other_targets():
     model = regressor()
     model._learn_targets(y)
     assert model._encoded_targets(y)[np.arange(400)!=7].std()>.1      # 1e-8 without a limit
+
+def test_targets_that_follow_a_column_far_out(monkeypatch, tmp_path):
+    "Ranks and a sigmoid bend such a line"
+    r = np.random.default_rng(0)
+    X = pd.DataFrame(dict(delay=r.exponential(1, 1500)**3, hour=r.integers(0, 24, 1500), airline=r.choice(list('abc'), 1500)))
+    X.loc[::50, 'delay'] = np.nan
+    y = X.delay.fillna(0) + X.airline.map(dict(a=0, b=1, c=2)) + .3*r.normal(size=1500)
+    fitted = lambda: regressor().fit(X[:1000], y[:1000])
+    error = lambda model: root_mean_squared_error(y[1000:], model.predict(X[1000:]))
+    model = fitted()
+    with monkeypatch.context() as m:
+        m.setattr(StraightReader, 'keep_straight', lambda self,df,targets,rows: self)
+        ranks = fitted()
+    assert model.reader_.straight=={'delay (straight)': 'delay'} and not ranks.reader_.straight
+    assert error(model)<.6*error(ranks)
+    assert model.feature_importances_[0]>.9
+    again = DropConnectRegressor.load(model.save(tmp_path/'model'))
+    np.testing.assert_array_equal(again.predict(X), model.predict(X))
+    assert again.predict(X[:1].assign(delay=1e9)).item()<4*y.max()      # the line goes on for a while, not for ever
 
 def test_targets_with_few_values_are_not_clipped():
     zeros = np.r_[np.zeros(996), [1e6]*4]

@@ -69,6 +69,15 @@ def test_finer_vectors_are_tried_where_the_best_network_has_vectors():
         assert 'finer' not in search('numbers', **y)
 
 
+def test_outputs_are_bounded_unless_targets_lie_far_out():
+    df = table()
+    low,high = module._y_range(loaders(df))
+    part = df.y[40:]
+    assert np.isclose(high-low, 1.1*(part.max()-part.min())) and low<part.min()
+    assert module._y_range(loaders(df.assign(y=df.y.where(df.index!=50, 1e4)))) is None
+    assert module._y_range(loaders(df.assign(y=1.))) is None
+
+
 def test_a_table_of_categories_only_has_one_kind():
     learn = fit_best(loaders(conts=()), budget='quick', verbose=False)
     assert names(learn)==['numbers'] and learn.get_preds()[0].isfinite().all()
