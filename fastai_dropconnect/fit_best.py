@@ -112,7 +112,7 @@ class Kind:
         return Kind(self.recipe.replace(**settings), lr or self.lr, kwargs)
 
 def _y_range(dls):
-    "Return the range of the training targets and 5 % on each side, or `None` for classes and long tails"
+    "Return the range of the targets, 5 % wider, or `None` for classes and long tails"
     if average_for(dls.train_ds.loss_func)[0]!='mean' or len(dls.y_names)!=1: return None
     y = dls.train_ds.ys.to_numpy('float64')
     low,high = float(y.min()),float(y.max())

@@ -31,8 +31,9 @@ def _preds_of_network(learn, ds_idx, dl): # `get_preds` with members on dimensio
         return stack_members([preds]),targs
     act = getcallable(learn.loss_func, 'activation')
     each_act = lambda p: torch.stack([act(member) for member in p.unbind(1)], 1)
-    no_loss = contextmanager(replacing_yield)(learn, 'loss_func', lambda preds,*targs: preds.sum()*0)      # a loss takes one prediction
-    with each_member(inner_model(learn.model)), no_loss: return learn.get_preds(ds_idx, dl, act=each_act)
+    no_loss = lambda preds,*targs: preds.sum()*0       # a loss takes one prediction
+    without_loss = contextmanager(replacing_yield)(learn, 'loss_func', no_loss)
+    with each_member(inner_model(learn.model)), without_loss: return learn.get_preds(ds_idx, dl, act=each_act)
 
 @contextmanager
 def without_metrics(
@@ -56,7 +57,7 @@ def get_member_preds(self:Learner,
     ens = _snapshots_of(self)
     if ens is None and not _has_members(self):
         raise TypeError("the Learner needs an ensemble to have members: train with `learn.fit_zero_restarts()`, "
-                        "set `learn.snapshot_ensemble.use='average'`, build the model with `members=8`, or blend several, "
+                        "set `learn.snapshot_ensemble.use='average'`, build the model with `members=8`, or blend, "
                         f"but it predicts with a single {type(inner_model(self.model)).__name__}")
     uses = [nullcontext()] if ens is None else [ens.using(cycle) for cycle in ens.record]
     res = []

@@ -46,7 +46,8 @@ def build_reader(
     res.dropped = f.take('dropped', 'be text by name', _is_text_by_name)
     res.levels = f.take('levels', 'be names by name', _is_names_by_name)
     parts = {n for c in res.columns for n in c.part_names}
-    res.straight = f.take('straight', 'be names of parts by name', lambda v: _is_text_by_name(v) and parts.issuperset(v.values()))
+    is_straight = lambda v: _is_text_by_name(v) and parts.issuperset(v.values())
+    res.straight = f.take('straight', 'be names of parts by name', is_straight)
     known = parts.union(res.straight)
     for kind in ('cat_names','cont_names'):
         setattr(res, kind, f.list(kind, 'names of parts of columns', lambda n: is_name(n) and n in known))

@@ -13,7 +13,7 @@ from .frames import FrameReader
 
 # %% ../../nbs/306_tabular.straight.ipynb #95ce133e
 def _line_errors(x, y, train, valid): # (n_targets,)
-    "Return the squared errors on the validation rows of a line through the training rows, for each target"
+    "Return the squared errors of a line through the training rows on the validation rows"
     a,b = x[train]-x[train].mean(),y[train]-y[train].mean(0)
     slope = a@b/max(a@a, 1e-30)
     return np.square(y[valid]-y[train].mean(0) - np.outer(x[valid]-x[train].mean(), slope)).mean(0)
