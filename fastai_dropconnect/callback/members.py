@@ -57,7 +57,7 @@ def get_member_preds(self:Learner,
     ens = _snapshots_of(self)
     if ens is None and not _has_members(self):
         raise TypeError("the Learner needs an ensemble to have members: train with `learn.fit_zero_restarts()`, "
-                        "set `learn.snapshot_ensemble.use='average'`, build the model with `members=8`, or blend, "
+                        "set `learn.snapshot_ensemble.use='average'`, build with `members=8`, or blend several models, "
                         f"but it predicts with a single {type(inner_model(self.model)).__name__}")
     uses = [nullcontext()] if ens is None else [ens.using(cycle) for cycle in ens.record]
     res = []

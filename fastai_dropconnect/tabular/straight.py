@@ -19,7 +19,7 @@ def _line_errors(x, y, train, valid): # (n_targets,)
     return np.square(y[valid]-y[train].mean(0) - np.outer(x[valid]-x[train].mean(), slope)).mean(0)
 
 def _both_forms(x, train):
-    "Return a column between -1 and 1 and as normal ranks, both within the range of the training rows"
+    "Return a column between -1 and 1, and as normal ranks, within its training range"
     known = x[train][np.isfinite(x[train])]
     if not len(known): return np.zeros((2,len(x)))
     x = np.where(np.isnan(x), np.median(known), x).clip(known.min(), known.max())
