@@ -25,7 +25,7 @@ from .frame_loaders import encode_frame, known_levels, part_loaders
 from .fit_best import BUDGETS, fit_best_on, score_for
 from .splits import column_or_values, splits_of
 from .tabular.frames import as_frame, is_records
-from .tabular.straight import StraightReader
+from .tabular.copies import CopyReader
 
 
 # %% ../nbs/528_table_estimator.ipynb #ec3fbe12
@@ -210,7 +210,7 @@ def _folds(self:TableEstimator, X, y, rows, seed, eval_set):
     weights = None if weights is None else np.asarray(weights)
     if eval_set is not None or rows['groups'] is not None or rows['time'] is not None:
         self._drop_drifting(df, targets, splits[0], weights)
-    self.reader_.keep_straight(df, targets, splits[0])
+    self.reader_.add_copies(df, targets, splits[0])
     to,whole = self._encode(df, targets, n),[(np.arange(len(df)),splits[0][1])]
     encode = partial(self._encode, df, targets, len(df)) if n<len(df) else lambda: to
     self._all_rows = lambda: self._fold_loaders(encode(), whole, weights)
@@ -226,7 +226,7 @@ def _splits(self:TableEstimator, n, y, rows, seed):
 @patch
 def _read(self:TableEstimator, X):
     "Decide what the columns are, and read the training rows"
-    self.reader_ = StraightReader().fit(X)
+    self.reader_ = CopyReader().fit(X)
     return self.reader_.transform(X)
 
 @patch
@@ -325,7 +325,7 @@ def _drop_drifting(self:TableEstimator, df, targets, rows, weights):
     deadline = clock.monotonic() + (self.time_limit/6 if self.time_limit else math.inf)
     def loss_without(names):
         if clock.monotonic()>=deadline: return math.inf
-        self.reader_ = StraightReader.from_dict(kept).leave_out(names, '')
+        self.reader_ = CopyReader.from_dict(kept).leave_out(names, '')
         return quick_loss(self._fold_loaders(self._encode(*rows), splits, weights)[0], deadline)
     useless = leave_out(names, loss_without)
     self.reader_ = reader.leave_out(useless, 'it runs beyond its training range')

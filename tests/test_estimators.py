@@ -18,7 +18,7 @@ from fastai_dropconnect.scoring import ScorerMetric
 from fastai_dropconnect.serialize.learner import load_model
 from fastai_dropconnect.serialize.predictor import load_predictor
 from fastai_dropconnect.splits import splits_of
-from fastai_dropconnect.tabular.straight import StraightReader
+from fastai_dropconnect.tabular.copies import CopyReader
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 has_lightgbm = importlib.util.find_spec('lightgbm') is not None
@@ -434,7 +434,7 @@ def test_targets_that_follow_a_column_far_out(monkeypatch, tmp_path):
     error = lambda model: root_mean_squared_error(y[1000:], model.predict(X[1000:]))
     model = fitted()
     with monkeypatch.context() as m:
-        m.setattr(StraightReader, 'keep_straight', lambda self,df,targets,rows: self)
+        m.setattr(CopyReader, 'add_copies', lambda self,df,targets,rows: self)
         ranks = fitted()
     assert model.reader_.straight=={'delay (straight)': 'delay'} and not ranks.reader_.straight
     assert error(model)<.6*error(ranks)
@@ -442,6 +442,22 @@ def test_targets_that_follow_a_column_far_out(monkeypatch, tmp_path):
     again = DropConnectRegressor.load(model.save(tmp_path/'model'))
     np.testing.assert_array_equal(again.predict(X), model.predict(X))
     assert again.predict(X[:1].assign(delay=1e9)).item()<4*y.max()      # the line goes on for a while, not for ever
+
+def test_numbers_that_are_names(tmp_path):
+    "Each of 100 shops sells its own amount: nothing is to be learned from the order of their numbers"
+    r = np.random.default_rng(0)
+    X = pd.DataFrame(dict(shop=r.integers(1000, 1100, 1500), x=r.normal(size=1500)))
+    amounts = 3*r.normal(size=100)
+    y = amounts[X['shop']-1000] + X.x
+    model = regressor().fit(X[:1000], y[:1000])
+    assert model.reader_.coded=={'shop (levels)': 'shop'}
+    assert root_mean_squared_error(y[1000:], model.predict(X[1000:]))<.6*y.std()       # with numbers only: .95
+    assert model.feature_importances_[0]>.5
+    again = DropConnectRegressor.load(model.save(tmp_path/'model'))
+    unseen = X[:3].assign(shop=[7, 1001, None])
+    np.testing.assert_array_equal(again.predict(unseen), model.predict(unseen))
+    sold = classifier().fit(X[:1000], y[:1000]>0)
+    assert sold.reader_.coded and not sold.reader_.straight and sold.score(X[1000:], y[1000:]>0)>.75
 
 def test_targets_with_few_values_are_not_clipped():
     zeros = np.r_[np.zeros(996), [1e6]*4]
