@@ -75,13 +75,14 @@ def coded_columns(
         n_levels,same = len(np.unique(codes[train])),hash(codes.tobytes())
         if same in seen or not n_bins<n_levels<=min(max_levels, len(train)/2): continue
         seen.add(same)
-        bins = np.digitize(x, np.nanquantile(x[train], np.linspace(0, 1, n_bins+1)[1:-1]))
+        order = np.sort(x[train])
+        bins = np.searchsorted(order, x)*n_bins//(len(order)+1)
         levels,bins = [_level_errors(c, y, train, valid) for c in (codes,bins)]
         if levels.sum()<(1-gain)*min(bins.sum(), constant.sum()): res.append(name)
     return res
 
 # %% ../../nbs/306_tabular.copies.ipynb #0b57e986
-MOST_TRIED = dict(straight=(20_000,5000), coded=(200_000,50_000))     # rows to train and to validate on
+MOST_TRIED = dict(straight=(20_000,5000), coded=(100_000,25_000))     # rows to train and to validate on
 MOST_CLASSES = 100    # with more of them nothing is copied
 
 def _as_text(s):
@@ -132,16 +133,23 @@ def add_copies(self:CopyReader,
     rows:tuple # Positions of training and of validation rows
 ) -> CopyReader: # Itself
     "Copy the numbers that a network should have in another form, too"
-    some = lambda kind: [np.random.default_rng(0).permutation(part)[:most]
-                         for part,most in zip(rows, MOST_TRIED[kind], strict=True)]
-    is_number,numbers = targets.dtype.kind=='f',df[self.cont_names]
-    n_classes = 1 if is_number else int(targets.max())+1
-    if n_classes>MOST_CLASSES: return self
-    y = targets if is_number else np.eye(n_classes, dtype='float32')[targets[:,0].astype(int)]
-    if is_number: self.straight = self._new_names(straight_columns(numbers, y, *some('straight')), 'straight')
-    self.coded = self._new_names(coded_columns(numbers, y, *some('coded'), max_levels=self.max_levels), 'levels')
+    is_number = targets.dtype.kind=='f'
+    if not is_number and targets.max()>=MOST_CLASSES: return self
+    found = dict(straight=[], coded=coded_columns(*self._some_rows(df, targets, rows, 'coded'), max_levels=self.max_levels))
+    if is_number: found['straight'] = straight_columns(*self._some_rows(df, targets, rows, 'straight'))
+    self.straight = self._new_names(found['straight'], 'straight')
+    self.coded = self._new_names(found['coded'], 'levels')
     self.cont_names,self.cat_names = [*self.cont_names,*self.straight],[*self.cat_names,*self.coded]
     return self
+
+@patch
+def _some_rows(self:CopyReader, df, targets, rows, kind):
+    "Return numbers, targets, and the positions of training and of validation rows among them"
+    parts = [np.random.default_rng(0).permutation(part)[:most] for part,most in zip(rows, MOST_TRIED[kind], strict=True)]
+    at = np.concatenate(parts)
+    y = targets[at] if targets.dtype.kind=='f' else np.eye(targets.max()+1, dtype='float32')[targets[at,0]]
+    n = len(parts[0])
+    return df[self.cont_names].iloc[at],y,np.arange(n),np.arange(n, len(at))
 
 @patch
 def _new_names(self:CopyReader, columns, form):
