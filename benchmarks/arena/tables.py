@@ -159,7 +159,6 @@ _UNSEEN = { # tables on which nothing was chosen; `--tables unseen` or by name
     'hpc': (partial(_rdata, 'modeldata/hpc_data', 'class'), None),
     'stackoverflow': (partial(_rdata, 'modeldata/stackoverflow', 'Salary'), None),
     'sacramento': (partial(_rdata, 'modeldata/Sacramento', 'price', log=True), None),
-    'leaf': (partial(_rdata, 'modeldata/leaf_id_flavia', 'species'), None),
     'speech': (partial(_rdata, 'modeldata/pd_speech', 'class', kind=str), None),
     'computers': (partial(_rdata, 'Ecdat/Computers', 'price', log=True), None),
     'saratoga': (partial(_rdata, 'mosaicData/SaratogaHouses', 'price', log=True), None),

@@ -105,7 +105,8 @@ class CopyReader(FrameReader):
 
     @property
     def parts(self) -> dict: # Name in the table -> names in the result
-        return {c: parts + [copy for copy,name in self.copies.items() if name in parts] for c,parts in super().parts.items()}
+        copies_of = lambda parts: [copy for copy,name in self.copies.items() if name in parts]
+        return {c: parts+copies_of(parts) for c,parts in super().parts.items()}
 
     def _copies_of(self, name, s):
         for copy,column in self.copies.items():
@@ -135,17 +136,17 @@ def add_copies(self:CopyReader,
     "Copy the numbers that a network should have in another form, too"
     is_number = targets.dtype.kind=='f'
     if not is_number and targets.max()>=MOST_CLASSES: return self
-    found = dict(straight=[], coded=coded_columns(*self._some_rows(df, targets, rows, 'coded'), max_levels=self.max_levels))
-    if is_number: found['straight'] = straight_columns(*self._some_rows(df, targets, rows, 'straight'))
-    self.straight = self._new_names(found['straight'], 'straight')
-    self.coded = self._new_names(found['coded'], 'levels')
+    some = lambda kind: self._some_rows(df, targets, rows, kind)
+    self.coded = self._new_names(coded_columns(*some('coded'), max_levels=self.max_levels), 'levels')
+    if is_number: self.straight = self._new_names(straight_columns(*some('straight')), 'straight')
     self.cont_names,self.cat_names = [*self.cont_names,*self.straight],[*self.cat_names,*self.coded]
     return self
 
 @patch
 def _some_rows(self:CopyReader, df, targets, rows, kind):
     "Return numbers, targets, and the positions of training and of validation rows among them"
-    parts = [np.random.default_rng(0).permutation(part)[:most] for part,most in zip(rows, MOST_TRIED[kind], strict=True)]
+    most = MOST_TRIED[kind]
+    parts = [np.random.default_rng(0).permutation(part)[:n] for part,n in zip(rows, most, strict=True)]
     at = np.concatenate(parts)
     y = targets[at] if targets.dtype.kind=='f' else np.eye(targets.max()+1, dtype='float32')[targets[at,0]]
     n = len(parts[0])
