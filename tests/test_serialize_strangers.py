@@ -11,7 +11,7 @@ from fastai_dropconnect.ensemble.blend import BlendedModel
 from fastai_dropconnect.serialize.files import SavedModel
 from fastai_dropconnect.serialize.network import check_network
 from fastai_dropconnect.serialize.reader import build_frame, build_reader, describe_frame, describe_reader
-from fastai_dropconnect.tabular.frames import FrameReader
+from fastai_dropconnect.tabular.copies import CopyReader
 from test_serialize import LEARNERS, classes, config, frame_for, preds, quantiles, shake, small, with_snapshots
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -478,7 +478,7 @@ def test_whatever_stands_in_place_of_a_value_is_refused_by_name_or_comes_back(sa
 
 def test_a_reader_and_a_leaderboard_of_strangers():
     df = pd.DataFrame(dict(color=['red','blue']*40, day=['2020-01-01','2020-01-02']*40, x=range(80), same=[1]*80))
-    reader = FrameReader().fit(df)
+    reader = CopyReader().fit(df)
     config = describe_reader(reader, list(df))
     check_strange(dict(reader=config), lambda c: build_reader(c['reader'], list(df)), lambda r: dict(reader=describe_reader(r, list(df))), {'reader.columns.0.new_name"no such"'})
     frame = pd.DataFrame(dict(name=['a','b'], loss=[.5,.25]))

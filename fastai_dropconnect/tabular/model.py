@@ -157,7 +157,7 @@ def each_member(
     "Make `model` return the output of each member in eval, `(n_rows, n_members, out_sz)`"
     if not isinstance(model, BlendedModel) and getattr(model, 'n_members', None) is None:
         raise TypeError(f'`model` must be an ensemble (members=...), but this {type(model).__name__} has no members')
-    if model.average=='mixture':
+    if isinstance(model, BlendedModel) and model.average=='mixture':
         raise TypeError('`model` must predict numbers or classes, but this blend predicts distributions: '
                         '`weighted_members` and `learn.predict_distribution` tell its members apart')
     average,model.average = model.average,None
