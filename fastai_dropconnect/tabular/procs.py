@@ -81,7 +81,8 @@ _finite = np.finfo(float).min,np.finfo(float).max
 def _straight_quantiles(x, z): # Those of a column whose values are in proportion to `z`
     middle = np.median(x)
     edge = np.abs(z[1]) or np.abs(z[0])      # training values lie within the last but one quantiles
-    return middle + np.abs(x-middle).max()/edge*z
+    far = np.minimum(np.abs(x/2-middle/2).max(), 1e307)*2     # no overflow
+    return np.clip(middle, -1e307, 1e307) + far/edge*z
 
 class QuantileNormalize(TabularProc):
     "Scale continuous columns by their ranks in the training rows, to mean 0 and standard deviation 1"
