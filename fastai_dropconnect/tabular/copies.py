@@ -9,7 +9,7 @@ __all__ = ['N_BINS', 'MOST_TRIED', 'MOST_CLASSES', 'straight_columns', 'coded_co
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy.stats import norm, rankdata
-from ..checks import check_p
+from ..checks import check_p, check_positive
 from .frames import FrameReader
 
 # %% ../../nbs/306_tabular.copies.ipynb #95ce133e
@@ -48,10 +48,12 @@ def straight_columns(
     targets:np.ndarray, # Numbers, (n_rows, n_targets)
     train:np.ndarray, # Positions of training rows
     valid:np.ndarray, # Positions of validation rows
-    gain:float=.05 # Share by which the squared error must fall; it may be so much above that of a curve
+    gain:float=.05, # Share by which the squared error must fall
+    most:float=1.2 # Squared error of the line, as a multiple of that of a curve, at most
 ) -> list: # Names of columns
     "Find columns that explain a target better in proportion than by their ranks"
     check_p(gain, 'gain')
+    check_positive(most, 'most')
     if not len(train) or not len(valid): return []
     y = np.asarray(targets, 'float64').reshape(len(df), -1)
     constant = _line_errors(np.zeros(len(df)), y, train, valid)
@@ -60,7 +62,7 @@ def straight_columns(
         x = df[name].to_numpy('float64')
         line,ranks = [_line_errors(form, y, train, valid) for form in _both_forms(x, train)]
         curve = _bin_errors(x, y, train, valid)
-        if ((line<(1-gain)*np.minimum(ranks, constant)) & (line<=(1+gain)*curve)).any(): res.append(name)
+        if ((line<(1-gain)*np.minimum(ranks, constant)) & (line<=most*curve)).any(): res.append(name)
     return res
 
 # %% ../../nbs/306_tabular.copies.ipynb #3bb45c15
