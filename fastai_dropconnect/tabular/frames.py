@@ -8,10 +8,12 @@ __all__ = ['DATE_PARTS', 'is_records', 'as_frame', 'date_format', 'Column', 'Fra
 # %% ../../nbs/305_tabular.frames.ipynb #e92eac7a
 import datetime, numbers, re, warnings
 import numpy as np, pandas as pd
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fastcore.basics import patch
 from ..checks import check_int
+from .amounts import amount_format
+from .values import CLOCK, DURATIONS, as_bool, as_level, as_numbers, as_text, by_value
 
 # %% ../../nbs/305_tabular.frames.ipynb #acf5b1d0
 DATE_PARTS = 'year','day_of_year','hour','days','month','day_of_week'
@@ -54,80 +56,6 @@ def as_frame(
                          f'one row is {one_row}')
     return pd.DataFrame(x, columns=[f'x{i}' for i in range(x.shape[1])])
 
-# %% ../../nbs/305_tabular.frames.ipynb #32be896b
-_marks = frozenset('? - -- . na n/a #n/a #na <na> nan nat none null nil missing'.split()) | {''}
-
-def _decoded(value): # numpy and databases hold text as bytes, too
-    return value.decode(errors='replace') if isinstance(value, bytes) else value
-
-def _text(
-    value # Not missing
-) -> str|None: # `None` for marks such as '?' and 'N/A'
-    "Convert a value of a category; 3.0 and 3 are the same"
-    value = _decoded(value)
-    if isinstance(value, (float,np.floating)): return str(int(value) if float(value).is_integer() else float(value))
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool): return str(int(value))
-    text = str(value).replace('\0', '').strip()
-    return None if text.lower() in _marks else text
-
-_bools = {'1': 'True', '0': 'False', 'true': 'True', 'false': 'False'}
-
-def _bool_level(
-    value # Not missing, of a column that was one of booleans
-) -> str|None: # 'True', 'False', or another text that was never seen
-    "Convert a value that was a boolean; files and databases write 1 and 0"
-    text = _text(value)
-    return text if text is None else _bools.get(text.lower(), text)
-
-def _level(
-    value # Not missing
-) -> str|None: # As `_text` returns it, with the spaces around it
-    "Convert a value of a category; spaces around it can tell where a row comes from"
-    text,value = _text(value),_decoded(value)
-    return text if text is None or not isinstance(value, str) else value.replace('\0', '')
-
-def _hashable_or_nan(value):
-    try: hash(value)
-    except TypeError: return np.nan
-    return value
-
-def _by_value(
-    s:pd.Series, # What cannot be hashed, such as a list, counts as missing
-    f:Callable # Function of one value that is not missing; may return `None`
-) -> pd.Series: # Of dtype `object`, NaN where `s` or the result is missing
-    "Apply `f` once to each different value"
-    try: codes,values = pd.factorize(s)
-    except TypeError: codes,values = pd.factorize(s.map(_hashable_or_nan))
-    done = [np.nan if v is None else v for v in map(f, values)]
-    done = np.array([*done, np.nan], dtype=object)     # the last one is for code -1, a missing value
-    return pd.Series(done[codes], index=s.index, dtype=object)
-
-# %% ../../nbs/305_tabular.frames.ipynb #9f027bfa
-_largest = float(np.finfo('float32').max)
-_durations = datetime.timedelta,np.timedelta64,datetime.time
-_clock = re.compile('(-|[0-9]+ days?,? |-[0-9]+ days [+])?[0-9]{1,3}:[0-5][0-9](:[0-5][0-9]([.][0-9]+)?)?')
-
-def _seconds_or_text(text): # Of durations and times of day, such as 11:30
-    if not text or not _clock.fullmatch(text): return text
-    return pd.Timedelta(text if text.count(':')==2 else f'{text}:00').total_seconds()
-
-def _number_or_text(value): # Of a column of numbers; durations become seconds
-    if isinstance(value, datetime.time): value = pd.Timedelta(value.replace(tzinfo=None).isoformat())
-    if isinstance(value, _durations): return pd.Timedelta(value).total_seconds()
-    if not isinstance(value, numbers.Number): return _seconds_or_text(_text(value))
-    try: return float(value)
-    except OverflowError: return _largest if value>0 else -_largest     # whole numbers of Python have no end
-    except (TypeError,ValueError): return None     # complex numbers
-
-def _as_numbers(
-    s:pd.Series # Numbers, text or durations
-) -> pd.Series: # float64; what is not a finite number is NaN
-    "Convert a column to numbers that fit into float32"
-    if pd.api.types.is_timedelta64_dtype(s): s = s.dt.total_seconds()
-    if not pd.api.types.is_numeric_dtype(s): s = _by_value(s, _number_or_text)
-    x = pd.to_numeric(s, errors='coerce').to_numpy('float64', na_value=np.nan)
-    return pd.Series(np.where(np.isinf(x), np.nan, x.clip(-_largest, _largest)), index=s.index)
-
 # %% ../../nbs/305_tabular.frames.ipynb #063ffaa6
 def _as_dates(
     s:pd.Series, # Dates, or text
@@ -136,7 +64,7 @@ def _as_dates(
     "Convert a column to dates"
     if isinstance(s.dtype, pd.PeriodDtype): s = s.dt.to_timestamp()
     if not pd.api.types.is_datetime64_any_dtype(s):
-        text = _by_value(s, lambda v: str(v.start_time if isinstance(v, pd.Period) else v))
+        text = by_value(s, lambda v: str(v.start_time if isinstance(v, pd.Period) else v))
         s = pd.to_datetime(text, format=format or 'ISO8601', errors='coerce', utc=True)     # each row by itself
     return s.dt.tz_convert(None) if s.dt.tz else s
 
@@ -148,7 +76,7 @@ def _date_parts(
     days = (dates - pd.Timestamp('1970-01-01'))/pd.Timedelta(days=1)
     numbers = dict(year=at.year, day_of_year=at.day_of_year, hour=at.hour + at.minute/60, days=days)
     names = dict(month=at.month, day_of_week=at.day_of_week)
-    return {k: v.astype('float64') for k,v in numbers.items()} | {k: _by_value(v, _text) for k,v in names.items()}
+    return {k: v.astype('float64') for k,v in numbers.items()} | {k: by_value(v, as_text) for k,v in names.items()}
 
 # %% ../../nbs/305_tabular.frames.ipynb #adacb285
 def _guess_format(text, dayfirst): # Format or `None`
@@ -174,14 +102,14 @@ class Column:
     name:str # In the table
     new_name:str # In the result; a prefix for the parts of a date
     kind:str # 'number', 'category' or 'date'
-    format:str|None = None # Of dates that are written as text; 'bool' for categories that were booleans
+    format:str|None = None # Of dates and amounts that are written as text; 'bool' for categories that were booleans
 
     @property
     def part_names(self) -> list: # In the result
         return [f'{self.new_name}_{p}' for p in DATE_PARTS] if self.kind=='date' else [self.new_name]
 
 def _is_number_text(
-    text:str # As `_text` returns it
+    text:str # As `as_text` returns it
 ) -> bool:
     "Tell whether `text` is a number and no code such as 00501"
     if len(text)>1 and text[0]=='0' and text[1].isdigit(): return False
@@ -205,16 +133,18 @@ def _kind_of_values(
     "Decide by its values what a column is"
     sample = s.sample(min(len(s), sample_size), random_state=0).tolist()
     if all(isinstance(v, (datetime.date,np.datetime64,pd.Period)) for v in sample): return 'date','ISO8601'
-    if all(isinstance(v, _durations) for v in sample): return 'number',None
+    if all(isinstance(v, DURATIONS) for v in sample): return 'number',None
     if any(isinstance(v, complex) for v in sample): raise TypeError(_complex(s))
-    texts = [t for t in map(_text, sample) if t is not None]
+    texts = [t for t in map(as_text, sample) if t is not None]
     if all(isinstance(v, numbers.Number) and not isinstance(v, bool) for v in sample): return 'number',None
     if texts and all(map(_is_number_text, texts)):
         no_marks = len(texts)==len(sample)      # or somebody has made text of numbers, so that they count as names
         return ('category' if no_marks and all(map(_is_whole, texts)) and _repeats(s) else 'number'),None
-    if texts and np.mean([bool(_clock.fullmatch(t)) for t in texts])>=.95: return 'number',None
+    if texts and np.mean([bool(CLOCK.fullmatch(t)) for t in texts])>=.95: return 'number',None
     format = date_format(texts)
-    return ('date' if format else 'category'),format
+    if format: return 'date',format
+    format = amount_format(texts)
+    return ('number' if format else 'category'),format
 
 def _kind(
     s:pd.Series, # A column; values that are not missing
@@ -285,9 +215,10 @@ def _parts(
     column:Column # What it is
 ) -> dict: # Name -> Series of float64 or text
     "Read a column"
-    if column.kind=='number': return {column.new_name: _as_numbers(s)}
-    as_text = _bool_level if column.format=='bool' else _level
-    if column.kind=='category': return {column.new_name: _by_value(s.astype(object), as_text)}
+    if column.kind=='number': return {column.new_name: as_numbers(s, column.format)}
+    if column.kind=='category':
+        read = as_bool if column.format=='bool' else as_level
+        return {column.new_name: by_value(s.astype(object), read)}
     return {f'{column.new_name}_{k}': v for k,v in _date_parts(_as_dates(s, column.format)).items()}
 
 # %% ../../nbs/305_tabular.frames.ipynb #08742089
