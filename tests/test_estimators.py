@@ -456,6 +456,9 @@ def test_numbers_that_are_names(tmp_path):
     again = DropConnectRegressor.load(model.save(tmp_path/'model'))
     unseen = X[:3].assign(shop=[7, 1001, None])
     np.testing.assert_array_equal(again.predict(unseen), model.predict(unseen))
+    gaps = X.assign(shop=X['shop'].where(X.index%50>0))
+    late = regressor().fit(gaps[:1000], y[:1000], eval_set=(gaps[1000:],y[1000:]))
+    assert late.reader_.coded and np.isfinite(late.predict(gaps)).all()
     sold = classifier().fit(X[:1000], y[:1000]>0)
     assert sold.reader_.coded and not sold.reader_.straight and sold.score(X[1000:], y[1000:]>0)>.75
 
