@@ -92,7 +92,8 @@ def _as_text(s):
     return pd.Series(names[codes], s.index, object)
 
 class CopyReader(FrameReader):
-    "Read any table as numbers and categories, some numbers twice"
+    "Read any table as numbers and categories, some numbers twice, and text by its words"
+    most_words = 100
     def __init__(self,
         max_levels:int=10_000, # As in `FrameReader`
         sample_size:int=10_000 # As in `FrameReader`

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from ..checks import check_int
 from .amounts import amount_format
 from .values import CLOCK, DURATIONS, as_bool, as_level, as_numbers, as_text, by_value
+from .words import frequent_words, word_columns
 
 # %% ../../nbs/305_tabular.frames.ipynb #acf5b1d0
 DATE_PARTS = 'year','day_of_year','hour','days','month','day_of_week'
@@ -101,11 +102,13 @@ class Column:
     "What a column of a table is, and how it is read"
     name:str # In the table
     new_name:str # In the result; a prefix for the parts of a date
-    kind:str # 'number', 'category' or 'date'
+    kind:str # 'number', 'category', 'date' or 'text'
     format:str|None = None # Of dates and amounts that are written as text; 'bool' for categories that were booleans
+    words:tuple = () # Of text
 
     @property
     def part_names(self) -> list: # In the result
+        if self.kind=='text': return [f'{self.new_name}: {w}' for w in self.words]
         return [f'{self.new_name}_{p}' for p in DATE_PARTS] if self.kind=='date' else [self.new_name]
 
 def _is_number_text(
@@ -219,11 +222,13 @@ def _parts(
     if column.kind=='category':
         read = as_bool if column.format=='bool' else as_level
         return {column.new_name: by_value(s.astype(object), read)}
+    if column.kind=='text': return dict(zip(column.part_names, word_columns(s, column.words).values(), strict=True))
     return {f'{column.new_name}_{k}': v for k,v in _date_parts(_as_dates(s, column.format)).items()}
 
 # %% ../../nbs/305_tabular.frames.ipynb #08742089
 class FrameReader:
     "Read any table as numbers and categories, by what its training rows were"
+    most_words = 0    # of a column of text; 0: text is left out
     def __init__(self,
         max_levels:int=10_000, # Levels of a category to keep, the most frequent ones; the others count as missing
         sample_size:int=10_000 # Values to look at where the type of a column leaves its kind open
@@ -236,9 +241,10 @@ class FrameReader:
     ) -> 'FrameReader': # Itself
         "Decide what each column is"
         df = _check_frame(as_frame(X))
-        self.columns,self.dropped,self.levels = [],{},{}
-        for name,new_name in zip(df, _free_names(df), strict=True):
-            self._decide(_without_arrow(df[name]), new_name)
+        self.columns,self.dropped,self.levels,self.text = [],{},{},{}
+        new_names = _free_names(df)
+        for name,new_name in zip(df, new_names, strict=True):
+            self._decide(_without_arrow(df[name]), new_name, new_names)
         parts = dict(self._read(df))
         self._choose(parts)
         self._keep_levels(parts)
@@ -264,16 +270,20 @@ class FrameReader:
         known = set(self.names)
         return {c.name: [n for n in c.part_names if n in known] for c in self.columns}
 
-    def _decide(self, s, new_name):
+    def _decide(self, s, new_name, taken):
         "Note what the column `s` is, or why it is left out"
-        why,kind,format = _why_unreadable(s),None,None
+        why,kind,format,words = _why_unreadable(s),None,None,[]
         if not why:
             kind,format = _kind(s.dropna(), self.sample_size)
             why = _why_useless(s, kind)
+            is_text = self.most_words and why and kind=='category' and s.nunique()>1
+            if is_text: words = [w for w in frequent_words(s, self.most_words) if f'{new_name}: {w}' not in taken]
+        if words: self.text[new_name],kind,why = why,'text',None
         if why: self.dropped[new_name] = why
-        else: self.columns.append(Column(s.name, new_name, kind, format))
+        else: self.columns.append(Column(s.name, new_name, kind, format, tuple(words)))
 
-    def _reasons(self): return '; '.join(f'{n!r}: {why}' for n,why in self.dropped.items())
+    def _reasons(self, names=None):
+        return '; '.join(f'{n!r}: {why}' for n,why in self.dropped.items() if names is None or n in names)
 
 # %% ../../nbs/305_tabular.frames.ipynb #de24ee4d
 @patch
@@ -294,6 +304,7 @@ def _choose(self:FrameReader, parts):
     self.dropped |= {n: 'it is constant' for n in whole if n not in varied}
     self.cat_names = [n for n in kept if parts[n].dtype==object]
     self.cont_names = [n for n in kept if parts[n].dtype!=object]
+    self.dropped |= {n: self.text[n] for n,own in self.words.items() if not own}
 
 @patch
 def _keep_levels(self:FrameReader, parts):
@@ -312,6 +323,25 @@ def leave_out(self:FrameReader,
     self.dropped = self.dropped | {n: why for n in names}
     return self
 
+@patch(as_prop=True)
+def words(self:FrameReader) -> dict: # Name of a column of text -> names in the result
+    "Return the columns that words of text became"
+    known = set(self.names)
+    return {c.new_name: [n for n in c.part_names if n in known] for c in self.columns if c.kind=='text'}
+
+@patch
+def leave_out_text(self:FrameReader,
+    names:list # Some keys of `words`
+) -> FrameReader: # Itself
+    "Leave out text whose words turn out to be of no use, and say so"
+    if not names: return self
+    gone = {part for n in names for part in self.words[n]}
+    self.cat_names = [n for n in self.cat_names if n not in gone]
+    self.columns = [c for c in self.columns if c.new_name not in names]
+    self.dropped = self.dropped | {n: self.text[n] for n in names}
+    warnings.warn(f'left out {self._reasons(names)}', stacklevel=2)
+    return self
+
 # %% ../../nbs/305_tabular.frames.ipynb #ac4ae617
 @patch
 def to_dict(self:FrameReader) -> dict: # For `json.dumps`
@@ -326,5 +356,5 @@ def from_dict(cls:FrameReader,
     "Make the reader that `to_dict` described"
     res = cls(state['max_levels'], state['sample_size'])
     for name in ('dropped','levels','cat_names','cont_names'): setattr(res, name, state[name])
-    res.columns = [Column(**c) for c in state['columns']]
+    res.columns = [Column(**c | dict(words=tuple(c['words']))) for c in state['columns']]
     return res
