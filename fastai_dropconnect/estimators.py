@@ -22,7 +22,8 @@ from .serialize.fields import Fields, decode_values, encode_values, is_number
 from .serialize.files import SavedModel
 from .serialize.learner import load_model, save_model
 from .serialize.reader import build_frame, build_reader, describe_frame, describe_reader
-from .table_estimator import TableEstimator, _check_device, _no_gaps
+from .inputs import check_device, no_gaps
+from .table_estimator import TableEstimator
 from .uncertainty.noise import NOISES
 
 # %% ../nbs/530_estimators.ipynb #e61a6046
@@ -64,7 +65,7 @@ class DropConnectRegressor(Intervals, RegressorMixin, TableEstimator):
     def _checked_targets(self, y):
         kinds = {t.kind for t in (y.dtypes if isinstance(y, pd.DataFrame) else [np.asarray(y).dtype])}
         if kinds & {'m','M'}: raise TypeError('`y` must hold numbers, got dates or durations: convert them first')
-        y = _no_gaps(y, 'y')
+        y = no_gaps(y, 'y')
         try: y = check_array(y, dtype='float64', ensure_2d=False, input_name='y')
         except ValueError as e: raise ValueError(f'`y` must hold finite numbers, but: {e}') from None
         if y.ndim<3 and y.size: return y
@@ -137,7 +138,7 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
         return self.classes_[best]
 
     def _checked_targets(self, y):
-        y = column_or_1d(np.asarray(_no_gaps(y, 'y')), warn=True)
+        y = column_or_1d(np.asarray(no_gaps(y, 'y')), warn=True)
         if y.dtype.kind=='T': y = y.astype(object)     # numpy's text of any length
         if y.dtype==object: y = _without_object(y)     # nullable types, and columns that once had gaps
         kinds = {'text' if isinstance(v, str) else type(v).__name__ for v in y} if y.dtype==object else set()
@@ -223,7 +224,7 @@ def load(cls:TableEstimator,
     device:str|torch.device='cpu' # Where to predict
 ) -> TableEstimator: # Fitted
     "Load an estimator; nothing in the folder is executed"
-    _check_device(device)
+    check_device(device)
     config = SavedModel(path).config.get('estimator')
     if config is None: raise ValueError(f'{path} must hold an estimator, but it holds a Learner: use `load_model`')
     try:

@@ -17,6 +17,7 @@ KINDS = dict(
     zoned=lambda r, n: pd.date_range('2020-01-01', periods=n, freq='h', tz='Europe/Berlin'),
     dates_as_text=lambda r, n: pd.date_range('2020-01-01', periods=n).strftime('%d/%m/%Y'),
     days=lambda r, n: pd.Series([datetime.date(2020, 1, 1 + i%28) for i in range(n)], dtype=object),
+    amounts=lambda r, n: [f'${v:,.2f}' for v in r.lognormal(5, 3, n)], units=lambda r, n: [f'{v} km' for v in r.integers(0, 90, n)],
     durations=lambda r, n: pd.to_timedelta(r.integers(0, 900, n), unit='s'),
     periods=lambda r, n: pd.period_range('2000-01', periods=n, freq='M'))
 NUMBERS = dict(

@@ -1,5 +1,5 @@
 """`DropConnectRegressor` and `DropConnectClassifier`: what scikit-learn asks of estimators, tables of all kinds, files"""
-import copy, decimal, importlib.util, json, pickle, subprocess, sys
+import copy, decimal, importlib.util, json, pickle, subprocess, sys, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 import sklearn.utils.estimator_checks as checks
@@ -456,8 +456,34 @@ def test_numbers_that_are_names(tmp_path):
     again = DropConnectRegressor.load(model.save(tmp_path/'model'))
     unseen = X[:3].assign(shop=[7, 1001, None])
     np.testing.assert_array_equal(again.predict(unseen), model.predict(unseen))
+    gaps = X.assign(shop=X['shop'].where(X.index%50>0))
+    late = regressor().fit(gaps[:1000], y[:1000], eval_set=(gaps[1000:],y[1000:]))
+    assert late.reader_.coded and np.isfinite(late.predict(gaps)).all()
     sold = classifier().fit(X[:1000], y[:1000]>0)
     assert sold.reader_.coded and not sold.reader_.straight and sold.score(X[1000:], y[1000:]>0)>.75
+
+def test_words_of_text(tmp_path):
+    "No title stands twice, but those with `sold` in them are worth more; what is written without sense is left out with a warning"
+    r = np.random.default_rng(0)
+    words = np.array('red blue old new sold house car boat with of'.split())
+    n = 600
+    X = pd.DataFrame(dict(x=r.normal(size=n), title=[' '.join([*r.choice(words, 3), f'no. {i}']) for i in range(n)]))
+    X.loc[::50, 'title'] = None
+    y = X.x + 3*X.title.str.contains('sold').fillna(False).astype(float)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        model = regressor(refit=True).fit(X[:500], y[:500])
+    assert 'title: sold' in model.reader_.cat_names and not model.reader_.dropped and not any('left out' in str(w.message) for w in caught)
+    assert root_mean_squared_error(y[500:], model.predict(X[500:]))<.4*y.std()
+    assert model.feature_importances_.argmax()==1
+    again = DropConnectRegressor.load(model.save(tmp_path/'model'))
+    odd = pd.DataFrame(dict(x=0., title=pd.Series(['SOLD', 'never seen', None, 7, ['a']], dtype=object)))
+    np.testing.assert_array_equal(again.predict(odd), model.predict(odd))
+    assert model.predict(odd)[0]>model.predict(odd)[1:].max()+1
+    only = classifier().fit(X[['title']], y>y.mean(), eval_set=(X[['title']][:100], y[:100]>y.mean()))
+    assert only.reader_.words['title'] and only.score(X[['title']], y>y.mean())>.75
+    with pytest.warns(UserWarning, match="left out 'title'"): useless = regressor().fit(X, r.normal(size=n))
+    assert useless.reader_.names==['x_'] and list(useless.reader_.dropped)==['title'] and np.isfinite(useless.predict(odd)).all()
 
 def test_targets_with_few_values_are_not_clipped():
     zeros = np.r_[np.zeros(996), [1e6]*4]

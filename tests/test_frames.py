@@ -78,3 +78,19 @@ def test_times_of_day_and_durations_however_they_are_written():
             assert apart.between(-60, 0).all() and (later is forms['short'] or (apart==0).all()), name
     scores = pd.DataFrame(dict(a=['4:3', '16:9']*9, b=['1:75', '2:80']*9))
     with warnings.catch_warnings(action='ignore'): assert FrameReader().fit(scores).cat_names==['a', 'b']
+
+def test_amounts_are_numbers_and_codes_are_not():
+    "At predict, what is written otherwise is a missing value"
+    r = np.random.default_rng(0)
+    n = 200
+    money,rows = np.round(r.lognormal(6, 2, n), 2),range(n)
+    written = dict(price=[f'${v:,.2f}' for v in money], euros=[f'€ {v+i:.2f}' for i,v in enumerate(money)], share=[f'{i/7:.1f} %' for i in rows],
+                   count=[f'{i**3:,}'.replace(',', ' ') for i in rows], way=[f'{i*3.5} km' for i in rows])
+    codes = dict(zip=[f'{i*37%100_000:05}' for i in rows], phone=[f'0{170+i%9} {1_000_000+i*791}' for i in rows], version=[f'{i%3}.{i%7}.{i}' for i in rows],
+                 span=[f'{i}-{i+5}' for i in rows], german=[f'{i/7:.2f}'.replace('.', ',') for i in rows], place=[f'{i} {"Main" if i%2 else "High"} Street' for i in rows],
+                 shoes=[f'{i%13}{"abc"[i%3]}' for i in rows], thousandths=[f'{1+i//100},{i%100:03} €' for i in rows])
+    with warnings.catch_warnings(action='ignore'): reader = FrameReader().fit(pd.DataFrame(written | codes))
+    assert reader.cont_names==list(written) and set(reader.cat_names + list(reader.dropped))==set(codes)
+    assert (reader.transform(pd.DataFrame(written | codes)).price==money).all()
+    later = pd.DataFrame(dict.fromkeys(written | codes, ['n/a','7','7 miles','£7',None]))
+    assert reader.transform(later)[['price','euros','share','way']].isna().all(axis=None)

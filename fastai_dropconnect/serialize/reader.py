@@ -8,6 +8,7 @@ __all__ = ['describe_reader', 'build_reader', 'describe_frame', 'build_frame']
 # %% ../../nbs/431_serialize.reader.ipynb #3b436d4c
 import numpy as np, pandas as pd
 from .fields import Fields, decode_values, encode_values, is_int, is_name
+from ..tabular.amounts import is_amount_format
 from ..tabular.frames import Column
 from ..tabular.copies import CopyReader
 
@@ -28,10 +29,13 @@ def _is_names_by_name(v): return isinstance(v, dict) and all(map(_is_names, v.va
 def _build_column(config, i, names):
     f = Fields(config, f'estimator.reader.columns[{i}]')
     at = f.take('name', f'be a number below {len(names)}', lambda v: is_int(v) and v<len(names))
-    new_name,kind = f.take('new_name', 'be a name', is_name),f.choice('kind', ('number','category','date'))
-    format = f.take('format', 'be null or text', lambda v: v is None or is_name(v))
+    new_name,kind = f.take('new_name', 'be a name', is_name),f.choice('kind', ('number','category','date','text'))
+    known = is_amount_format if kind=='number' else is_name
+    format = f.take('format', 'be null or text of a format', lambda v: v is None or is_name(v) and known(v))
+    is_text = kind=='text'
+    words = f.take('words', 'be words, for text only', lambda v: _is_names(v) and bool(v)==is_text)
     f.end()
-    return Column(names[at], new_name, kind, format)
+    return Column(names[at], new_name, kind, format, tuple(words))
 
 # %% ../../nbs/431_serialize.reader.ipynb #52cc0b13
 def build_reader(

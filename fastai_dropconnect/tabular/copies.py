@@ -95,13 +95,14 @@ MOST_TRIED = dict(straight=(20_000,5000), coded=(100_000,25_000))     # rows to 
 MOST_CLASSES = 100    # with more of them nothing is copied
 
 def _as_text(s):
-    "Return numbers as names, `None` where a value is missing"
+    "Return numbers as names, NaN where a value is missing"
     codes,values = pd.factorize(s.to_numpy('float64'))
-    names = np.array([*(f'{v:.15g}' for v in values), None], dtype=object)
+    names = np.array([*(f'{v:.15g}' for v in values), np.nan], dtype=object)     # fastai would sort `None`
     return pd.Series(names[codes], s.index, object)
 
 class CopyReader(FrameReader):
-    "Read any table as numbers and categories, some numbers twice"
+    "Read any table as numbers and categories, some numbers twice, and text by its words"
+    most_words = 100
     def __init__(self,
         max_levels:int=10_000, # As in `FrameReader`
         sample_size:int=10_000 # As in `FrameReader`

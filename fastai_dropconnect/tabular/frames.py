@@ -8,10 +8,13 @@ __all__ = ['DATE_PARTS', 'is_records', 'as_frame', 'date_format', 'Column', 'Fra
 # %% ../../nbs/305_tabular.frames.ipynb #e92eac7a
 import datetime, numbers, re, warnings
 import numpy as np, pandas as pd
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fastcore.basics import patch
 from ..checks import check_int
+from .amounts import amount_format
+from .values import CLOCK, DURATIONS, as_bool, as_level, as_numbers, as_text, by_value
+from .words import frequent_words, word_columns
 
 # %% ../../nbs/305_tabular.frames.ipynb #acf5b1d0
 DATE_PARTS = 'year','day_of_year','hour','days','month','day_of_week'
@@ -54,80 +57,6 @@ def as_frame(
                          f'one row is {one_row}')
     return pd.DataFrame(x, columns=[f'x{i}' for i in range(x.shape[1])])
 
-# %% ../../nbs/305_tabular.frames.ipynb #32be896b
-_marks = frozenset('? - -- . na n/a #n/a #na <na> nan nat none null nil missing'.split()) | {''}
-
-def _decoded(value): # numpy and databases hold text as bytes, too
-    return value.decode(errors='replace') if isinstance(value, bytes) else value
-
-def _text(
-    value # Not missing
-) -> str|None: # `None` for marks such as '?' and 'N/A'
-    "Convert a value of a category; 3.0 and 3 are the same"
-    value = _decoded(value)
-    if isinstance(value, (float,np.floating)): return str(int(value) if float(value).is_integer() else float(value))
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool): return str(int(value))
-    text = str(value).replace('\0', '').strip()
-    return None if text.lower() in _marks else text
-
-_bools = {'1': 'True', '0': 'False', 'true': 'True', 'false': 'False'}
-
-def _bool_level(
-    value # Not missing, of a column that was one of booleans
-) -> str|None: # 'True', 'False', or another text that was never seen
-    "Convert a value that was a boolean; files and databases write 1 and 0"
-    text = _text(value)
-    return text if text is None else _bools.get(text.lower(), text)
-
-def _level(
-    value # Not missing
-) -> str|None: # As `_text` returns it, with the spaces around it
-    "Convert a value of a category; spaces around it can tell where a row comes from"
-    text,value = _text(value),_decoded(value)
-    return text if text is None or not isinstance(value, str) else value.replace('\0', '')
-
-def _hashable_or_nan(value):
-    try: hash(value)
-    except TypeError: return np.nan
-    return value
-
-def _by_value(
-    s:pd.Series, # What cannot be hashed, such as a list, counts as missing
-    f:Callable # Function of one value that is not missing; may return `None`
-) -> pd.Series: # Of dtype `object`, NaN where `s` or the result is missing
-    "Apply `f` once to each different value"
-    try: codes,values = pd.factorize(s)
-    except TypeError: codes,values = pd.factorize(s.map(_hashable_or_nan))
-    done = [np.nan if v is None else v for v in map(f, values)]
-    done = np.array([*done, np.nan], dtype=object)     # the last one is for code -1, a missing value
-    return pd.Series(done[codes], index=s.index, dtype=object)
-
-# %% ../../nbs/305_tabular.frames.ipynb #9f027bfa
-_largest = float(np.finfo('float32').max)
-_durations = datetime.timedelta,np.timedelta64,datetime.time
-_clock = re.compile('(-|[0-9]+ days?,? |-[0-9]+ days [+])?[0-9]{1,3}:[0-5][0-9](:[0-5][0-9]([.][0-9]+)?)?')
-
-def _seconds_or_text(text): # Of durations and times of day, such as 11:30
-    if not text or not _clock.fullmatch(text): return text
-    return pd.Timedelta(text if text.count(':')==2 else f'{text}:00').total_seconds()
-
-def _number_or_text(value): # Of a column of numbers; durations become seconds
-    if isinstance(value, datetime.time): value = pd.Timedelta(value.replace(tzinfo=None).isoformat())
-    if isinstance(value, _durations): return pd.Timedelta(value).total_seconds()
-    if not isinstance(value, numbers.Number): return _seconds_or_text(_text(value))
-    try: return float(value)
-    except OverflowError: return _largest if value>0 else -_largest     # whole numbers of Python have no end
-    except (TypeError,ValueError): return None     # complex numbers
-
-def _as_numbers(
-    s:pd.Series # Numbers, text or durations
-) -> pd.Series: # float64; what is not a finite number is NaN
-    "Convert a column to numbers that fit into float32"
-    if pd.api.types.is_timedelta64_dtype(s): s = s.dt.total_seconds()
-    if not pd.api.types.is_numeric_dtype(s): s = _by_value(s, _number_or_text)
-    x = pd.to_numeric(s, errors='coerce').to_numpy('float64', na_value=np.nan)
-    return pd.Series(np.where(np.isinf(x), np.nan, x.clip(-_largest, _largest)), index=s.index)
-
 # %% ../../nbs/305_tabular.frames.ipynb #063ffaa6
 def _as_dates(
     s:pd.Series, # Dates, or text
@@ -136,7 +65,7 @@ def _as_dates(
     "Convert a column to dates"
     if isinstance(s.dtype, pd.PeriodDtype): s = s.dt.to_timestamp()
     if not pd.api.types.is_datetime64_any_dtype(s):
-        text = _by_value(s, lambda v: str(v.start_time if isinstance(v, pd.Period) else v))
+        text = by_value(s, lambda v: str(v.start_time if isinstance(v, pd.Period) else v))
         s = pd.to_datetime(text, format=format or 'ISO8601', errors='coerce', utc=True)     # each row by itself
     return s.dt.tz_convert(None) if s.dt.tz else s
 
@@ -148,7 +77,7 @@ def _date_parts(
     days = (dates - pd.Timestamp('1970-01-01'))/pd.Timedelta(days=1)
     numbers = dict(year=at.year, day_of_year=at.day_of_year, hour=at.hour + at.minute/60, days=days)
     names = dict(month=at.month, day_of_week=at.day_of_week)
-    return {k: v.astype('float64') for k,v in numbers.items()} | {k: _by_value(v, _text) for k,v in names.items()}
+    return {k: v.astype('float64') for k,v in numbers.items()} | {k: by_value(v, as_text) for k,v in names.items()}
 
 # %% ../../nbs/305_tabular.frames.ipynb #adacb285
 def _guess_format(text, dayfirst): # Format or `None`
@@ -173,15 +102,17 @@ class Column:
     "What a column of a table is, and how it is read"
     name:str # In the table
     new_name:str # In the result; a prefix for the parts of a date
-    kind:str # 'number', 'category' or 'date'
-    format:str|None = None # Of dates that are written as text; 'bool' for categories that were booleans
+    kind:str # 'number', 'category', 'date' or 'text'
+    format:str|None = None # Of dates and amounts that are written as text; 'bool' for categories that were booleans
+    words:tuple = () # Of text
 
     @property
     def part_names(self) -> list: # In the result
+        if self.kind=='text': return [f'{self.new_name}: {w}' for w in self.words]
         return [f'{self.new_name}_{p}' for p in DATE_PARTS] if self.kind=='date' else [self.new_name]
 
 def _is_number_text(
-    text:str # As `_text` returns it
+    text:str # As `as_text` returns it
 ) -> bool:
     "Tell whether `text` is a number and no code such as 00501"
     if len(text)>1 and text[0]=='0' and text[1].isdigit(): return False
@@ -205,16 +136,18 @@ def _kind_of_values(
     "Decide by its values what a column is"
     sample = s.sample(min(len(s), sample_size), random_state=0).tolist()
     if all(isinstance(v, (datetime.date,np.datetime64,pd.Period)) for v in sample): return 'date','ISO8601'
-    if all(isinstance(v, _durations) for v in sample): return 'number',None
+    if all(isinstance(v, DURATIONS) for v in sample): return 'number',None
     if any(isinstance(v, complex) for v in sample): raise TypeError(_complex(s))
-    texts = [t for t in map(_text, sample) if t is not None]
+    texts = [t for t in map(as_text, sample) if t is not None]
     if all(isinstance(v, numbers.Number) and not isinstance(v, bool) for v in sample): return 'number',None
     if texts and all(map(_is_number_text, texts)):
         no_marks = len(texts)==len(sample)      # or somebody has made text of numbers, so that they count as names
         return ('category' if no_marks and all(map(_is_whole, texts)) and _repeats(s) else 'number'),None
-    if texts and np.mean([bool(_clock.fullmatch(t)) for t in texts])>=.95: return 'number',None
+    if texts and np.mean([bool(CLOCK.fullmatch(t)) for t in texts])>=.95: return 'number',None
     format = date_format(texts)
-    return ('date' if format else 'category'),format
+    if format: return 'date',format
+    format = amount_format(texts)
+    return ('number' if format else 'category'),format
 
 def _kind(
     s:pd.Series, # A column; values that are not missing
@@ -285,14 +218,17 @@ def _parts(
     column:Column # What it is
 ) -> dict: # Name -> Series of float64 or text
     "Read a column"
-    if column.kind=='number': return {column.new_name: _as_numbers(s)}
-    as_text = _bool_level if column.format=='bool' else _level
-    if column.kind=='category': return {column.new_name: _by_value(s.astype(object), as_text)}
+    if column.kind=='number': return {column.new_name: as_numbers(s, column.format)}
+    if column.kind=='category':
+        read = as_bool if column.format=='bool' else as_level
+        return {column.new_name: by_value(s.astype(object), read)}
+    if column.kind=='text': return dict(zip(column.part_names, word_columns(s, column.words).values(), strict=True))
     return {f'{column.new_name}_{k}': v for k,v in _date_parts(_as_dates(s, column.format)).items()}
 
 # %% ../../nbs/305_tabular.frames.ipynb #08742089
 class FrameReader:
     "Read any table as numbers and categories, by what its training rows were"
+    most_words = 0    # of a column of text; 0: text is left out
     def __init__(self,
         max_levels:int=10_000, # Levels of a category to keep, the most frequent ones; the others count as missing
         sample_size:int=10_000 # Values to look at where the type of a column leaves its kind open
@@ -305,9 +241,10 @@ class FrameReader:
     ) -> 'FrameReader': # Itself
         "Decide what each column is"
         df = _check_frame(as_frame(X))
-        self.columns,self.dropped,self.levels = [],{},{}
-        for name,new_name in zip(df, _free_names(df), strict=True):
-            self._decide(_without_arrow(df[name]), new_name)
+        self.columns,self.dropped,self.levels,self.text = [],{},{},{}
+        new_names = _free_names(df)
+        for name,new_name in zip(df, new_names, strict=True):
+            self._decide(_without_arrow(df[name]), new_name, new_names)
         parts = dict(self._read(df))
         self._choose(parts)
         self._keep_levels(parts)
@@ -333,16 +270,20 @@ class FrameReader:
         known = set(self.names)
         return {c.name: [n for n in c.part_names if n in known] for c in self.columns}
 
-    def _decide(self, s, new_name):
+    def _decide(self, s, new_name, taken):
         "Note what the column `s` is, or why it is left out"
-        why,kind,format = _why_unreadable(s),None,None
+        why,kind,format,words = _why_unreadable(s),None,None,[]
         if not why:
             kind,format = _kind(s.dropna(), self.sample_size)
             why = _why_useless(s, kind)
+            is_text = self.most_words and why and kind=='category' and s.nunique()>1
+            if is_text: words = [w for w in frequent_words(s, self.most_words) if f'{new_name}: {w}' not in taken]
+        if words: self.text[new_name],kind,why = why,'text',None
         if why: self.dropped[new_name] = why
-        else: self.columns.append(Column(s.name, new_name, kind, format))
+        else: self.columns.append(Column(s.name, new_name, kind, format, tuple(words)))
 
-    def _reasons(self): return '; '.join(f'{n!r}: {why}' for n,why in self.dropped.items())
+    def _reasons(self, names=None):
+        return '; '.join(f'{n!r}: {why}' for n,why in self.dropped.items() if names is None or n in names)
 
 # %% ../../nbs/305_tabular.frames.ipynb #de24ee4d
 @patch
@@ -363,6 +304,7 @@ def _choose(self:FrameReader, parts):
     self.dropped |= {n: 'it is constant' for n in whole if n not in varied}
     self.cat_names = [n for n in kept if parts[n].dtype==object]
     self.cont_names = [n for n in kept if parts[n].dtype!=object]
+    self.dropped |= {n: self.text[n] for n,own in self.words.items() if not own}
 
 @patch
 def _keep_levels(self:FrameReader, parts):
@@ -381,6 +323,25 @@ def leave_out(self:FrameReader,
     self.dropped = self.dropped | {n: why for n in names}
     return self
 
+@patch(as_prop=True)
+def words(self:FrameReader) -> dict: # Name of a column of text -> names in the result
+    "Return the columns that words of text became"
+    known = set(self.names)
+    return {c.new_name: [n for n in c.part_names if n in known] for c in self.columns if c.kind=='text'}
+
+@patch
+def leave_out_text(self:FrameReader,
+    names:list # Some keys of `words`
+) -> FrameReader: # Itself
+    "Leave out text whose words turn out to be of no use, and say so"
+    if not names: return self
+    gone = {part for n in names for part in self.words[n]}
+    self.cat_names = [n for n in self.cat_names if n not in gone]
+    self.columns = [c for c in self.columns if c.new_name not in names]
+    self.dropped = self.dropped | {n: self.text[n] for n in names}
+    warnings.warn(f'left out {self._reasons(names)}', stacklevel=2)
+    return self
+
 # %% ../../nbs/305_tabular.frames.ipynb #ac4ae617
 @patch
 def to_dict(self:FrameReader) -> dict: # For `json.dumps`
@@ -395,5 +356,5 @@ def from_dict(cls:FrameReader,
     "Make the reader that `to_dict` described"
     res = cls(state['max_levels'], state['sample_size'])
     for name in ('dropped','levels','cat_names','cont_names'): setattr(res, name, state[name])
-    res.columns = [Column(**c) for c in state['columns']]
+    res.columns = [Column(**c | dict(words=tuple(c['words']))) for c in state['columns']]
     return res
