@@ -127,7 +127,7 @@ def _ends(learn, dl, outs, idxs, reorder): # Lower and upper ends, in the order 
     return tuple(ends if reorder else [end[order.argsort()] for end in ends])
 
 # %% ../../nbs/391_callback.intervals.ipynb #b3f31558
-_get_preds = getattr(Learner.get_preds, 'of_fastai', Learner.get_preds)     # a module that is loaded twice wraps it once
+_get_preds = getattr(Learner.get_preds, 'of_fastai', Learner.get_preds)     # a module loaded twice wraps it once
 
 @patch
 @delegates(GatherPredsCallback.__init__)
@@ -144,7 +144,7 @@ def get_preds(self:Learner,
     with_interval:bool=False, # Return the lower and upper ends of the intervals as well, `(n_rows, n_targets)` each?
     **kwargs
 ) -> tuple: # Inputs, predictions, targets, decoded predictions, losses, lower ends, upper ends: those asked for
-    "Predict rows as fastai does, if asked with the intervals of the noise model or of the calibration"
+    "Predict rows as fastai does, with the ends of their intervals if `with_interval`"
     given = dict(with_input=with_input, with_decoded=with_decoded, with_loss=with_loss, act=act, inner=inner,
                  reorder=reorder, **kwargs)
     if not with_interval: return _get_preds(self, ds_idx, dl, cbs=cbs, **given)
