@@ -36,7 +36,8 @@ def target_position(
 ) -> int: # Position
     "Return which of its targets a Learner is asked for"
     names = list(learn.dls.y_names)
-    if isinstance(target, numbers.Integral) and not isinstance(target, bool) and 0<=target<len(names): return int(target)
+    is_whole = isinstance(target, numbers.Integral) and not isinstance(target, bool)
+    if is_whole and 0<=target<len(names): return int(target)
     if isinstance(target, str) and target in names: return names.index(target)
     raise ValueError(f'`target` must be one of {names} or a position from 0 to {len(names)-1}, got target={target!r}')
 
@@ -125,7 +126,9 @@ def _widths(ax, rows, level):
     constant = not len(width) or np.ptp(width)<1e-9*abs(width).max()
     top = width.max() if constant and len(width) else np.quantile(width, .99) if len(width) else 1.
     ax.hist(width.clip(max=top), 1 if constant else 30, color=_blue, alpha=.8)
-    if len(width): ax.axvline(width.mean(), color=_orange, label=f'mean {_short(width.mean(), 3)}'); ax.legend(fontsize=7)
+    if len(width):
+        ax.axvline(width.mean(), color=_orange, label=f'mean {_short(width.mean(), 3)}')
+        ax.legend(fontsize=7)
     ax.set(xlabel='width of the interval', ylabel='rows', title='widths', xlim=(0,None))
 
 def _errors(ax, rows, level):
