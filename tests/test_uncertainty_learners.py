@@ -216,7 +216,11 @@ def test_a_calibration_that_does_not_fit_is_refused():
         with pytest.raises(ValueError, match="calibration is for use='average'"): ens.predict_distribution(DF[:2])
     plain = learner(None)
     plain.calibrate()
-    assert calibration_of(plain.set_noise('quantile')) is None
+    with pytest.warns(UserWarning, match='`set_noise` ends the calibration'): plain.set_noise('quantile')
+    assert calibration_of(plain) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        plain.set_noise('gaussian')     # there is none to end
 
 
 @pytest.mark.parametrize('use', ['average', 'last', 1, 'weights'])
