@@ -262,9 +262,9 @@ def _temperature(pred, targs, columns, group=None, half_life=None, **settings):
     cal.temperature = best_temperature(pred.logits[rows], targs[rows].long(), prior_sd=.5)
     return cal
 
-def _fitted_spread(pred, targs): # Noise and factor, `(n_targets,)` each
+def _fitted_spread(pred, targs, rows): # Noise and factor, `(n_targets,)` each
     spread = torch.zeros_like(pred.mean) if pred.spread is None else pred.spread
-    fits = [fit_spread(e, s) for e,s in zip((targs-pred.mean).T, spread.T)]
+    fits = [fit_spread(e, s) for e,s in zip((targs-pred.mean)[rows].T, spread[rows].T)]
     return torch.tensor(fits, dtype=torch.float64).T.contiguous()
 
 def new_calibration(
@@ -277,7 +277,8 @@ def new_calibration(
     "Fit what a calibration needs before it can score rows"
     if method=='temperature': return _temperature(pred, targs, columns, **settings)
     res = Calibration(method, **settings)
-    if method in ('local','pit') and pred.distribution is None: res.noise,res.factor = _fitted_spread(pred, targs)
+    if method in ('local','pit') and pred.distribution is None:
+        res.noise,res.factor = _fitted_spread(pred, targs, _latest(columns, len(targs), res.by, res.last))
     return res
 
 def _tails(cal): # Levels of the ends of an interval
