@@ -17,7 +17,7 @@ from fastcore.basics import noop
 from torch import Tensor
 from .core import RESTORE, RecordingCallback
 from . import mc     # noqa: F401, adds `Learner.get_mc_preds`
-from .members import weighted_members, without_metrics
+from .members import is_masked, snapshots_of, weighted_members, without_metrics
 from .rows import rows_of, times_of
 from .snapshots import SnapshotEnsemble
 from ..checks import check_choice, check_int, check_p
@@ -100,8 +100,7 @@ def is_ensemble(
     learn:Learner
 ) -> bool:
     "Tell whether a Learner predicts with the average of members"
-    masked = getattr(inner_model(learn.model), 'n_members', None) is not None
-    return masked or any(cb.use=='average' for cb in learn._grab_cbs(SnapshotEnsemble))
+    return is_masked(learn) or snapshots_of(learn) is not None
 
 @torch.no_grad()
 def _blend_spread(learn, dl): # Standard deviation over all members of all models, `(n_rows, n_out)`
