@@ -65,6 +65,12 @@ class Distribution:
         tail = round((1-check_p(level, 'level'))/2, 12)      # .05, not .04999999999999999
         return self.quantiles([tail, 1-tail]).unbind(-1)
 
+    def log_prob(self,
+        x:Tensor # `(*)` or `(*, n)`
+    ) -> Tensor: # The same shape, float64
+        "Return the logarithm of the density, at least that of the smallest number"
+        return _log(self._at(x)[1])
+
     def __len__(self): return self.shape[0]
 
 # %% ../../nbs/282_uncertainty.noise.ipynb #6ed86345
@@ -81,13 +87,6 @@ def cdf(self:Distribution,
 ) -> Tensor: # The same shape, float64
     "Return the probability of numbers up to `x`"
     return self._at(x)[0]
-
-@patch
-def log_prob(self:Distribution,
-    x:Tensor # `(*)` or `(*, n)`
-) -> Tensor: # The same shape, float64
-    "Return the logarithm of the density, at least that of the smallest number"
-    return _log(self._at(x)[1])
 
 # %% ../../nbs/282_uncertainty.noise.ipynb #fe853589
 @dataclass(frozen=True, eq=False)
@@ -225,6 +224,17 @@ class GaussianMixture(Distribution):
         z = (x.unsqueeze(-1)-mean)/sd
         return (w*torch.special.ndtr(z)).sum(-1),(w*torch.exp(-.5*z*z)/sd).sum(-1)/math.sqrt(2*math.pi)
 
+    def sample(self,
+        n:int=1, # Numbers to draw
+        generator:torch.Generator=None # By default torch's own
+    ) -> Tensor: # `(*, n)`
+        "Draw numbers"
+        w,mean,sd = [t.reshape(-1, t.shape[-1]) for t in self.parts()]
+        if not len(w): return mean.new_zeros(*self.shape, n)
+        part = torch.multinomial(w.cpu(), check_int(n, 'n'), True, generator=generator).to(w.device)
+        z = torch.randn(part.shape, generator=generator).to(mean)
+        return (mean.gather(1, part)+sd.gather(1, part)*z).view(*self.shape, n)
+
 # %% ../../nbs/282_uncertainty.noise.ipynb #d1e37c16
 @patch
 def log_prob(self:GaussianMixture,
@@ -238,19 +248,6 @@ def log_prob(self:GaussianMixture,
     share = -math.log(n) if self.shares is None else self.shares.to(mean).log()[:,None]
     res = (log_w+share-sd.log()-.5*((x-mean)/sd).square()).flatten(-2).logsumexp(-1) - .5*math.log(2*math.pi)
     return res.squeeze(-1) if one else res
-
-# %% ../../nbs/282_uncertainty.noise.ipynb #e4e5ccd7
-@patch
-def sample(self:GaussianMixture,
-    n:int=1, # Numbers to draw
-    generator:torch.Generator=None # By default torch's own
-) -> Tensor: # `(*, n)`
-    "Draw numbers"
-    w,mean,sd = [t.reshape(-1, t.shape[-1]) for t in self.parts()]
-    if not len(w): return mean.new_zeros(*self.shape, n)
-    part = torch.multinomial(w.cpu(), check_int(n, 'n'), True, generator=generator).to(w.device)
-    z = torch.randn(part.shape, generator=generator).to(mean)
-    return (mean.gather(1, part)+sd.gather(1, part)*z).view(*self.shape, n)
 
 # %% ../../nbs/282_uncertainty.noise.ipynb #05df854a
 NOISES = 'quantile','mixture','gaussian'
