@@ -1,6 +1,6 @@
 "Intervals beside predictions: `predict` of a row, `show_results`, with and without the fast path"
-import numpy as np, pytest, torch, warnings
-from fastai.tabular.all import Callback, load_learner, set_seed
+import numpy as np, pandas as pd, pytest, torch, warnings
+from fastai.tabular.all import Callback, Categorify, FillMissing, Normalize, TabularDataLoaders, load_learner, set_seed
 from fastai_dropconnect.all import *
 from fastai_dropconnect.blended_learner import blended_learner
 from fastai_dropconnect.callback import intervals
@@ -213,3 +213,19 @@ def test_levels_that_encoding_cannot_tell_from_missing_ones_are_told():
         learn.get_preds(dl=learn.dls.test_dl(DF[4:6].assign(color='red')), with_interval=True)
         learn.calibrate(group='color', df=more[more.color.notna()])
         learn.get_preds(with_interval=True)       # one interval for all others
+
+@pytest.mark.parametrize('procs', [[Categorify,FillMissing,Normalize], [Categorify,FillMissingAnywhere,QuantileNormalize]])
+def test_groups_of_a_number_with_gaps_are_those_of_the_frame(procs):
+    "Encoded, its gaps are filled, and whole numbers are a little off"
+    r = np.random.default_rng(0)
+    df = DF.assign(year=r.choice([1990.,2003.,2011.,np.nan], 200))
+    df = pd.concat([df]*4, ignore_index=True)
+    set_seed(0)
+    learn = tabular_learner(TabularDataLoaders.from_df(df, procs=procs, cat_names=['color'], cont_names=['b','year'], y_names='y',
+                                                       valid_idx=range(400, 800), bs=64), [8], noise='gaussian')
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 1e-2)
+    own = learn.calibrate(group='year').group_q
+    framed = learn.calibrate(group='year', df=df[400:]).group_q
+    assert sorted(own)==sorted(framed)==['#na#','1990','2003','2011'] and all(own[k].equal(framed[k]) for k in own)
+    with learn.no_bar(): _,_,lower,upper = learn.get_preds(with_interval=True)
+    np.testing.assert_allclose(torch.cat([lower,upper], 1), ends_of(learn, df[400:]), rtol=1e-4, atol=1e-5)
