@@ -86,7 +86,7 @@ from .callback.hard_concrete import HardConcrete
 from .callback.compact import compacted
 from .callback.distribution import DistributionMetric
 import fastai_dropconnect.callback.mc # noqa: F401 - gives a Learner `get_mc_preds`
-import fastai_dropconnect.callback.intervals # noqa: F401 - and intervals in `show_results` and `predict`
+import fastai_dropconnect.callback.intervals # noqa: F401 - and intervals in `get_preds`, `show_results`, `predict`
 import fastai_dropconnect.callback.show_calibration # noqa: F401 - and `show_calibration`
 from .optimizer import FusedAdam
 from .tabular.distributed import init_ranks

@@ -1,9 +1,11 @@
 "Intervals beside predictions: `predict` of a row, `show_results`, with and without the fast path"
-import numpy as np, pytest
-from fastai.tabular.all import load_learner, set_seed
+import numpy as np, pandas as pd, pytest, torch, warnings
+from fastai.tabular.all import Callback, Categorify, FillMissing, Normalize, TabularDataLoaders, load_learner, set_seed
 from fastai_dropconnect.all import *
+from fastai_dropconnect.blended_learner import blended_learner
 from fastai_dropconnect.callback import intervals
 from fastai_dropconnect.callback.calibrate import calibration_of
+from fastai_dropconnect.ensemble.blend import BlendedModel
 from conftest import make_dls, make_table
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -75,3 +77,156 @@ def test_predict_takes_the_group_of_the_row_that_it_was_given(fast, tmp_path):
                 np.testing.assert_allclose(s.items[['y','y_lower','y_upper']].to_numpy('float64')[0], want[['mean','lower','upper']].iloc[i], rtol=1e-4, atol=1e-4)
             np.testing.assert_allclose(l.predict(odd.iloc[0].to_dict())[0].items.y_upper, want.upper.iloc[0], rtol=1e-4)
     assert list(learn.predict(odd.iloc[0].drop('site'))[0].y_names)==['y']        # an interval of which group?
+
+
+def snapshots(**kw):
+    set_seed(0)
+    learn = tabular_learner(make_dls(DF), [12], **kw)
+    learn.remove_cb(learn.progress)
+    with learn.no_logging(): learn.fit_zero_restarts(2, 1, 1e-2, seed=0)
+    return learn
+
+def blend(noise=None):
+    models = [snapshots(noise=noise).averaged_model(), learner(noise, calibrate=False, members=2).averaged_model()]
+    made = snapshots(noise=noise)
+    learn = blended_learner(made.dls, BlendedModel(models, [.7,.3], *(['mixture'] if noise else [])), noise=made.loss_func.noise if noise else None)
+    learn.remove_cb(learn.progress)
+    return learn
+
+MAKERS = dict(quantile=learner, mixture=lambda **kw: learner('mixture', members=2, **kw), gaussian=lambda **kw: learner('gaussian', fast=True, **kw),
+              plain=lambda **kw: learner(None, **kw), members=lambda **kw: learner(None, members=2, **kw), passes=lambda **kw: learner(None, weight_p=.1, **kw),
+              snapshots=snapshots, noisy_snapshots=lambda: snapshots(noise='quantile'), blend=blend, noisy_blend=lambda: blend('quantile'))
+
+def ends_of(learn, df): return learn.predict_distribution(df)[['lower','upper']].to_numpy('float64')
+
+@pytest.mark.parametrize('kind', MAKERS)
+def test_get_preds_with_interval(kind, tmp_path):
+    "The tuple is that of `get_preds`, and the ends are those of `predict_distribution`: also by group, of a test loader, of a loaded Learner"
+    learn = MAKERS[kind]()
+    learn.calibrate(.8, group='color', df=make_table(600, seed=1))
+    assert calibration_of(learn).group_q
+    kw = dict(with_input=True, with_decoded=True, with_loss=True)
+    plain,res = learn.get_preds(**kw),learn.get_preds(with_interval=True, **kw)
+    assert len(res)==len(plain)+2==7
+    for a,b in zip(plain[0], res[0]): assert a.equal(b)
+    for a,b in zip(plain[1:], res[1:]): assert a.equal(b)
+    want = ends_of(learn, DF[160:])
+    for end,w in zip(res[-2:], want.T):
+        assert end.shape==(40,1) and end.dtype==res[1].dtype
+        np.testing.assert_allclose(end[:,0], w, rtol=1e-4, atol=1e-5)
+    learn.path = tmp_path
+    learn.export()
+    for one in (learn,load_learner(tmp_path/'export.pkl')):
+        with one.no_bar(): preds,targs,lower,upper = one.get_preds(dl=one.dls.test_dl(DF[:30].drop(columns='y')), with_interval=True)
+        assert targs is None
+        np.testing.assert_allclose(torch.cat([lower,upper], 1), ends_of(one, DF[:30]), rtol=1e-4, atol=1e-5)
+        with one.no_bar(): assert one.get_preds(dl=one.dls.test_dl(DF[:0]), with_interval=True)==(None,)*4
+
+def test_of_a_noise_model_without_a_calibration_they_hold_90_percent():
+    learn = learner(calibrate=False)
+    _,_,lower,upper = learn.get_preds(0, with_interval=True)
+    np.testing.assert_allclose(torch.cat([lower,upper], 1), learn.predict_distribution(DF[:160])[['q05','q95']], rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('fast', [False,True])
+@pytest.mark.parametrize('kind', ['quantile','members','snapshots'])
+def test_the_order_of_rows(kind, fast):
+    learn = MAKERS[kind]()
+    if fast: learn.accelerate()
+    learn.calibrate(.8, group='color', df=make_table(600, seed=1))
+    inputs,*_,lower,upper = learn.get_preds(with_input=True, with_interval=True)
+    place = {v:i for i,v in enumerate(inputs[1][:,1].tolist())}
+    dl = learn.dls.valid.new(shuffle=True, bs=7)        # fastai's draws some rows twice and others never
+    for reorder in (True,False):
+        rows,_,_,low,high = learn.get_preds(dl=dl, with_input=True, reorder=reorder, with_interval=True)
+        order = [place[v] for v in rows[1][:,1].tolist()]
+        assert (order==sorted(order))==reorder
+        np.testing.assert_allclose(low, lower[order], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(high, upper[order], rtol=1e-4, atol=1e-5)
+
+def test_nothing_is_predicted_twice_and_nothing_stays():
+    for kind,n in (('quantile',1), ('plain',1), ('noisy_snapshots',3), ('mixture',1)):
+        learn,calls = MAKERS[kind](),[]
+        learn.calibrate(.8)
+        dl = learn.dls.valid.new(bs=1000)
+        hook = learn.model.register_forward_hook(lambda *args: calls.append(1))
+        cbs = list(learn.cbs)
+        learn.get_preds(dl=dl)
+        plain = len(calls)
+        learn.get_preds(dl=dl, with_interval=True)
+        assert len(calls)==2*plain and list(learn.cbs)==cbs, kind
+        hook.remove()
+
+def test_activation_inner_and_batches():
+    learn = learner()
+    want = learn.get_preds(with_interval=True)
+    outs,_,lower,upper = learn.get_preds(act=lambda o: o+1, with_interval=True)
+    assert outs.equal(want[0]+1) and lower.equal(want[2]) and upper.equal(want[3])
+    batch = learn.dls.valid.one_batch()
+    _,_,lower,_ = learn.get_preds(dl=[batch], with_interval=True)
+    np.testing.assert_allclose(lower, want[2][:len(lower)], rtol=1e-5)
+    seen = []
+    class Inner(Callback):
+        def after_epoch(self): seen.append(self.learn.get_preds(inner=True, with_interval=True))
+    learn = learner(calibrate=False)
+    with learn.no_logging(): learn.fit(1, cbs=Inner())
+    assert [t.shape for t in seen[0]]==[(40,1)]*4
+    for a,b in zip(seen[0], learn.get_preds(with_interval=True)): assert a.equal(b)
+
+def test_two_targets_and_the_scale_of_the_targets():
+    df = DF.assign(z=DF.y*1e6)
+    set_seed(0)
+    learn = tabular_learner(make_dls(df, ['y','z']), [12], noise='mixture')
+    learn.remove_cb(learn.progress)
+    with learn.no_logging(): learn.fit(1, 1e-2)
+    learn.calibrate()
+    preds,targs,lower,upper = learn.get_preds(with_interval=True)
+    assert preds.shape==lower.shape==upper.shape==(40,2) and (lower<upper).all()
+    np.testing.assert_allclose(upper, learn.predict_distribution(df[160:])[['y_upper','z_upper']], rtol=1e-4)
+
+def test_errors_name_with_interval():
+    plain = learner(None, calibrate=False)
+    with pytest.raises(ValueError, match='`with_interval` needs a Learner with `noise`.*with_interval=True'): plain.get_preds(with_interval=True)
+    df = DF.assign(y=np.where(DF.y>0, 'a', 'b'))
+    classes = tabular_learner(make_dls(df), [12])
+    classes.remove_cb(classes.progress)
+    with pytest.raises(ValueError, match='`with_interval` must be False for classes'): classes.get_preds(with_interval=True)
+    classes.calibrate()
+    with pytest.raises(ValueError, match='`with_interval` must be False for classes'): classes.get_preds(with_interval=True)
+    learn = learner()
+    learn.calibrate(group='site', df=make_table(600).assign(site=lambda d: d.index%2))
+    for dl in (None,learn.dls.test_dl(DF[:5]),[learn.dls.valid.one_batch()]):
+        with pytest.raises(ValueError, match="`with_interval` needs rows with the column 'site'"): learn.get_preds(dl=dl, with_interval=True)
+    assert len(learn.get_preds(dl=learn.dls.test_dl(DF[:5].assign(site=1)), with_interval=True))==4
+    averaged = snapshots()
+    averaged.calibrate()
+    averaged.snapshot_ensemble.use = 'last'
+    with pytest.raises(ValueError, match="the calibration is for use='average'"): averaged.get_preds(with_interval=True)
+
+def test_levels_that_encoding_cannot_tell_from_missing_ones_are_told():
+    learn,more = learner(),make_table(600, seed=1)
+    learn.calibrate(group='color', df=more.assign(color=more.color.fillna('violet')))
+    assert sorted(calibration_of(learn).group_q)==['blue','green','red','violet']
+    with pytest.warns(UserWarning, match="'color' is missing or unseen in 2 rows"):
+        learn.get_preds(dl=learn.dls.test_dl(DF[4:6].assign(color=['violet',None])), with_interval=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn.get_preds(dl=learn.dls.test_dl(DF[4:6].assign(color='red')), with_interval=True)
+        learn.calibrate(group='color', df=more[more.color.notna()])
+        learn.get_preds(with_interval=True)       # one interval for all others
+
+@pytest.mark.parametrize('procs', [[Categorify,FillMissing,Normalize], [Categorify,FillMissingAnywhere,QuantileNormalize]])
+def test_groups_of_a_number_with_gaps_are_those_of_the_frame(procs):
+    "Encoded, its gaps are filled, and whole numbers are a little off"
+    r = np.random.default_rng(0)
+    df = DF.assign(year=r.choice([1990.,2003.,2011.,np.nan], 200))
+    df = pd.concat([df]*4, ignore_index=True)
+    set_seed(0)
+    learn = tabular_learner(TabularDataLoaders.from_df(df, procs=procs, cat_names=['color'], cont_names=['b','year'], y_names='y',
+                                                       valid_idx=range(400, 800), bs=64), [8], noise='gaussian')
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 1e-2)
+    own = learn.calibrate(group='year').group_q
+    framed = learn.calibrate(group='year', df=df[400:]).group_q
+    assert sorted(own)==sorted(framed)==['#na#','1990','2003','2011']
+    for k in own: torch.testing.assert_close(own[k], framed[k], rtol=1e-5, atol=1e-6)
+    with learn.no_bar(): _,_,lower,upper = learn.get_preds(with_interval=True)
+    np.testing.assert_allclose(torch.cat([lower,upper], 1), ends_of(learn, df[400:]), rtol=1e-4, atol=1e-5)

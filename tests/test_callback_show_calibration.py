@@ -84,3 +84,23 @@ def test_groups_are_those_of_the_rows_with_and_without_a_frame():
         drawn = learn.show_calibration(**kwargs)[1,1].get_legend().texts[0].get_text()
         assert drawn==f'mean {widths:.3g}', kwargs
     with pytest.raises(ValueError, match=r"\['color'\] are missing"): learn.show_calibration(df.drop(columns='color'))
+
+
+@pytest.mark.parametrize('noise', ['mixture',None])
+def test_each_target_has_pictures_of_its_own(noise):
+    df = make_table(300).assign(z=lambda d: 1e3*d.b-d.y)
+    set_seed(0)
+    learn = tabular_learner(make_dls(df, ['y','z']), layers=[8], noise=noise)
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 1e-2)
+    learn.calibrate(.8)
+    new = make_table(200, seed=1).assign(z=lambda d: 1e3*d.b-d.y)
+    frame = learn.predict_distribution(new)
+    for target,name in ((0,'y'), ('y','y'), (np.int64(1),'z'), ('z','z')):
+        axs = learn.show_calibration(new, by='b', target=target)
+        inside = ((frame[f'{name}_lower']<=new[name]) & (new[name]<=frame[f'{name}_upper'])).to_numpy()
+        drawn = axs[1,0].lines[1].get_ydata().tolist()
+        assert drawn==pytest.approx([inside[g].mean() for g in equal_groups(new.b.to_numpy(), 8)])
+        assert [ax.get_title().startswith(f'{name}: ') for ax in axs.flat]==[True]*6
+    assert fitted(noise='gaussian').show_calibration()[0,1].get_title()=='PIT'
+    for wrong in (2, -1, 'x', True, 1., None):
+        with pytest.raises(ValueError, match='`target` must be one of.*got target='): learn.show_calibration(target=wrong)

@@ -216,7 +216,11 @@ def test_a_calibration_that_does_not_fit_is_refused():
         with pytest.raises(ValueError, match="calibration is for use='average'"): ens.predict_distribution(DF[:2])
     plain = learner(None)
     plain.calibrate()
-    assert calibration_of(plain.set_noise('quantile')) is None
+    with pytest.warns(UserWarning, match='`set_noise` ends the calibration'): plain.set_noise('quantile')
+    assert calibration_of(plain) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        plain.set_noise('gaussian')     # there is none to end
 
 
 @pytest.mark.parametrize('use', ['average', 'last', 1, 'weights'])
@@ -508,3 +512,18 @@ def test_groups_that_are_too_small_for_a_correction_are_told():
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         assert set(learn.calibrate(group='color', df=DF).group_q)=={'red','green','blue'}       # no value: too few
+
+
+@pytest.mark.parametrize('method', ['local','pit'])
+def test_the_latest_rows_are_all_that_counts(method):
+    "Also for the model of the variance: with `last` a calibration is that of a frame of those rows, in whatever order they come"
+    learn = learner(None, config=dict(members=3))
+    df = make_table(300, seed=1).assign(day=np.arange(300))
+    df['y'] += np.where(df.day<200, 9*np.sin(df.day), 0.)       # another world, until day 200
+    want = learn.calibrate(method=method, df=df[200:])
+    mixed = learn.calibrate(method=method, last=100, by='day', df=df.sample(frac=1, random_state=0))
+    later = learn.calibrate(method=method, last=100, df=df)
+    for cal in (mixed,later):
+        torch.testing.assert_close(cal.noise, want.noise)
+        torch.testing.assert_close(cal.factor, want.factor)
+        torch.testing.assert_close(cal.q, want.q)

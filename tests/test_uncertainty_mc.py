@@ -206,3 +206,17 @@ def test_no_rows_to_sample_are_named():
     empty = learn.dls.test_dl(make_table(120)[:0])
     for kw in (dict(), dict(method='moments')):
         with pytest.raises(ValueError, match='`dl` must have rows, got none'): learn.get_mc_preds(p=.1, dl=empty, **kw)
+
+
+@pytest.mark.parametrize('scale', [1e-9, 1e-4, 1e6])
+def test_moments_do_not_depend_on_the_unit(scale):
+    "Of a network whose numbers are of another size from the first layer on"
+    net = nn.Sequential(nn.Linear(5, 50), nn.ReLU(), nn.Linear(50, 30), nn.LeakyReLU(), nn.Linear(30, 2))
+    x = torch.randn(40, 5)
+    mean,var = output_moments(net, (x,), p=.1)
+    with torch.no_grad():
+        net[0].weight.mul_(scale)
+        for layer in net[::2]: layer.bias.mul_(scale)
+    small,of_small = output_moments(net, (x,), p=.1)
+    torch.testing.assert_close(small/scale, mean, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(of_small/scale/scale, var, rtol=1e-3, atol=1e-6)

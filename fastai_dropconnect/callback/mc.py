@@ -9,8 +9,8 @@ __all__ = []
 from contextlib import contextmanager, nullcontext
 from itertools import repeat
 import torch
-from fastai.basics import DataLoader, Learner, getcallable, noop, patch
-from .members import _is_masked, _snapshots_of, without_metrics
+from fastai.basics import DataLoader, Learner, noop, patch
+from .members import is_masked, snapshots_of, each_activation, without_loss
 from ..checks import check_choice, check_int, check_p, check_seed
 from ..functional import MODES
 from ..nn_utils import inner_model
@@ -37,20 +37,10 @@ def _own_forward(model, own): # Back to what it was, while samples are drawn
     try: yield
     finally: model.forward = ours
 
-@contextmanager
-def _without_loss(learn): # No loss and no metric takes several predictions of a row
-    loss,learn.loss_func = learn.loss_func,lambda *args: torch.zeros(())
-    was = {k:vars(learn)[k] for k in ('pred','loss','loss_grad') if k in vars(learn)}
-    try:
-        with without_metrics(learn): yield
-    finally:
-        learn.loss_func = loss
-        vars(learn).update(was)
-
 def _preds_with(learn, forward, act, ds_idx, dl): # What `forward` returns in place of the model, and targets
     model = inner_model(learn.model)
-    members = each_member(model) if _is_masked(learn) else nullcontext()
-    with _without_loss(learn),members,_forward_of(model, forward): preds,targs = learn.get_preds(ds_idx, dl, act=act)
+    members = each_member(model) if is_masked(learn) else nullcontext()
+    with without_loss(learn),members,_forward_of(model, forward): preds,targs = learn.get_preds(ds_idx, dl, act=act)
     if preds is None: raise ValueError('`dl` must have rows, got none')
     return preds,targs
 
@@ -78,24 +68,20 @@ def _moments_of(model, p, diagonal): # `forward` that returns (n_rows, 2, n_out)
     return forward
 
 def _networks(learn) -> list: # Contexts in which the Learner predicts with one network
-    ens = _snapshots_of(learn)
+    ens = snapshots_of(learn)
     return [nullcontext()] if ens is None else [ens.using(cycle) for cycle in ens.record]
 
 # %% ../../nbs/387_callback.mc.ipynb #2e46df1e
-def _each_act(learn): # The activation of the loss, for each sample
-    act = getcallable(learn.loss_func, 'activation')
-    return lambda p: torch.stack([act(sample) for sample in p.unbind(1)], 1)
-
 def _mc_samples(learn, n, p, mode, ds_idx, dl, seed, copies):
     model,networks = inner_model(learn.model),_networks(learn)
-    k = model.n_members if _is_masked(learn) else 1
+    k = model.n_members if is_masked(learn) else 1
     if n<len(networks)*k:
         raise ValueError(f'`n` must be at least {len(networks)*k}, the number of members of the ensemble, got n={n}')
     res = []
     for i,(network,share) in enumerate(zip(networks, _shares(n, len(networks)))):
         own_seed = None if seed is None else seed+i
         with network: res.append(_preds_with(learn, _sampler(model, share, k, p, mode, own_seed, copies),
-                                             _each_act(learn), ds_idx, dl))
+                                             each_activation(learn), ds_idx, dl))
     return torch.cat([preds for preds,_ in res], 1),res[0][1]
 
 def _mc_moments(learn, p, diagonal, ds_idx, dl):
@@ -124,7 +110,7 @@ def get_mc_preds(self:Learner,
     check_choice(method, 'method', ('sample','moments'))
     check_seed(seed)
     if p is not None: check_p(p)
-    if p is None and not noise_modules(inner_model(self.model)) and not (_is_masked(self) or _snapshots_of(self)):
+    if p is None and not noise_modules(inner_model(self.model)) and not (is_masked(self) or snapshots_of(self)):
         raise ValueError('`p` must be given for a model that was trained without noise, got p=None')
     with seeded(inner_model(self.model), seed):     # loaders draw, too
         if method=='moments': return _mc_moments(self, p, diagonal, ds_idx, dl)

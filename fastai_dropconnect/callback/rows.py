@@ -13,6 +13,13 @@ from torch import Tensor
 from ..tabular.procs import check_columns, columns_read
 
 # %% ../../nbs/385_callback.rows.ipynb #c66696e9
+def _number_before(rows, name): # Decoded, with its gaps
+    res = rows.new(rows.items.copy()).decode().items[name].astype('float64')
+    whole = res.round()
+    res = whole.where((res-whole).abs()<=1e-6*whole.abs().clip(lower=1), res)
+    flag = f'{name}_na'     # of `FillMissing`
+    return res.mask(column_before(rows, flag).astype(str)=='True') if flag in rows.cat_names else res
+
 def column_before(
     rows:TabularPandas, # Encoded
     name:str # Of a column
@@ -20,7 +27,7 @@ def column_before(
     "Return a column as it was before it was encoded"
     items = rows.items
     if name not in items: raise ValueError(f'`df` must be given, as the rows of the Learner have no column {name!r}')
-    if name in rows.cont_names: return rows.new(items.copy()).decode().items[name]
+    if name in rows.cont_names: return _number_before(rows, name)
     if name not in rows.cat_names: return items[name]
     vocab = rows.procs.categorify.classes[name]
     return pd.Series([vocab[int(c)] for c in items[name]], items.index)

@@ -6,6 +6,7 @@
 __all__ = ['TabularLearner', 'AverageMembers', 'PredictMeans', 'tabular_learner']
 
 # %% ../../nbs/340_tabular.learner.ipynb #9a4fbc01
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 # the next import gives every Learner `no_bar`, `fit_one_cycle`, `lr_find`
@@ -155,6 +156,12 @@ def _like(last, n_out): # A layer with other outputs
     if not isinstance(last, DropConnectLinear): return new
     return type(last).from_linear(new, p=last.p, mode=last.mode, drop_bias=last.drop_bias)
 
+def _end_calibration(learn): # It is of the old outputs
+    record = learn.keep_calibration.record if hasattr(learn, 'keep_calibration') else None
+    if record is None or record.value is None: return
+    record.value = None
+    warnings.warn('`set_noise` ends the calibration: train, and call `learn.calibrate` after it')
+
 @patch
 def set_noise(self:Learner,
     noise:str|NoiseModel='quantile' # 'quantile', 'mixture', 'gaussian', or settings
@@ -172,7 +179,7 @@ def set_noise(self:Learner,
     self.model.layers.append(head.to(last.weight.device))
     if hasattr(self.model, 'out_sz'): self.model.out_sz = n_out
     self.loss_func,self.opt = loss_func,None
-    if hasattr(self, 'keep_calibration'): self.keep_calibration.record.value = None      # of the old outputs
+    _end_calibration(self)
     if not self._grab_cbs(PredictMeans): self.add_cb(PredictMeans())
     return self
 

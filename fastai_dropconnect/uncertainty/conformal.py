@@ -10,6 +10,7 @@ __all__ = ['METHODS', 'GROUP_ROWS', 'conformal_quantile', 'recency_weights', 'co
 import math
 from dataclasses import dataclass, fields
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from ..checks import check_choice, check_int, check_p, check_positive
 from .noise import Distribution
@@ -212,32 +213,38 @@ class Calibration:
 
     def _weights(self): return recency_weights(len(self.scores), self.half_life) if self.half_life else None
 
-    def levels_for(self,
-        levels:list # Shares of new targets that should lie below
-    ) -> Tensor: # `(n_levels, n_targets)`
-        "Return the levels to ask predicted distributions for, with the method 'pit'"
-        return conformal_levels(self.scores, levels, self._weights())
-
     def settings(self) -> dict: # For `Calibration(**settings)`
         "Return all fields"
         return {f.name:getattr(self, f.name) for f in fields(self)}
 
-    def add(self,
-        scores:Tensor, # Of new rows, from `conformal_scores`
-        times:Tensor=None, # `(n_rows,)`, if the others have them
-        groups:list=None # Of each row, if the others have them
-    ):
-        "Add new rows, and forget the oldest if there are more than `last`"
-        if self.scores is None: return self._set(scores, times, groups)
-        both = lambda old, new: None if old is None else torch.cat([old, new])
-        joined = None if self.groups is None else [*self.groups, *groups]
-        self._set(torch.cat([self.scores, scores]), both(self.times, times), joined)
+# %% ../../nbs/286_uncertainty.conformal.ipynb #109d3803
+@patch
+def add(self:Calibration,
+    scores:Tensor, # Of new rows, from `conformal_scores`
+    times:Tensor=None, # `(n_rows,)`, if the others have them
+    groups:list=None # Of each row, if the others have them
+):
+    "Add new rows, and forget the oldest if there are more than `last`"
+    if self.scores is None: return self._set(scores, times, groups)
+    both = lambda old, new: None if old is None else torch.cat([old, new])
+    joined = None if self.groups is None else [*self.groups, *groups]
+    self._set(torch.cat([self.scores, scores]), both(self.times, times), joined)
 
-    def quantiles_for(self,
-        n_rows:int, # New rows
-        groups:list=None # Of each new row
-    ) -> Tensor|tuple: # `(n_rows, n_targets)`; a pair of such unless `symmetric`
-        "Return the correction of each new row"
-        if self.group_q and groups: q = torch.stack([self.group_q.get(_as_key(g), self.q) for g in groups])
-        else: q = self.q.expand(n_rows, *self.q.shape)
-        return q if self.symmetric else q.unbind(-1)
+# %% ../../nbs/286_uncertainty.conformal.ipynb #7157010d
+@patch
+def quantiles_for(self:Calibration,
+    n_rows:int, # New rows
+    groups:list=None # Of each new row
+) -> Tensor|tuple: # `(n_rows, n_targets)`; a pair of such unless `symmetric`
+    "Return the correction of each new row"
+    if self.group_q and groups: q = torch.stack([self.group_q.get(_as_key(g), self.q) for g in groups])
+    else: q = self.q.expand(n_rows, *self.q.shape)
+    return q if self.symmetric else q.unbind(-1)
+
+# %% ../../nbs/286_uncertainty.conformal.ipynb #1b8c87b3
+@patch
+def levels_for(self:Calibration,
+    levels:list # Shares of new targets that should lie below
+) -> Tensor: # `(n_levels, n_targets)`
+    "Return the levels to ask predicted distributions for, with the method 'pit'"
+    return conformal_levels(self.scores, levels, self._weights())

@@ -67,11 +67,13 @@ def _linear(m:_Moments, weight:Tensor, bias:Tensor|None, noise:tuple, diagonal:b
 def _relu_moments(mean:Tensor, var:Tensor) -> tuple: # Mean, variance, mean slope
     "Return the moments of the ReLU of normal numbers"
     sd = var.sqrt()
-    z = mean/sd
-    slope,density = torch.special.ndtr(z),torch.exp(-z.square()/2)/math.sqrt(2*math.pi)
-    first = mean*slope+sd*density
-    second = (mean.square()+var)*slope+mean*sd*density
-    return first,(second-first.square()).clamp_(min=0),slope
+    z = (mean/sd.clamp(min=torch.finfo(var.dtype).tiny)).clamp_(-10, 10)     # beyond that, all is on one side
+    slope,density = torch.special.ndtr(z),z.square().mul_(-.5).exp_().div_(math.sqrt(2*math.pi))
+    # second moment less square of the mean would cancel: this has only the mean of what lies on the smaller side of 0
+    size = z.abs()
+    beyond = density-size*torch.minimum(slope, 1-slope)
+    kept = slope-beyond*(size+beyond)
+    return mean*slope+sd*density,kept.clamp_(min=0).mul_(var),slope
 
 @cache
 def _nodes(n:int=24) -> tuple: # Points and weights for a normal number of mean 0 and variance 1
@@ -80,17 +82,20 @@ def _nodes(n:int=24) -> tuple: # Points and weights for a normal number of mean 
 
 def _sum_moments(f:Callable, mean:Tensor, var:Tensor) -> tuple: # Mean, variance, mean slope
     "Return the moments of a function of normal numbers"
-    points,weights = (t.to(mean) for t in _nodes())
-    sd = var.sqrt()
-    y = f(mean[...,None]+sd[...,None]*points)
+    points,weights = (t.to(mean.device) for t in _nodes())
+    center,sd = mean.double(),var.double().sqrt()
+    wide = torch.maximum(sd, 1e-9*center.abs()).clamp(min=1e-12)      # so far apart, points differ in float64
+    y = f(center[...,None]+wide[...,None]*points)
     first = (y*weights).sum(-1)
-    return first,((y-first[...,None]).square()*weights).sum(-1),(y*points*weights).sum(-1)/sd
+    around = (y-first[...,None])*weights
+    slope = (around*points).sum(-1)/wide
+    second = (around*(y-first[...,None])).sum(-1)*(sd/wide).square()
+    return tuple(t.to(mean.dtype) for t in (first, second, slope))
 
 def _activation(m:_Moments, f:Callable) -> _Moments:
     "Return the moments of an activation"
     if m.var is None: return _Moments(f(m.mean))
-    var = m.var.clamp(min=1e-12)
-    return m.scaled(*(_relu_moments(m.mean, var) if isinstance(f, nn.ReLU) else _sum_moments(f, m.mean, var)))
+    return m.scaled(*(_relu_moments(m.mean, m.var) if isinstance(f, nn.ReLU) else _sum_moments(f, m.mean, m.var)))
 
 # %% ../../nbs/284_uncertainty.moments.ipynb #cc453991
 _ACTIVATIONS = ('ReLU LeakyReLU ELU SELU CELU GELU SiLU Mish Hardswish Hardtanh ReLU6 Sigmoid Tanh Softplus Softsign '

@@ -10,6 +10,7 @@ __all__ = ['NOISES', 'Distribution', 'QuantileDistribution', 'GaussianMixture', 
 import math
 from dataclasses import dataclass, fields
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from ..checks import check_choice, check_int, check_p
 from .metrics import pinball_loss
@@ -64,18 +65,6 @@ class Distribution:
         tail = round((1-check_p(level, 'level'))/2, 12)      # .05, not .04999999999999999
         return self.quantiles([tail, 1-tail]).unbind(-1)
 
-    def _at(self, x): # CDF and density at `x`, `(*)` or `(*, n)`
-        one = x.ndim==len(self.shape)
-        n = 1 if one else x.shape[-1]
-        res = [t.view(*self.shape, n) for t in self._flat()._cdf_pdf(x.double().reshape(-1, n))]
-        return [t.squeeze(-1) if one else t for t in res]
-
-    def cdf(self,
-        x:Tensor # `(*)` or `(*, n)`
-    ) -> Tensor: # The same shape, float64
-        "Return the probability of numbers up to `x`"
-        return self._at(x)[0]
-
     def log_prob(self,
         x:Tensor # `(*)` or `(*, n)`
     ) -> Tensor: # The same shape, float64
@@ -83,6 +72,21 @@ class Distribution:
         return _log(self._at(x)[1])
 
     def __len__(self): return self.shape[0]
+
+# %% ../../nbs/282_uncertainty.noise.ipynb #6ed86345
+@patch
+def _at(self:Distribution, x): # CDF and density at `x`, `(*)` or `(*, n)`
+    one = x.ndim==len(self.shape)
+    n = 1 if one else x.shape[-1]
+    res = [t.view(*self.shape, n) for t in self._flat()._cdf_pdf(x.double().reshape(-1, n))]
+    return [t.squeeze(-1) if one else t for t in res]
+
+@patch
+def cdf(self:Distribution,
+    x:Tensor # `(*)` or `(*, n)`
+) -> Tensor: # The same shape, float64
+    "Return the probability of numbers up to `x`"
+    return self._at(x)[0]
 
 # %% ../../nbs/282_uncertainty.noise.ipynb #fe853589
 @dataclass(frozen=True, eq=False)
@@ -120,55 +124,61 @@ class QuantileDistribution(Distribution):
 
     def _flat(self): return QuantileDistribution(self.knots.double().reshape(-1, *self.knots.shape[-2:]), self.shares)
     def __getitem__(self, rows): return QuantileDistribution(self.knots[rows], self.shares)
-
-    def member_quantiles(self,
-        u:Tensor # `(*, n)` or `(n,)`, levels
-    ) -> Tensor: # `(*, n_members, n)`
-        "Return the quantiles of each member"
-        q,n = self.knots,self.knots.shape[-1]
-        u = u.to(q).expand(*self.shape, u.shape[-1]).unsqueeze(-2).expand(*q.shape[:-1], u.shape[-1])
-        place = u*(n+1)-1
-        i = place.floor().clamp(0, n-2).long()
-        left,right = q.gather(-1, i),q.gather(-1, i+1)
-        low,high = [t.unsqueeze(-1) for t in self._tails]
-        res = torch.lerp(left, right, (place-i).clamp(0, 1))
-        res = torch.where(place<0, q[...,:1]+low*_log(place+1), res)
-        return torch.where(place>n-1, q[...,-1:]-high*_log(n-place), res)
-
     def _ends(self, levels):
         q = self.member_quantiles(levels)
         return q.amin(1),q.amax(1)
 
-    def _cdf_pdf(self, x): # Of rows `(n_rows, k)`
-        q,n = self.knots,self.knots.shape[-1]
-        x = x.unsqueeze(1).expand(-1, q.shape[1], -1).contiguous()
-        i = torch.searchsorted(q.contiguous(), x, right=True).clamp(1, n-1)-1
-        # for the density no piece is narrower than a thousandth of all, else that of equal quantiles would be infinite
-        least = (1e-3/n*(q[...,-1:]-q[...,:1])).clamp(min=1e-300)
-        left,right = q.gather(-1, i),q.gather(-1, i+1)
-        width = right-left
-        cdf,pdf = i+1+((x-left)/width.clamp(min=1e-300)).clamp(0, 1),1/torch.maximum(width, least)
-        low,high = [torch.maximum(t.unsqueeze(-1), least) for t in self._tails]
-        below,above = ((x-q[...,:1])/low).clamp(max=0).exp(),((q[...,-1:]-x)/high).clamp(max=0).exp()
-        under,over = x<q[...,:1],x>=q[...,-1:]
-        cdf = torch.where(under, below, torch.where(over, n+1-above, cdf))
-        pdf = torch.where(under, below/low, torch.where(over, above/high, pdf))
-        return self._mix(cdf, 1)/(n+1),self._mix(pdf, 1)/(n+1)
+# %% ../../nbs/282_uncertainty.noise.ipynb #5704bcb6
+@patch
+def member_quantiles(self:QuantileDistribution,
+    u:Tensor # `(*, n)` or `(n,)`, levels
+) -> Tensor: # `(*, n_members, n)`
+    "Return the quantiles of each member"
+    q,n = self.knots,self.knots.shape[-1]
+    u = u.to(q).expand(*self.shape, u.shape[-1]).unsqueeze(-2).expand(*q.shape[:-1], u.shape[-1])
+    place = u*(n+1)-1
+    i = place.floor().clamp(0, n-2).long()
+    left,right = q.gather(-1, i),q.gather(-1, i+1)
+    low,high = [t.unsqueeze(-1) for t in self._tails]
+    res = torch.lerp(left, right, (place-i).clamp(0, 1))
+    res = torch.where(place<0, q[...,:1]+low*_log(place+1), res)
+    return torch.where(place>n-1, q[...,-1:]-high*_log(n-place), res)
 
-    def _draw_members(self, size, generator):
-        if self.shares is None: return torch.randint(self.knots.shape[-2], size, generator=generator)
-        drawn = torch.multinomial(self.shares.cpu(), max(1, math.prod(size)), True, generator=generator)
-        return drawn[:math.prod(size)].view(size)
+# %% ../../nbs/282_uncertainty.noise.ipynb #42492ae7
+@patch
+def _cdf_pdf(self:QuantileDistribution, x): # Of rows `(n_rows, k)`
+    q,n = self.knots,self.knots.shape[-1]
+    x = x.unsqueeze(1).expand(-1, q.shape[1], -1).contiguous()
+    i = torch.searchsorted(q.contiguous(), x, right=True).clamp(1, n-1)-1
+    # for the density no piece is narrower than a thousandth of all, else that of equal quantiles would be infinite
+    least = (1e-3/n*(q[...,-1:]-q[...,:1])).clamp(min=1e-300)
+    left,right = q.gather(-1, i),q.gather(-1, i+1)
+    width = right-left
+    cdf,pdf = i+1+((x-left)/width.clamp(min=1e-300)).clamp(0, 1),1/torch.maximum(width, least)
+    low,high = [torch.maximum(t.unsqueeze(-1), least) for t in self._tails]
+    below,above = ((x-q[...,:1])/low).clamp(max=0).exp(),((q[...,-1:]-x)/high).clamp(max=0).exp()
+    under,over = x<q[...,:1],x>=q[...,-1:]
+    cdf = torch.where(under, below, torch.where(over, n+1-above, cdf))
+    pdf = torch.where(under, below/low, torch.where(over, above/high, pdf))
+    return self._mix(cdf, 1)/(n+1),self._mix(pdf, 1)/(n+1)
 
-    def sample(self,
-        n:int=1, # Numbers to draw
-        generator:torch.Generator=None # By default torch's own
-    ) -> Tensor: # `(*, n)`
-        "Draw numbers"
-        size = *self.shape,check_int(n, 'n')
-        u = torch.rand(size, generator=generator, dtype=torch.float64).clamp(1e-12, 1-1e-12).to(self.knots.device)
-        member = self._draw_members(size, generator).to(self.knots.device)
-        return self.member_quantiles(u).gather(-2, member.unsqueeze(-2)).squeeze(-2)
+# %% ../../nbs/282_uncertainty.noise.ipynb #4da5b47f
+@patch
+def _draw_members(self:QuantileDistribution, size, generator):
+    if self.shares is None: return torch.randint(self.knots.shape[-2], size, generator=generator)
+    drawn = torch.multinomial(self.shares.cpu(), max(1, math.prod(size)), True, generator=generator)
+    return drawn[:math.prod(size)].view(size)
+
+@patch
+def sample(self:QuantileDistribution,
+    n:int=1, # Numbers to draw
+    generator:torch.Generator=None # By default torch's own
+) -> Tensor: # `(*, n)`
+    "Draw numbers"
+    size = *self.shape,check_int(n, 'n')
+    u = torch.rand(size, generator=generator, dtype=torch.float64).clamp(1e-12, 1-1e-12).to(self.knots.device)
+    member = self._draw_members(size, generator).to(self.knots.device)
+    return self.member_quantiles(u).gather(-2, member.unsqueeze(-2)).squeeze(-2)
 
 # %% ../../nbs/282_uncertainty.noise.ipynb #ed79c7eb
 @dataclass(frozen=True, eq=False)
@@ -202,7 +212,6 @@ class GaussianMixture(Distribution):
     def _tensors(self): return self.log_weights,self.means,self.sds
     def _flat(self):
         return GaussianMixture(*[t.double().reshape(-1, *t.shape[-2:]) for t in self._tensors()], self.shares)
-
     def __getitem__(self, rows): return GaussianMixture(*[t[rows] for t in self._tensors()], self.shares)
 
     def _ends(self, levels):
@@ -215,18 +224,6 @@ class GaussianMixture(Distribution):
         z = (x.unsqueeze(-1)-mean)/sd
         return (w*torch.special.ndtr(z)).sum(-1),(w*torch.exp(-.5*z*z)/sd).sum(-1)/math.sqrt(2*math.pi)
 
-    def log_prob(self,
-        x:Tensor # `(*)` or `(*, n)`
-    ) -> Tensor: # The same shape
-        "Return the logarithm of the density"
-        one = x.ndim==len(self.shape)
-        x = (x.unsqueeze(-1) if one else x)[...,None,None]
-        log_w,mean,sd = [t.unsqueeze(-3) for t in self._tensors()]      # weights of 0 would have no gradient
-        n = self.means.shape[-2]
-        share = -math.log(n) if self.shares is None else self.shares.to(mean).log()[:,None]
-        res = (log_w+share-sd.log()-.5*((x-mean)/sd).square()).flatten(-2).logsumexp(-1) - .5*math.log(2*math.pi)
-        return res.squeeze(-1) if one else res
-
     def sample(self,
         n:int=1, # Numbers to draw
         generator:torch.Generator=None # By default torch's own
@@ -237,6 +234,20 @@ class GaussianMixture(Distribution):
         part = torch.multinomial(w.cpu(), check_int(n, 'n'), True, generator=generator).to(w.device)
         z = torch.randn(part.shape, generator=generator).to(mean)
         return (mean.gather(1, part)+sd.gather(1, part)*z).view(*self.shape, n)
+
+# %% ../../nbs/282_uncertainty.noise.ipynb #d1e37c16
+@patch
+def log_prob(self:GaussianMixture,
+    x:Tensor # `(*)` or `(*, n)`
+) -> Tensor: # The same shape
+    "Return the logarithm of the density"
+    one = x.ndim==len(self.shape)
+    x = (x.unsqueeze(-1) if one else x)[...,None,None]
+    log_w,mean,sd = [t.unsqueeze(-3) for t in self._tensors()]      # weights of 0 would have no gradient
+    n = self.means.shape[-2]
+    share = -math.log(n) if self.shares is None else self.shares.to(mean).log()[:,None]
+    res = (log_w+share-sd.log()-.5*((x-mean)/sd).square()).flatten(-2).logsumexp(-1) - .5*math.log(2*math.pi)
+    return res.squeeze(-1) if one else res
 
 # %% ../../nbs/282_uncertainty.noise.ipynb #05df854a
 NOISES = 'quantile','mixture','gaussian'
