@@ -43,7 +43,7 @@ def test_restarts_of_members_follow_while_restarts_are_the_best(losses, more):
         return Candidate(name, 4., [], targets_of(dls)+offsets.get(name, 4.), 0., 0.)
     dls,tried = loaders(),[]
     search = Search([dls], score_for(dls.train_ds.loss_func), verbose=False, train=train).run()
-    assert [name for name,*_ in tried]==['numbers','vectors','restarts',*more,'less dropout','smaller','levels','slower','finer'] and search.n_left==0
+    assert [name for name,*_ in tried]==['numbers','vectors','restarts',*more,'less dropout','smaller','levels','finer'] and search.n_left==0
     (_,members,epochs,cycle),*others = tried[2:3+len(more)]
     assert members is None
     for times,(_,members,*lengths) in zip((1,2), others): assert members==4 and lengths==[times*epochs,times*cycle]
