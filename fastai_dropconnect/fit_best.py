@@ -228,7 +228,7 @@ VARIATIONS = { # name: what changes
     'dropconnect': dict(weight_p=.2)}
 
 BUDGETS = { # name: multiplications of a candidate, variations
-    'quick': (2.2e11, ()),    # one kind only
+    'quick': (2.4e11, ('levels',)),    # of all candidates, of one kind
     'default': (8e11, ('restarts','less dropout','smaller','levels','finer')),    # zero restarts, finer vectors
     'best': (4e12, ('restarts', *VARIATIONS, 'finer','again','again'))}    # the best kind with other seeds
 
@@ -255,10 +255,10 @@ class Search:
         self.targs = torch.cat([targets_of(dls) for dls in folds])
         self.candidates = []
         self.kinds = kinds_for(folds[0])
-        if budget=='quick': # seconds, also for small tables
-            self.work,self.kinds = self.work/len(folds),dict([self.kinds.popitem()])
+        if budget=='quick': self.kinds = dict([self.kinds.popitem()])
         if not folds[0].cat_names: self.variations = [v for v in self.variations if v!='levels']
         self.n_left = len(self.kinds) + len(self.variations)
+        if budget=='quick': self.work /= len(folds)*self.n_left      # seconds, also for small tables
         self.progress = SearchProgress(self.end, self.n_left, verbose)
 
     @property
