@@ -39,7 +39,7 @@ def test_a_fit_that_was_broken_off_ends_as_one_that_was_not(monkeypatch, tmp_pat
         with pytest.raises(MemoryError): regressor(tmp_path, noise=noise).fit(df, y)
     calls = stop_after(monkeypatch, 99)
     again = regressor(tmp_path, noise=noise).fit(df, y)
-    assert len(calls)==6-n       # three folds, two kinds of networks
+    assert len(calls)==9-n       # three folds, three kinds of networks
     assert (again.predict(df)==whole.predict(df)).all() and (again.predict_interval(df)==whole.predict_interval(df)).all()
     columns = ['name','epochs','loss','weight']
     pd.testing.assert_frame_equal(again.leaderboard_[columns], whole.leaderboard_[columns])
