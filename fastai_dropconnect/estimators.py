@@ -21,7 +21,8 @@ from .scoring import ScorerMetric
 from .serialize.fields import Fields, decode_values, encode_values, is_number
 from .serialize.files import SavedModel
 from .serialize.learner import load_model, save_model
-from .serialize.reader import build_frame, build_reader, describe_frame, describe_reader
+from .serialize.reader import (build_frame, build_names, build_reader, describe_frame, describe_names,
+                                               describe_reader)
 from .inputs import check_device, no_gaps
 from .table_estimator import TableEstimator
 from .uncertainty.noise import NOISES
@@ -110,7 +111,8 @@ class DropConnectRegressor(Intervals, RegressorMixin, TableEstimator):
 def _without_object(y):
     "Return labels that all are numbers or booleans as such"
     plain = pd.Series(y).infer_objects()
-    return plain.to_numpy() if plain.dtype.kind in 'biuf' else y
+    is_date = isinstance(plain.dtype, np.dtype) and plain.dtype.kind=='M'      # without a time zone
+    return plain.to_numpy() if is_date or plain.dtype.kind in 'biuf' else y
 
 def _without_half(y): # pandas has no index of 16 bits
     return y.astype('float64') if y.dtype.kind=='f' else y
@@ -144,6 +146,7 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
         kinds = {'text' if isinstance(v, str) else type(v).__name__ for v in y} if y.dtype==object else set()
         if len(kinds)>1:
             raise TypeError(f'`y` must have labels of one type, such as text, got {", ".join(sorted(kinds))}')
+        if y.dtype.kind=='m': raise TypeError('`y` must have labels such as text, got durations: convert them first')
         check_classification_targets(y)
         return y
 
@@ -168,11 +171,15 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
     def _y_block(self): return CategoryBlock(vocab=list(range(len(self.classes_))))
 
     def _describe_targets(self):
-        return dict(classes=encode_values(self.classes_, '`classes_`'), is_object=self.classes_.dtype==object)
+        classes = pd.DatetimeIndex(self.classes_) if self.classes_.dtype.kind=='M' else self.classes_
+        return dict(classes=encode_values(classes, '`classes_`'), is_object=self.classes_.dtype==object)
 
     def _build_targets(self, f):
-        values = decode_values(f.take('classes', 'be an object', lambda v: isinstance(v, dict)), '`classes_`')
+        config = f.take('classes', 'be an object', lambda v: isinstance(v, dict))
+        values = decode_values(config, '`classes_`', pd.Timestamp)
         self.classes_ = np.array(values, dtype=object if f.bool('is_object') else None)
+        is_date = bool(values) and all(isinstance(v, pd.Timestamp) for v in values)
+        if is_date: self.classes_ = pd.DatetimeIndex(values).to_numpy()
     def _strata(self, y): return self._encoded_targets(y)[:,0]
 
 # %% ../nbs/530_estimators.ipynb #aef850d6
@@ -193,7 +200,7 @@ def save(self:TableEstimator,
     check_is_fitted(self)
     importances = None if self._importances is None else self._importances.tolist()
     about = {'class': type(self).__name__} | dict(
-        settings=_plain_settings(self), columns=encode_values(self._columns, 'names of columns'),
+        settings=_plain_settings(self), columns=describe_names(self._columns),
         named=hasattr(self, 'feature_names_in_'), reader=describe_reader(self.reader_, self._columns),
         targets=self._describe_targets(), leaderboard=describe_frame(self.leaderboard_), importances=importances)
     return save_model(self.learner_, path, about)
@@ -206,7 +213,7 @@ def _is_shares(v): return v is None or isinstance(v, list) and all(map(is_number
 @patch
 def _restore(self:TableEstimator, f):
     "Take what the estimator knows from the fields of a file"
-    self._columns = decode_values(f.take('columns', 'be an object', _is_object), '`estimator.columns`', pd.Timestamp)
+    self._columns = build_names(f.take('columns', 'be an object', _is_object))
     self.n_features_in_ = len(self._columns)
     if f.bool('named'): self.feature_names_in_ = np.array(self._columns, dtype=object)
     self.reader_ = build_reader(f.take('reader', 'be an object', _is_object), self._columns)

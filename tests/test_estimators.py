@@ -492,6 +492,17 @@ def test_targets_with_few_values_are_not_clipped():
     assert model._encoded_targets(zeros).max()>10 and np.isclose(model._scale, zeros.std())
 
 
+def test_saved_with_columns_of_several_levels_and_dates_as_classes(tmp_path):
+    df,y = table()
+    df = df[['x', 'size']].set_axis(pd.MultiIndex.from_tuples([('a', 1), ('b', 2)]), axis=1)
+    days = pd.Series(pd.Timestamp('2024-01-01') + pd.to_timedelta(y.rank()//60, unit='D'))
+    for labels in (days, days.astype(object), days.to_numpy().astype('datetime64[D]')):
+        model = classifier().fit(df, labels)
+        again = DropConnectClassifier.load(model.save(tmp_path/'model'))
+        np.testing.assert_array_equal(again.predict(df), model.predict(df))
+        assert again.classes_.dtype.kind=='M' and (again.classes_==model.classes_).all() and (again.predict(df)==days).mean()>.8
+    with pytest.raises(TypeError, match='got durations'): classifier().fit(df, days - days.min())
+
 # --- odd tables
 
 test_odd_tables = odd_tables.tables(15)

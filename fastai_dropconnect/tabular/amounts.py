@@ -57,15 +57,18 @@ def _is_clear(amounts, thousands):
     return bool(signs) or max(lengths.values())<.9*len(amounts)
 
 def amount_format(
-    texts:list # Text of some values
+    texts:list, # Text of some values
+    weights:list=None # How often each of them occurs; by default once
 ) -> str|None: # How a thousand is written; `None`: these are no amounts, or plain numbers, or not clear
     "Find how numbers with signs or units are written"
-    parsed = [_split(t) for t in texts]
-    signs = Counter((a.before,a.after) for a in parsed if a)
+    if weights is None: weights = [1]*len(texts)
+    parsed,signs = [_split(t) for t in texts],Counter()
+    for a,weight in zip(parsed, weights, strict=True):
+        if a: signs[a.before,a.after] += weight
     if not signs: return None
     (before,after),n = signs.most_common(1)[0]
     others = [t for t,a in zip(texts, parsed, strict=True) if not a or (a.before,a.after)!=(before,after)]
-    if n<.95*len(texts) or any(re.search('[0-9],[0-9]', t) for t in others): return None
+    if n<.95*sum(weights) or any(re.search('[0-9],[0-9]', t) for t in others): return None
     amounts = [a for a in parsed if a and (a.before,a.after)==(before,after)]
     thousands = {a.thousands for a in amounts if a.thousands}
     if len(thousands)>1 or not (before or after or thousands): return None

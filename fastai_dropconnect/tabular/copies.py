@@ -8,7 +8,8 @@ __all__ = ['N_BINS', 'MOST_TRIED', 'MOST_CLASSES', 'straight_columns', 'coded_co
 # %% ../../nbs/306_tabular.copies.ipynb #c98ac9b4
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from scipy.stats import norm, rankdata
+from scipy.special import ndtri
+from scipy.stats import rankdata
 from ..checks import check_p, check_positive
 from .frames import FrameReader
 
@@ -40,7 +41,7 @@ def _both_forms(x, train):
     x = np.where(np.isnan(x), np.median(known), x).clip(known.min(), known.max())
     largest = np.abs(known).max() or 1.
     order = np.sort(known)
-    ranks = norm.ppf((np.interp(x, order, rankdata(order))-.5)/len(order))
+    ranks = ndtri((np.interp(x, order, rankdata(order))-.5)/len(order))
     return np.stack([x/largest, ranks])
 
 def straight_columns(

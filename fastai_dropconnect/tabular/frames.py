@@ -8,6 +8,7 @@ __all__ = ['DATE_PARTS', 'is_records', 'as_frame', 'date_format', 'Column', 'Fra
 # %% ../../nbs/305_tabular.frames.ipynb #e92eac7a
 import datetime, numbers, re, warnings
 import numpy as np, pandas as pd
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fastcore.basics import patch
@@ -86,14 +87,16 @@ def _guess_format(text, dayfirst): # Format or `None`
         return pd.tseries.api.guess_datetime_format(text, dayfirst=dayfirst)
 
 def date_format(
-    texts:list # Text of some values
+    texts:list, # Text of some values
+    weights:list=None # How often each of them occurs; by default once
 ) -> str|None: # Format for `pd.to_datetime`; `None`: these are not dates
     "Find the format of dates written as text"
     looks = [len(t)>=6 and t[0].isdigit() and any(c in t for c in '-/.:') for t in texts]
-    if not texts or np.mean(looks)<.95: return None
+    if not texts or np.average(looks, weights=weights)<.95: return None
     formats = dict.fromkeys(['ISO8601', *(_guess_format(t, d) for d in (False,True) for t in texts[:20])])
     for f in filter(None, formats):
-        if pd.to_datetime(pd.Series(texts), format=f, errors='coerce', utc=True).notna().mean()>=.95: return f
+        known = pd.to_datetime(pd.Series(texts), format=f, errors='coerce', utc=True).notna()
+        if np.average(known, weights=weights)>=.95: return f
     return None
 
 # %% ../../nbs/305_tabular.frames.ipynb #8c7f73b2
@@ -129,24 +132,32 @@ def _is_id(s): # Whole numbers that name something, such as `ModelID` and `store
 
 def _complex(s): return f'`X` must have real numbers: Complex data not supported, see {s.name!r}'
 
+def _counts(s): # Of different values with their type: 1 is not True
+    if isinstance(s.dtype, pd.StringDtype): return {(str,v): n for v,n in s.value_counts(sort=False).items()}
+    return Counter((type(v),v) for v in s)
+
 def _kind_of_values(
     s:pd.Series, # Values that are not missing, of dtype `object`, `str` or `category`
     sample_size:int # Values to look at
 ) -> tuple: # Kind, format
     "Decide by its values what a column is"
-    sample = s.sample(min(len(s), sample_size), random_state=0).tolist()
+    counts = _counts(s.sample(min(len(s), sample_size), random_state=0))
+    sample = [v for _,v in counts]
     if all(isinstance(v, (datetime.date,np.datetime64,pd.Period)) for v in sample): return 'date','ISO8601'
     if all(isinstance(v, DURATIONS) for v in sample): return 'number',None
     if any(isinstance(v, complex) for v in sample): raise TypeError(_complex(s))
-    texts = [t for t in map(as_text, sample) if t is not None]
+    texts = [as_text(v) for v in sample]
+    marks = None in texts
+    weights = [n for t,n in zip(texts, counts.values(), strict=True) if t is not None]
+    texts = [t for t in texts if t is not None]
     if all(isinstance(v, numbers.Number) and not isinstance(v, bool) for v in sample): return 'number',None
     if texts and all(map(_is_number_text, texts)):
-        no_marks = len(texts)==len(sample)      # or somebody has made text of numbers, so that they count as names
-        return ('category' if no_marks and all(map(_is_whole, texts)) and _repeats(s) else 'number'),None
-    if texts and np.mean([bool(CLOCK.fullmatch(t)) for t in texts])>=.95: return 'number',None
-    format = date_format(texts)
+        # without marks somebody has made text of numbers, so that they count as names
+        return ('category' if not marks and all(map(_is_whole, texts)) and _repeats(s) else 'number'),None
+    if texts and np.average([bool(CLOCK.fullmatch(t)) for t in texts], weights=weights)>=.95: return 'number',None
+    format = date_format(texts, weights)
     if format: return 'date',format
-    format = amount_format(texts)
+    format = amount_format(texts, weights)
     return ('number' if format else 'category'),format
 
 def _kind(
@@ -299,7 +310,8 @@ def _choose(self:FrameReader, parts):
     "Note the names of the parts that vary and repeat no other"
     varied = {n: s for n,s in parts.items() if s.nunique(dropna=False)>1}
     kept,copies = _without_copies(varied.items())
-    whole = [n for n in parts if n in {c.new_name for c in self.columns}]    # no parts of dates
+    names = {c.new_name for c in self.columns}
+    whole = [n for n in parts if n in names]    # no parts of dates
     self.dropped |= {n: f'it repeats {copies[n]!r}' for n in whole if n in copies}
     self.dropped |= {n: 'it is constant' for n in whole if n not in varied}
     self.cat_names = [n for n in kept if parts[n].dtype==object]

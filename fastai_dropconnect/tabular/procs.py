@@ -151,7 +151,7 @@ class FillMissingAnywhere(FillMissing):
         check_columns(to.items.columns, [n for n in to.cat_names if n not in self._added(to)] + to.cont_names, 'rows')
         for n,v in self.na_dict.items():
             if self.add_col and n in self.with_gaps:
-                to.loc[:,n+'_na'] = to[n].isna()
+                to[n+'_na'] = to[n].isna()
                 if n+'_na' not in to.cat_names: to.cat_names.append(n+'_na')
             to[n] = to[n].fillna(v)
 
