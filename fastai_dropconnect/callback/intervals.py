@@ -8,13 +8,14 @@ __all__ = ['has_interval', 'interval_columns']
 # %% ../../nbs/391_callback.intervals.ipynb #391c0003
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 import pandas as pd, torch
 from fastai.basics import Callback, DataLoader, L, Learner, delegates, noop, patch
 from fastai.callback.core import GatherPredsCallback
 from fastai.tabular.core import TabularPandas, display_df
 from .calibrate import (calibrated_interval, calibrated_spread, calibration_of,
-                                                   current_calibration, described, predicted)
+                                                   described, keeping_spread, needs_spread, predicted)
 from .rows import column_before
 from ..tabular.learner import TabularLearner
 from ..tabular.predict import ROW_COLUMNS
@@ -117,11 +118,11 @@ def _groups_in(learn, dl, rows): # A frame with the group of each row, or `None`
         raise ValueError(f'`with_interval` needs rows with the column {cal.group!r}, by which intervals are calibrated')
     return _group_frame(learn, to).iloc[rows.numpy()]
 
-def _ends(learn, dl, outs, idxs, reorder): # Lower and upper ends, in the order of the predictions
+def _ends(learn, dl, outs, members, idxs, reorder): # Lower and upper ends, in the order of the predictions
     if not outs: return None,None       # as the predictions
     out = torch.cat(outs)
     order = torch.arange(len(out)) if idxs is None else idxs.argsort(stable=True)
-    pred = described(learn, out[order], calibrated_spread(learn, dl))
+    pred = described(learn, out[order], members.spread[order] if members else calibrated_spread(learn, dl))
     groups = _groups_in(learn, dl, order if idxs is None else idxs[order])
     ends = [end.to(pred.mean.dtype) for end in calibrated_interval(learn, pred, groups)]
     return tuple(ends if reorder else [end[order.argsort()] for end in ends])
@@ -149,10 +150,10 @@ def get_preds(self:Learner,
                  reorder=reorder, **kwargs)
     if not with_interval: return _get_preds(self, ds_idx, dl, cbs=cbs, **given)
     _check_interval(self)
-    current_calibration(self)       # raises if it is of other snapshots
     dl,idxs = _in_fixed_order(self, ds_idx, dl)
     keep = _KeepOutputs()
-    res = _get_preds(self, dl=dl, cbs=[*L(cbs), keep], **given)
-    return *res,*_ends(self, dl, keep.outs, idxs, reorder)
+    with keeping_spread(self) if needs_spread(self) else nullcontext() as members:
+        res = _get_preds(self, dl=dl, cbs=[*L(cbs), keep, *L(members)], **given)
+    return *res,*_ends(self, dl, keep.outs, members, idxs, reorder)
 
 Learner.get_preds.of_fastai = _get_preds
