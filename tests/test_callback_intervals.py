@@ -255,3 +255,15 @@ def test_groups_of_a_number_with_gaps_are_those_of_the_frame(procs):
     for k in own: torch.testing.assert_close(own[k], framed[k], rtol=1e-5, atol=1e-6)
     with learn.no_bar(): _,_,lower,upper = learn.get_preds(with_interval=True)
     np.testing.assert_allclose(torch.cat([lower,upper], 1), ends_of(learn, df[400:]), rtol=1e-4, atol=1e-5)
+
+def test_levels_that_are_numbers_are_known_in_any_type():
+    "A column of codes with a gap has 2.0 for 2"
+    df = pd.concat([DF.assign(code=DF.code.astype('float64').where(DF.index>2))]*3, ignore_index=True)
+    set_seed(0)
+    learn = tabular_learner(make_dls(df), [8], noise='gaussian')
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 1e-2)
+    learn.calibrate(group='code', df=df.dropna(subset='code').astype({'code': 'int64'}))
+    assert set(calibration_of(learn).group_q)==set('012345')
+    with warnings.catch_warnings(),learn.no_bar():
+        warnings.simplefilter('error', UserWarning)
+        learn.get_preds(0, with_interval=True)      # rows without a code have the interval of all rows, as in a frame

@@ -19,6 +19,7 @@ from .calibrate import (calibrated_interval, calibrated_spread, calibration_of,
 from .rows import column_before
 from ..tabular.learner import TabularLearner
 from ..tabular.predict import ROW_COLUMNS
+from ..uncertainty.conformal import group_key
 
 # %% ../../nbs/391_callback.intervals.ipynb #391c0011
 def has_interval(
@@ -30,7 +31,7 @@ def has_interval(
 
 def _warn_of_unseen(cal, rows): # Both are 0 once they are encoded
     if cal.group not in rows.cat_names: return
-    known = {str(v) for v in rows.procs.categorify.classes[cal.group][1:]}
+    known = {group_key(v) for v in rows.procs.categorify.classes[cal.group][1:]}
     n = int((rows.items[cal.group]==0).sum())
     if not n or not set(cal.group_q)-known: return
     warnings.warn(f'{cal.group!r} is missing or unseen in {n} rows, which cannot be told apart here, so they get the '
