@@ -266,4 +266,5 @@ def test_levels_that_are_numbers_are_known_in_any_type():
     assert set(calibration_of(learn).group_q)==set('012345')
     with warnings.catch_warnings(),learn.no_bar():
         warnings.simplefilter('error', UserWarning)
-        learn.get_preds(0, with_interval=True)      # rows without a code have the interval of all rows, as in a frame
+        _,_,lower,upper = learn.get_preds(0, with_interval=True)      # rows without a code have the interval of all rows, as in a frame
+    np.testing.assert_allclose(torch.cat([lower,upper], 1), ends_of(learn, df[:480]), rtol=1e-4, atol=1e-5)

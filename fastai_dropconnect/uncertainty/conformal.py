@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'GROUP_ROWS', 'conformal_quantile', 'recency_weights', 'co
            'Calibration']
 
 # %% ../../nbs/286_uncertainty.conformal.ipynb #c8a5ae78
-import math
+import math, numbers
 from dataclasses import dataclass, fields
 import torch
 from fastcore.basics import patch
@@ -166,7 +166,8 @@ def group_key(
     value # Of the column of groups
 ) -> str: # Text survives any file, and a column with gaps has 2.0 for 2
     "Return the name of a group"
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    is_float = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)      # also NumPy's
+    return str(int(value)) if is_float and float(value).is_integer() else str(value)
 
 @dataclass
 class Calibration:
