@@ -111,20 +111,20 @@ def _check_interval(learn):
         raise ValueError('`with_interval` must be False for classes, which have probabilities, got with_interval=True')
     raise ValueError('`with_interval` needs a Learner with `noise`, or `learn.calibrate` first, got with_interval=True')
 
-def _groups_in(learn, dl, rows): # A frame with the group of each row, or `None`
+def _groups_in(learn, dl): # A frame with the group of each row of its table, or `None`
     cal = calibration_of(learn)
     if cal is None or cal.group is None: return None
     to = getattr(dl, 'dataset', None)
     if cal.group not in getattr(to, 'items', ()):
         raise ValueError(f'`with_interval` needs rows with the column {cal.group!r}, by which intervals are calibrated')
-    return _group_frame(learn, to).iloc[rows.numpy()]
+    return _group_frame(learn, to)
 
-def _ends(learn, dl, outs, members, idxs, reorder): # Lower and upper ends, in the order of the predictions
+def _ends(learn, dl, outs, members, groups, idxs, reorder): # Lower and upper ends, in the order of the predictions
     if not outs: return None,None       # as the predictions
     out = torch.cat(outs)
     order = torch.arange(len(out)) if idxs is None else idxs.argsort(stable=True)
     pred = described(learn, out[order], members.spread[order] if members else calibrated_spread(learn, dl))
-    groups = _groups_in(learn, dl, order if idxs is None else idxs[order])
+    if groups is not None: groups = groups.iloc[(order if idxs is None else idxs[order]).numpy()]
     ends = [end.to(pred.mean.dtype) for end in calibrated_interval(learn, pred, groups)]
     return tuple(ends if reorder else [end[order.argsort()] for end in ends])
 
@@ -152,9 +152,9 @@ def get_preds(self:Learner,
     if not with_interval: return _get_preds(self, ds_idx, dl, cbs=cbs, **given)
     _check_interval(self)
     dl,idxs = _in_fixed_order(self, ds_idx, dl)
-    keep = _KeepOutputs()
+    groups,keep = _groups_in(self, dl),_KeepOutputs()
     with keeping_spread(self) if needs_spread(self) else nullcontext() as members:
         res = _get_preds(self, dl=dl, cbs=[*L(cbs), keep, *L(members)], **given)
-    return *res,*_ends(self, dl, keep.outs, members, idxs, reorder)
+    return *res,*_ends(self, dl, keep.outs, members, groups, idxs, reorder)
 
 Learner.get_preds.of_fastai = _get_preds
