@@ -144,7 +144,7 @@ def test_the_order_of_rows(kind, fast):
         np.testing.assert_allclose(high, upper[order], rtol=1e-4, atol=1e-5)
 
 def test_nothing_is_predicted_twice_and_nothing_stays():
-    for kind,n in (('quantile',1), ('plain',1), ('noisy_snapshots',3), ('mixture',1)):
+    for kind in ('quantile','plain','noisy_snapshots','mixture','members','snapshots'):
         learn,calls = MAKERS[kind](),[]
         learn.calibrate(.8)
         dl = learn.dls.valid.new(bs=1000)
@@ -154,7 +154,32 @@ def test_nothing_is_predicted_twice_and_nothing_stays():
         plain = len(calls)
         learn.get_preds(dl=dl, with_interval=True)
         assert len(calls)==2*plain and list(learn.cbs)==cbs, kind
+        learn.predict_distribution(DF[160:])
+        assert len(calls)==4*plain and list(learn.cbs)==cbs, kind       # two batches
         hook.remove()
+
+@pytest.mark.parametrize('kind', ['members','snapshots'])
+def test_what_other_callbacks_do_to_predictions_is_in_the_interval(kind):
+    "The members of snapshots pass through all callbacks, those of a masked ensemble through none"
+    class Up(Callback):
+        def after_pred(self): self.learn.pred = self.pred+10
+    learn = MAKERS[kind]()
+    learn.calibrate(.8)
+    *_,lower,upper = learn.get_preds(with_interval=True)
+    *_,low,high = learn.get_preds(with_interval=True, cbs=Up())
+    torch.testing.assert_close(low, lower+10)
+    torch.testing.assert_close(high, upper+10)
+    assert getattr(learn.model, 'average', 'mean')=='mean' and learn.get_preds(with_interval=True)[3].equal(upper)
+
+def test_an_error_while_members_are_kept_leaves_nothing_behind():
+    class Fails(Callback):
+        def after_batch(self): raise RuntimeError('stop')
+    for kind in ('members','snapshots'):
+        learn = MAKERS[kind]()
+        learn.calibrate(.8)
+        want,cbs = learn.get_preds(with_interval=True),list(learn.cbs)
+        with pytest.raises(RuntimeError, match='stop'): learn.get_preds(with_interval=True, cbs=Fails())
+        assert list(learn.cbs)==cbs and all(a.equal(b) for a,b in zip(learn.get_preds(with_interval=True), want))
 
 def test_activation_inner_and_batches():
     learn = learner()
@@ -230,3 +255,16 @@ def test_groups_of_a_number_with_gaps_are_those_of_the_frame(procs):
     for k in own: torch.testing.assert_close(own[k], framed[k], rtol=1e-5, atol=1e-6)
     with learn.no_bar(): _,_,lower,upper = learn.get_preds(with_interval=True)
     np.testing.assert_allclose(torch.cat([lower,upper], 1), ends_of(learn, df[400:]), rtol=1e-4, atol=1e-5)
+
+def test_levels_that_are_numbers_are_known_in_any_type():
+    "A column of codes with a gap has 2.0 for 2"
+    df = pd.concat([DF.assign(code=DF.code.astype('float64').where(DF.index>2))]*3, ignore_index=True)
+    set_seed(0)
+    learn = tabular_learner(make_dls(df), [8], noise='gaussian')
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 1e-2)
+    learn.calibrate(group='code', df=df.dropna(subset='code').astype({'code': 'int64'}))
+    assert set(calibration_of(learn).group_q)==set('012345')
+    with warnings.catch_warnings(),learn.no_bar():
+        warnings.simplefilter('error', UserWarning)
+        _,_,lower,upper = learn.get_preds(0, with_interval=True)      # rows without a code have the interval of all rows, as in a frame
+    np.testing.assert_allclose(torch.cat([lower,upper], 1), ends_of(learn, df[:480]), rtol=1e-4, atol=1e-5)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CalibrationRecord', 'KeepCalibration', 'calibration_of', 'set_calibration', 'Predicted', 'is_ensemble',
-           'current_calibration', 'predicted', 'described', 'calibrated_spread', 'total_sd', 'distribution_of',
-           'new_calibration', 'scores_of', 'calibrated_interval']
+           'keeping_spread', 'current_calibration', 'predicted', 'described', 'needs_spread', 'calibrated_spread',
+           'total_sd', 'distribution_of', 'new_calibration', 'scores_of', 'calibrated_interval']
 
 # %% ../../nbs/388_callback.calibrate.ipynb #594f9904
 import math, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 import pandas as pd, torch
 from fastai.basics import DataLoader, Learner, patch, to_device
@@ -17,7 +17,7 @@ from fastcore.basics import noop
 from torch import Tensor
 from .core import RESTORE, RecordingCallback
 from . import mc     # noqa: F401, adds `Learner.get_mc_preds`
-from .members import is_masked, snapshots_of, weighted_members, without_metrics
+from .members import is_masked, kept_members, snapshots_of, weighted_members, without_metrics
 from .rows import rows_of, times_of
 from .snapshots import SnapshotEnsemble
 from ..checks import check_choice, check_int, check_p
@@ -111,12 +111,16 @@ def _blend_spread(learn, dl): # Standard deviation over all members of all model
         res.append(torch.einsum('nko,k->no', (outs-mean[:,None]).square(), shares).sqrt().cpu())
     return torch.cat(res)
 
-def _spread(learn, dl, passes, p): # Of members, or of noisy passes, or `None`
+def _spread(learn, dl, passes, p): # Of the members of a blend, or of noisy passes, or `None`
     if isinstance(inner_model(learn.model), BlendedModel):
         return _blend_spread(learn, dl) if average_for(learn.loss_func)[0]=='mean' else None
-    with learn.no_bar():
-        if is_ensemble(learn): return learn.get_member_preds(dl=dl)[0].std(1, correction=0)
-        return learn.get_mc_preds(passes, p, dl=dl, seed=0)[0].std(1) if passes else None
+    with learn.no_bar(): return learn.get_mc_preds(passes, p, dl=dl, seed=0)[0].std(1) if passes else None
+
+def keeping_spread(
+    learn:Learner
+): # A context that yields a callback for `learn.get_preds`, or `None`: the spread needs passes of its own, or none
+    "Let predictions keep the spread of members, which a distribution has in itself"
+    return kept_members(learn) if is_ensemble(learn) and not hasattr(learn.loss_func, 'distribution') else nullcontext()
 
 def _use_of(learn): # Which snapshots predict, `None` without them
     return next((cb.use for cb in learn._grab_cbs(SnapshotEnsemble)), None)
@@ -140,9 +144,9 @@ def predicted(
     if passes is None:
         cal = current_calibration(learn)
         passes,p = (cal.passes,cal.p) if cal else (0,None)
-    with _whole_outputs(learn): out,targs = learn.get_preds(dl=dl, act=noop)
+    with _whole_outputs(learn),keeping_spread(learn) as kept: out,targs = learn.get_preds(dl=dl, act=noop, cbs=kept)
     if hasattr(learn.loss_func, 'distribution'): return described(learn, out),_two_dims(targs)
-    pred = described(learn, out, _spread(learn, dl, passes, p))
+    pred = described(learn, out, kept.spread if kept else _spread(learn, dl, passes, p))
     return pred,targs if pred.kind=='classes' else _two_dims(targs)
 
 def described(
@@ -159,14 +163,21 @@ def described(
     if average=='softmax': return Predicted(out.softmax(-1), spread=spread, logits=out)
     return Predicted(getattr(loss, 'activation', noop)(out), spread=spread)
 
+def needs_spread(
+    learn:Learner
+) -> bool:
+    "Tell whether the intervals of a Learner depend on a spread of members or noisy passes"
+    cal = current_calibration(learn)
+    return cal is not None and cal.noise is not None
+
 def calibrated_spread(
     learn:Learner,
     dl:DataLoader # Rows
 ) -> Tensor|None: # As in `Predicted`, in the order of the rows of the table
-    "Return the spread of members or noisy passes, if the interval of a Learner depends on it"
-    cal = current_calibration(learn)
-    needed = cal is not None and cal.noise is not None
-    return _spread(learn, dl, cal.passes, cal.p) if needed else None
+    "Return the spread of noisy passes or of the members of a blend, if intervals need it"
+    if not needs_spread(learn): return None
+    cal = calibration_of(learn)
+    return _spread(learn, dl, cal.passes, cal.p)
 
 def _two_dims(targs): # `(n_rows, n_targets)`
     return targs if targs is None or targs.ndim>1 else targs[:,None]

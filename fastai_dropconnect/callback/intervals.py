@@ -8,16 +8,18 @@ __all__ = ['has_interval', 'interval_columns']
 # %% ../../nbs/391_callback.intervals.ipynb #391c0003
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 import pandas as pd, torch
 from fastai.basics import Callback, DataLoader, L, Learner, delegates, noop, patch
 from fastai.callback.core import GatherPredsCallback
 from fastai.tabular.core import TabularPandas, display_df
 from .calibrate import (calibrated_interval, calibrated_spread, calibration_of,
-                                                   current_calibration, described, predicted)
+                                                   described, keeping_spread, needs_spread, predicted)
 from .rows import column_before
 from ..tabular.learner import TabularLearner
 from ..tabular.predict import ROW_COLUMNS
+from ..uncertainty.conformal import group_key
 
 # %% ../../nbs/391_callback.intervals.ipynb #391c0011
 def has_interval(
@@ -29,7 +31,7 @@ def has_interval(
 
 def _warn_of_unseen(cal, rows): # Both are 0 once they are encoded
     if cal.group not in rows.cat_names: return
-    known = {str(v) for v in rows.procs.categorify.classes[cal.group][1:]}
+    known = {group_key(v) for v in rows.procs.categorify.classes[cal.group][1:]}
     n = int((rows.items[cal.group]==0).sum())
     if not n or not set(cal.group_q)-known: return
     warnings.warn(f'{cal.group!r} is missing or unseen in {n} rows, which cannot be told apart here, so they get the '
@@ -109,20 +111,20 @@ def _check_interval(learn):
         raise ValueError('`with_interval` must be False for classes, which have probabilities, got with_interval=True')
     raise ValueError('`with_interval` needs a Learner with `noise`, or `learn.calibrate` first, got with_interval=True')
 
-def _groups_in(learn, dl, rows): # A frame with the group of each row, or `None`
+def _groups_in(learn, dl): # A frame with the group of each row of its table, or `None`
     cal = calibration_of(learn)
     if cal is None or cal.group is None: return None
     to = getattr(dl, 'dataset', None)
     if cal.group not in getattr(to, 'items', ()):
         raise ValueError(f'`with_interval` needs rows with the column {cal.group!r}, by which intervals are calibrated')
-    return _group_frame(learn, to).iloc[rows.numpy()]
+    return _group_frame(learn, to)
 
-def _ends(learn, dl, outs, idxs, reorder): # Lower and upper ends, in the order of the predictions
+def _ends(learn, dl, outs, members, groups, idxs, reorder): # Lower and upper ends, in the order of the predictions
     if not outs: return None,None       # as the predictions
     out = torch.cat(outs)
     order = torch.arange(len(out)) if idxs is None else idxs.argsort(stable=True)
-    pred = described(learn, out[order], calibrated_spread(learn, dl))
-    groups = _groups_in(learn, dl, order if idxs is None else idxs[order])
+    pred = described(learn, out[order], members.spread[order] if members else calibrated_spread(learn, dl))
+    if groups is not None: groups = groups.iloc[(order if idxs is None else idxs[order]).numpy()]
     ends = [end.to(pred.mean.dtype) for end in calibrated_interval(learn, pred, groups)]
     return tuple(ends if reorder else [end[order.argsort()] for end in ends])
 
@@ -149,10 +151,10 @@ def get_preds(self:Learner,
                  reorder=reorder, **kwargs)
     if not with_interval: return _get_preds(self, ds_idx, dl, cbs=cbs, **given)
     _check_interval(self)
-    current_calibration(self)       # raises if it is of other snapshots
     dl,idxs = _in_fixed_order(self, ds_idx, dl)
-    keep = _KeepOutputs()
-    res = _get_preds(self, dl=dl, cbs=[*L(cbs), keep], **given)
-    return *res,*_ends(self, dl, keep.outs, idxs, reorder)
+    groups,keep = _groups_in(self, dl),_KeepOutputs()
+    with keeping_spread(self) if needs_spread(self) else nullcontext() as members:
+        res = _get_preds(self, dl=dl, cbs=[*L(cbs), keep, *L(members)], **given)
+    return *res,*_ends(self, dl, keep.outs, members, groups, idxs, reorder)
 
 Learner.get_preds.of_fastai = _get_preds

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'GROUP_ROWS', 'conformal_quantile', 'recency_weights', 'conformal_scores', 'conformal_interval',
-           'conformal_levels', 'quantiles_at', 'group_quantiles', 'fit_spread', 'cv_plus_interval', 'Calibration']
+           'conformal_levels', 'quantiles_at', 'group_quantiles', 'fit_spread', 'cv_plus_interval', 'group_key',
+           'Calibration']
 
 # %% ../../nbs/286_uncertainty.conformal.ipynb #c8a5ae78
-import math
+import math, numbers
 from dataclasses import dataclass, fields
 import torch
 from fastcore.basics import patch
@@ -161,8 +162,12 @@ def cv_plus_interval(
     return -conformal_quantile((errors-centers).T, level),upper
 
 # %% ../../nbs/286_uncertainty.conformal.ipynb #3322244b
-def _as_key(value): # Of a group; text survives any file, and a column with gaps has 2.0 for 2
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+def group_key(
+    value # Of the column of groups
+) -> str: # Text survives any file, and a column with gaps has 2.0 for 2
+    "Return the name of a group"
+    is_float = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)      # also NumPy's
+    return str(int(value)) if is_float and float(value).is_integer() else str(value)
 
 @dataclass
 class Calibration:
@@ -206,7 +211,7 @@ class Calibration:
         order = order[len(order)-self.last:] if self.last and self.last<len(order) else order
         self.scores = scores[order]
         self.times = None if times is None else times[order]
-        self.groups = None if groups is None else [_as_key(groups[i]) for i in order.tolist()]
+        self.groups = None if groups is None else [group_key(groups[i]) for i in order.tolist()]
         level,weights = round(self.level_of_ends, 12),self._weights()
         self.q = conformal_quantile(self.scores, level, weights)
         self.group_q = {} if groups is None else group_quantiles(self.scores, self.groups, level, weights)
@@ -237,7 +242,7 @@ def quantiles_for(self:Calibration,
     groups:list=None # Of each new row
 ) -> Tensor|tuple: # `(n_rows, n_targets)`; a pair of such unless `symmetric`
     "Return the correction of each new row"
-    if self.group_q and groups: q = torch.stack([self.group_q.get(_as_key(g), self.q) for g in groups])
+    if self.group_q and groups: q = torch.stack([self.group_q.get(group_key(g), self.q) for g in groups])
     else: q = self.q.expand(n_rows, *self.q.shape)
     return q if self.symmetric else q.unbind(-1)
 
