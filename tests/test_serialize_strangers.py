@@ -258,7 +258,7 @@ def pruned(columns):
     return learn
 
 KINDS = dict(blend=blend, split=lambda: calibrated(small()), temperature=lambda: calibrated(small(classes())), compact=lambda: pruned(False), columns=lambda: pruned(True),
-             groups=lambda: calibrated(small(), .5, by='a', group='color', last=9, half_life=3.), quantiles=quantiles,
+             groups=lambda: calibrated(small(), .5, by='b', group='color', last=9, half_life=3.), quantiles=quantiles,
              ends=lambda: calibrated(small(noise='quantile'), symmetric=False),
              noise=lambda: calibrated(small(noise='mixture', config=config(members=2)), method='local'))
 
