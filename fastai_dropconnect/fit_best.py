@@ -304,13 +304,13 @@ class Search:
         "Train a candidate on each fold and add it; raise `_TimeIsOver` if it is"
         if self.candidates and time.monotonic()>=self.end: raise _TimeIsOver
         end,seed = self._share(),self.seed + len(self.candidates)
+        work = self.work*self.shares.get(name, 1)
         self.progress.start(name, self.best.loss if self.candidates else None)
         if self.noise is not None: kind = replace(kind, kwargs=kind.kwargs | dict(noise=self.noise))
         parts = []
         for i,dls in enumerate(self.folds):
             now = time.monotonic()
             deadline = now + (end-now)/(len(self.folds)-i)
-            work = self.work*self.shares.get(name, 1)
             parts.append(self.train(dls, name, kind, self.score, epochs, work, deadline, seed))
         self.candidates.append(_merge(parts, self.targs, self.score))
         self.n_left -= 1

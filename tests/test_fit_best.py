@@ -121,6 +121,17 @@ def test_quick_divides_its_work_by_the_folds():
     work = lambda n, budget: Search([loaders()]*n, score, budget, verbose=False).work
     assert work(4, 'quick')==work(1, 'quick')/4 and work(4, 'default')==work(1, 'default')
 
+def test_quick_spends_most_of_its_work_on_vectors():
+    def works(budget, **kw): # By the name of the candidate
+        dls,spent = loaders(**kw),{}
+        def train(dls, name, kind, score, epochs, work, deadline, seed):
+            spent[name] = work
+            return Candidate(name, 4., [], targets_of(dls)+1., 1., 0.)
+        search = Search([dls], score_for(dls.train_ds.loss_func), budget, verbose=False, train=train).run()
+        return {k: v/search.work for k,v in spent.items()}
+    assert works('quick')==dict(numbers=.2, vectors=.8) and works('quick', conts=())==dict(numbers=1)
+    assert set(works('default').values())=={1}
+
 @pytest.mark.parametrize('noise', ['quantile','gaussian'])
 def test_distributions(noise):
     dls = loaders(table(400), valid=range(100))

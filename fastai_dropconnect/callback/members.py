@@ -136,7 +136,7 @@ class KeepMembers(Callback):
 
     @property
     def spread(self) -> Tensor: # Standard deviation, `(n_rows, n_out)`, in the order of the batches
-        return torch.cat([members.std(1, correction=0) for members in self.batches])
+        return torch.cat([_spread(members, None) for members in self.batches])
 
 @contextmanager
 def kept_members(

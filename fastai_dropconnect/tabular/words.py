@@ -45,7 +45,7 @@ def word_columns(
     "Tell which row has which words"
     codes,texts = pd.factorize(by_value(s, as_text))
     at = {w: i for i,w in enumerate(words)}
-    found = np.zeros((len(texts)+1, len(words)), dtype=int)     # the last row is for code -1, a missing value
+    found = np.zeros((len(texts)+1, len(words)), dtype='int8')     # the last row is for code -1, a missing value
     for i,text in enumerate(texts): found[i,[at[w] for w in words_of(text) if w in at]] = 1
     answers = np.array(['no','yes'], dtype=object)
     return {w: pd.Series(answers[found[codes,i]], s.index, object) for w,i in at.items()}
