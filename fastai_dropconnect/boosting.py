@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np, torch
 from .ensemble.averaging import average_for
 from .ensemble.boosted import fit_boosted
-from .fit_best import Candidate, targets_of
+from .candidates import Candidate, targets_of
 
 # %% ../nbs/527_boosting.ipynb #28a70046
 def _arrays(to, targs=None):

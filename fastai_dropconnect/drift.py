@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np, pandas as pd
 from fastai.tabular.data import TabularDataLoaders
 from .checks import check_p
-from .fit_best import StopAt
+from .candidates import StopAt
 from .recipes import RECIPES, train_recipe
 
 # %% ../nbs/526_drift.ipynb #06fd1d17

@@ -14,7 +14,7 @@ import numpy as np, pandas as pd, torch
 from fastai.tabular.data import TabularDataLoaders
 from . import __version__
 from .files import replace_whole
-from .fit_best import Candidate, Kind, _again, train_candidate
+from .candidates import Candidate, Kind, train_again, train_candidate
 from .nn_utils import load_state_, model_tensors
 from .serialize.fields import decode_values, encode_values
 from .serialize.files import DESCRIPTION, SavedModel, read_json, write_model
@@ -110,8 +110,8 @@ class FitFolder:
         self.n += 1
         if not (path/DESCRIPTION).exists():
             made = train_candidate(dls, name, kind, score, epochs, work, deadline, seed)
-            _save(path, made, how)
+            if not made.interrupted: _save(path, made, how)
             return made
         model,preds,(trained,*rest) = _load(path, how)
-        again = partial(_again, kind=kind, epochs=trained, seed=seed, is_average=not epochs)
+        again = partial(train_again, kind=kind, epochs=trained, seed=seed, is_average=not epochs)
         return Candidate(name, trained, [model.to(dls.device)], preds, *rest, again)

@@ -22,7 +22,8 @@ from .drift import best_names, beyond_range, quick_loss
 from .ensemble.blend import BlendedModel
 from .fit_folder import FitFolder, rows_digest
 from .frame_loaders import encode_frame, known_levels, part_loaders
-from .fit_best import BUDGETS, fit_best_on, score_for
+from .candidates import score_for
+from .fit_best import BUDGETS, fit_best_on
 from .inputs import check_device, has_names, new_names, pair_of, plain_names
 from .splits import column_or_values, splits_of
 from .tabular.frames import as_frame
@@ -119,7 +120,7 @@ class TableEstimator(BaseEstimator):
         self._keep_rows()
         again = vars(self.learner_).pop('again', [])
         encoding = 0 if eval_set is None else reading     # rows to validate on are encoded in another way then
-        if share and clock.monotonic()+encoding<end: self._refit(again, share, end)
+        if again and share and clock.monotonic()+encoding<end: self._refit(again, share, end)
         return self
 
     def _calibrate(self, folds): "Do nothing: probabilities are calibrated by the search"

@@ -1,6 +1,8 @@
 "A fit with a folder: broken off anywhere it goes on, and ends as one that was not"
 import json
 import numpy as np, pandas as pd, pytest, torch
+from fastai.callback.core import Callback
+from fastai.learner import Learner
 from fastai_dropconnect import fit_folder
 from fastai_dropconnect.estimators import DropConnectClassifier, DropConnectRegressor
 from fastai_dropconnect.fit_best import BUDGETS
@@ -20,6 +22,13 @@ def table(n=90, seed=0):
 def regressor(folder, **kw): return DropConnectRegressor(**(dict(budget='quick', random_state=0, verbose=0, folder=folder) | kw))
 def files(folder): return {f: f.read_bytes() for f in folder.rglob('*') if f.is_file()}
 
+class InterruptAt(Callback):
+    "Interrupt a fit after some steps"
+    order = 95
+    def __init__(self, step): self.step = step
+    def after_batch(self):
+        if self.training and self.train_iter==self.step: raise KeyboardInterrupt
+
 def stop_after(monkeypatch, n):
     "Count the networks that are trained, and raise an error before the one after the first `n`"
     real,calls = fit_folder.train_candidate,[]
@@ -29,6 +38,21 @@ def stop_after(monkeypatch, n):
         return real(*args)
     monkeypatch.setattr(fit_folder, 'train_candidate', train)
     return calls
+
+def test_a_network_that_was_interrupted_is_trained_anew(monkeypatch, tmp_path):
+    df,y = table(4000)
+    kwargs = dict(eval_set=(df[:200],y[:200]))
+    fit = Learner.fit
+    def interrupted(self, *args, **kw):
+        self.add_cb(InterruptAt(31))
+        return fit(self, *args, **kw)
+    with monkeypatch.context() as m:
+        m.setattr(Learner, 'fit', interrupted)
+        early = regressor(tmp_path).fit(df, y, **kwargs)
+    assert list(early.leaderboard_.name)==['numbers'] and np.isfinite(early.predict(df)).all()
+    assert not list(tmp_path.glob('candidate_*'))
+    whole = regressor(None).fit(df, y, **kwargs)
+    np.testing.assert_array_equal(regressor(tmp_path).fit(df, y, **kwargs).predict(df), whole.predict(df))
 
 @pytest.mark.parametrize('n,noise', [(4, None), (1, 'quantile')])
 def test_a_fit_that_was_broken_off_ends_as_one_that_was_not(monkeypatch, tmp_path, n, noise):

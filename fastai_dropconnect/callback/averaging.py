@@ -54,6 +54,7 @@ class BestAverage(LeanCallback):
     _stateattrs = ('_moving','_best')
     _active = False         # in a fit
     _moving = _best = None  # in a fit: the average, and the tensors of the best one
+    best_step = 0           # of the last fit; 0: nothing was measured
     def __init__(self,
         score:Callable=None, # Function of predictions and targets, lower is better; by default the loss
         every:int=None, # Steps between measurements; by default an epoch, but 30 at least and 400 at most
@@ -105,7 +106,10 @@ class BestAverage(LeanCallback):
         if best is not None: load_state_(inner_model(self.learn.model), best)    # records of callbacks stay
         self._end_fit()
 
-    def on_broken_fit(self): self._end_fit()
+    def on_broken_fit(self):
+        if self._best is not None: load_state_(inner_model(self.learn.model), self._best)
+        self._end_fit()
+
     def on_remove(self, learn:Learner): self._end_fit()
 
     def _end_fit(self): self._active,self._moving,self._best = False,None,None
