@@ -128,7 +128,7 @@ class Search:
 
     def _train(self, name, kind, epochs=None):
         "Train a candidate on each fold and add it; raise an error if that ends the search"
-        if self.candidates and time.monotonic()>=self.end: raise _TimeIsOver
+        if self.candidates and self._is_over(): raise _TimeIsOver
         end,seed = self._share(),self.seed + len(self.candidates)
         work = self.work*self.shares.get(name, 1)
         self.progress.start(name, self.best.loss if self.candidates else None)
@@ -143,6 +143,11 @@ class Search:
         if parts[-1].interrupted: raise KeyboardInterrupt
         self.n_left -= 1
         return self.candidates[-1]
+
+    def _is_over(self):
+        "Is there less time left than the last candidate took, if that was cut off in its first epoch?"
+        last = self.candidates[-1]
+        return time.monotonic() + last.seconds*(last.timed_out and last.epochs<1) >= self.end
 
     def _share(self):
         "Return when the next candidate must end: the first ones get a third of what is left"

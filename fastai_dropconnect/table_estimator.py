@@ -108,6 +108,7 @@ class TableEstimator(BaseEstimator):
         metric,noise = self._metric(),getattr(self, 'noise', None)
         folds = self._folds(X, y, rows, seed, eval_set)
         reading = clock.monotonic()-start
+        if limit and reading>limit/10 and self.folder is None: folds = folds[:1]     # to train five times takes as long
         higher = None if metric is None else True
         others = self._boosted(folds, score_for(folds[0].train_ds.loss_func, metric, higher), seed, start)
         share = self._refit_share(eval_set, rows['time'], len(folds))

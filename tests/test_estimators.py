@@ -1,5 +1,5 @@
 """`DropConnectRegressor` and `DropConnectClassifier`: what scikit-learn asks of estimators, tables of all kinds, files"""
-import copy, decimal, importlib.util, json, pickle, subprocess, sys, warnings
+import copy, decimal, importlib.util, json, pickle, subprocess, sys, time, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 import sklearn.utils.estimator_checks as checks
@@ -290,6 +290,17 @@ def test_networks_that_see_all_rows_join_those_of_a_random_split(monkeypatch):
     assert not torch.equal(*[next(m.parameters()) for m in joined.models])
     monkeypatch.setattr(sklearn_checks, 'train_small', every_second(sklearn_checks.train_small, KeyboardInterrupt))
     assert len(model_of().models)==1
+
+@pytest.mark.parametrize('seconds,folder,n', [(1.2,False,1), (.05,False,5), (1.2,True,5)])
+def test_a_table_that_takes_long_to_read_is_not_cut_into_folds(monkeypatch, tmp_path, seconds, folder, n):
+    real = table_estimator.TableEstimator._folds
+    def slow(self, *args):
+        time.sleep(seconds)
+        return real(self, *args)
+    monkeypatch.setattr(table_estimator.TableEstimator, '_folds', slow)
+    df,y = table(300)
+    model = regressor(time_limit=10, refit=False, folder=tmp_path if folder else None).fit(df, y)
+    assert len(model.learner_.model.models)==n and np.isfinite(model.predict_interval(df)).all(axis=None)
 
 def test_importances_after_training_on_all_rows():
     "The last rows bring levels and gaps, so that codes and columns are others than before"

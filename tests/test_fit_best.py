@@ -97,6 +97,14 @@ def test_a_time_limit_ends_the_search_and_leaves_the_first_candidate():
     with pytest.raises(ValueError, match='time_limit'): fit_best(loaders(), time_limit=0)
 
 
+@pytest.mark.parametrize('cut_off,epochs,n', [(True,.5,1), (True,1.5,5), (False,.5,5)])
+def test_a_search_ends_where_the_next_network_had_less_time_than_one_that_saw_half_an_epoch(cut_off, epochs, n):
+    def train(dls, name, kind, score, *args): return Candidate(name, epochs, [], targets_of(dls), 0., 100., cut_off)
+    dls = loaders(conts=())
+    search = Search([dls], score_for(dls.train_ds.loss_func), time_limit=60, verbose=False, train=train).run()
+    assert len(search.candidates)==n
+
+
 def test_each_candidate_gets_a_third_of_the_time_that_is_left(monkeypatch):
     deadlines = []
     real = module.train_candidate
