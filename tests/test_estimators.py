@@ -1,6 +1,7 @@
 """`DropConnectRegressor` and `DropConnectClassifier`: what scikit-learn asks of estimators, tables of all kinds, files"""
-import copy, decimal, importlib.util, json, pickle, subprocess, sys, time, warnings
+import copy, decimal, importlib.util, json, pickle, subprocess, sys, warnings
 from pathlib import Path
+from time import sleep
 import numpy as np, pandas as pd, pytest, torch
 import sklearn.utils.estimator_checks as checks
 from sklearn.base import clone
@@ -295,7 +296,7 @@ def test_networks_that_see_all_rows_join_those_of_a_random_split(monkeypatch):
 def test_a_table_that_takes_long_to_read_is_not_cut_into_folds(monkeypatch, tmp_path, seconds, folder, n):
     real = table_estimator.TableEstimator._folds
     def slow(self, *args):
-        time.sleep(seconds)
+        sleep(seconds)
         return real(self, *args)
     monkeypatch.setattr(table_estimator.TableEstimator, '_folds', slow)
     df,y = table(300)
