@@ -145,7 +145,7 @@ class Search:
         return self.candidates[-1]
 
     def _is_over(self):
-        "Is there less time left than the last candidate took, if that was cut off in its first epoch?"
+        "Tell whether less time is left than the last candidate took for part of an epoch"
         last = self.candidates[-1]
         return time.monotonic() + last.seconds*(last.timed_out and last.epochs<1) >= self.end
 
