@@ -45,7 +45,7 @@ def test_restarts_of_members_follow_while_restarts_are_the_best(losses, more):
         return Candidate(name, 4., [], targets_of(dls)+offsets.get(name, 4.), 0., 0.)
     dls,tried = loaders(),[]
     search = Search([dls], score_for(dls.train_ds.loss_func), verbose=False, train=train).run()
-    assert [name for name,*_ in tried]==['numbers','vectors','restarts',*more,'less dropout','smaller','levels','finer'] and search.n_left==0
+    assert [name for name,*_ in tried]==['numbers','vectors','restarts',*more,'less dropout','smaller','levels','finer','linear','additive'] and search.n_left==0
     (_,members,epochs,cycle),*others = tried[2:3+len(more)]
     assert members is None
     for times,(_,members,*lengths) in zip((1,2), others): assert members==4 and lengths==[times*epochs,times*cycle]
@@ -80,6 +80,23 @@ def test_outputs_are_bounded_unless_targets_lie_far_out():
     assert target_range(loaders(df.assign(y=1.))) is None
 
 
+@pytest.mark.parametrize('best,linear,additive,kept', [
+    (1., 1.04, 1.06, ['linear']), (1., .5, .9, ['linear','additive']), (1., 2., 3., []), (1., float('nan'), 1.01, ['additive']),
+    (-.93, -.90, -.88, ['linear'])])     # an area under a curve
+def test_networks_without_hidden_layers_join_the_blend_where_they_are_nearly_as_good(best, linear, additive, kept):
+    losses = dict(numbers=float('nan'), vectors=best, linear=linear, additive=additive)
+    made = [Candidate(name, 4., [], torch.zeros(3, 1), loss, 0.) for name,loss in losses.items()]
+    assert [c.name for c in module._without_poor(made)]==['numbers','vectors',*kept]
+
+
+def test_networks_without_hidden_layers_are_for_small_tables(monkeypatch):
+    dls = loaders()
+    assert {'linear','additive'}<=set(names(fit_best(dls, verbose=False)))
+    assert 'additive' not in names(fit_best(loaders(conts=()), verbose=False))
+    monkeypatch.setattr(module, 'MANY_ROWS', 100)
+    assert not {'linear','additive'}&set(names(fit_best(dls, verbose=False)))
+
+
 def test_a_table_of_categories_only_has_one_kind():
     learn = fit_best(loaders(conts=()), budget='quick', verbose=False)
     assert names(learn)==['numbers'] and learn.get_preds()[0].isfinite().all()
@@ -97,7 +114,7 @@ def test_a_time_limit_ends_the_search_and_leaves_the_first_candidate():
     with pytest.raises(ValueError, match='time_limit'): fit_best(loaders(), time_limit=0)
 
 
-@pytest.mark.parametrize('cut_off,epochs,n', [(True,.5,1), (True,1.5,5), (False,.5,5)])
+@pytest.mark.parametrize('cut_off,epochs,n', [(True,.5,1), (True,1.5,6), (False,.5,6)])
 def test_a_search_ends_where_the_next_network_had_less_time_than_one_that_saw_half_an_epoch(cut_off, epochs, n):
     def train(dls, name, kind, score, *args): return Candidate(name, epochs, [], targets_of(dls), 0., 100., cut_off)
     dls = loaders(conts=())
