@@ -245,7 +245,7 @@ def fit_best_on(
     noise = noise_of(noise)
     average,score = _measure(folds, metric, higher_is_better, noise)
     search = Search(folds, score, budget, time_limit, check_int(seed, 'seed', 0), verbose, noise, train).run()
-    if verbose and search.interrupted: print(f'interrupted: {len(search.candidates)} networks are kept')
+    if verbose and search.interrupted: print(f'interrupted; networks kept: {len(search.candidates)}')
     search.candidates += list(others)
     model,weights = _blend(search, average)
     learn = blended_learner(folds[0], model, metric, noise)

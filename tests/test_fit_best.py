@@ -211,7 +211,7 @@ def test_an_interrupt_keeps_a_network_that_is_half_trained(monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt): interrupted(monkeypatch, [dls], 20)      # nothing is measured yet
     learn,trained = interrupted(monkeypatch, [dls], 70)
     assert trained==[('numbers',True)] and names(learn)==['numbers'] and learn.again==[]
-    assert 'interrupted: 1 networks are kept' in capsys.readouterr().out
+    assert 'interrupted; networks kept: 1' in capsys.readouterr().out
     assert 30<=learn.leaderboard.epochs[0]*len(dls.train)<=60
     assert np.isclose(learn.leaderboard.loss[0], learn.validate()[0], rtol=1e-4)
     learn,trained = interrupted(monkeypatch, [dls], 70, 2, verbose=False)
