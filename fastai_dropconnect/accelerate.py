@@ -70,12 +70,10 @@ class SteadyStep:
 
 
 # %% ../nbs/336_accelerate.ipynb #dbabf645
-_cancels = (CancelBatchException,CancelBackwardException,CancelEpochException,CancelFitException,CancelStepException,
-            CancelTrainException,CancelValidException)
-
 def _is_direct(cls) -> bool: # Does `__call__` of a callback only call methods of its class?
     return cls.__call__ is Callback.__call__ or getattr(cls.__call__, 'own_events', False)
 
+# %% ../nbs/336_accelerate.ipynb #cb295d0d
 class LeanEvents:
     "Send each event of a Learner to the callbacks that handle it, in fastai's order"
     replaced = '_call_one','_with_events','_set_device'     # methods of the Learner
@@ -103,75 +101,91 @@ class LeanEvents:
             if handles or event_name in vars(cb): self._send(cb, event_name)
         if event_name=='after_fit': self._forget()      # else it would hold on to callbacks that are removed now
 
-    def _send(self, cb, event_name): # fastai's `__call__` asks the Learner, which takes longer than most methods
-        "Call a callback for an event, or its method if that is the same"
-        training = vars(self.learn).get('training')
-        if event_name not in _inner_loop or training is None or 'training' in vars(cb) or not _is_direct(type(cb)):
-            return cb(event_name)
-        if not cb.run or not (cb.run_train if training else cb.run_valid): return
-        try: getattr(cb, event_name)()
-        except _cancels: raise
-        except Exception as e:
-            where = f'Exception occured in `{type(cb).__name__}` when calling event `{event_name}`'
-            raise modify_exception(e, f'{where}:\n\t{e.args[0]}', replace=True)
+# %% ../nbs/336_accelerate.ipynb #52e9b851
+@patch
+def _plan(self:LeanEvents, event_name) -> list: # Pairs (callback, does its class handle the event?)
+    if not hasattr(event, event_name): raise Exception(f'missing {event_name}')
+    def handles(cls): return hasattr(cls, event_name) or not _is_direct(cls)
+    everyone = event_name=='after_fit'      # resets `run`
+    return [(cb, everyone or handles(type(cb))) for cb in self.learn.cbs.sorted('order')]
 
-    def _plan(self, event_name) -> list: # Pairs (callback, does its class handle the event?)
-        if not hasattr(event, event_name): raise Exception(f'missing {event_name}')
-        def handles(cls): return hasattr(cls, event_name) or not _is_direct(cls)
-        everyone = event_name=='after_fit'      # resets `run`
-        return [(cb, everyone or handles(type(cb))) for cb in self.learn.cbs.sorted('order')]
+# %% ../nbs/336_accelerate.ipynb #269b4b37
+_cancels = (CancelBatchException,CancelBackwardException,CancelEpochException,CancelFitException,CancelStepException,
+            CancelTrainException,CancelValidException)
 
-    def with_events(self, f, event_type, ex, final=noop):
-        "Do what `learn._with_events` does"
-        if getattr(f, '__func__', None) is Learner._do_one_batch: f = self._do_one_batch
-        try:
-            self(f'before_{event_type}')
-            f()
-        except ex: self(f'after_cancel_{event_type}')
-        self(f'after_{event_type}')
-        final()
+@patch
+def _send(self:LeanEvents, cb, event_name): # fastai's `__call__` asks the Learner, which takes longer than most methods
+    "Call a callback for an event, or its method if that is the same"
+    training = vars(self.learn).get('training')
+    if event_name not in _inner_loop or training is None or 'training' in vars(cb) or not _is_direct(type(cb)):
+        return cb(event_name)
+    if not cb.run or not (cb.run_train if training else cb.run_valid): return
+    try: getattr(cb, event_name)()
+    except _cancels: raise
+    except Exception as e:
+        where = f'Exception occured in `{type(cb).__name__}` when calling event `{event_name}`'
+        raise modify_exception(e, f'{where}:\n\t{e.args[0]}', replace=True)
 
-    def set_device(self, b):
-        "Do what `learn._set_device` does"
-        device = next(self.learn.model.parameters()).device
-        there = type(b) is tuple and all(isinstance(t, torch.Tensor) and t.device==device for t in b)
-        return b if there else Learner._set_device(self.learn, b)
+# %% ../nbs/336_accelerate.ipynb #46d54278
+@patch
+def with_events(self:LeanEvents, f, event_type, ex, final=noop):
+    "Do what `learn._with_events` does"
+    if getattr(f, '__func__', None) is Learner._do_one_batch: f = self._do_one_batch
+    try:
+        self(f'before_{event_type}')
+        f()
+    except ex: self(f'after_cancel_{event_type}')
+    self(f'after_{event_type}')
+    final()
 
-    def _do_one_batch(self):
-        "Do what `learn._do_one_batch` does; the loss of plain tensors is a plain tensor"
-        learn,steady,self._steady = self.learn,self._steady,None        # an error or a cancelled step ends it
-        with fast_linears(),fixed_lookup(steady and steady.lookup): learn.pred = learn.model(*learn.xb)
-        self('after_pred')
-        if len(learn.yb):
-            is_plain = all(type(t) is torch.Tensor for t in (learn.pred, *learn.yb))
-            # fastai's losses make a `TensorBase`, whose operations run through Python
-            with torch._C.DisableTorchFunctionSubclass() if is_plain else nullcontext():
-                learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
-            learn.loss = learn.loss_grad.clone()
-        self('after_loss')
-        if learn.training and len(learn.yb):
-            with fast_linears(): self._do_grad_opt(steady)      # where backward runs parts of the model again
+@patch
+def set_device(self:LeanEvents, b):
+    "Do what `learn._set_device` does"
+    device = next(self.learn.model.parameters()).device
+    there = type(b) is tuple and all(isinstance(t, torch.Tensor) and t.device==device for t in b)
+    return b if there else Learner._set_device(self.learn, b)
 
-    def _do_grad_opt(self, steady):
-        "Do what `learn._do_grad_opt` does, and find out once in an epoch what its batches share"
-        if steady is None:
-            self.learn._do_grad_opt()
-            if not self._has_looked: self._steady,self._has_looked = SteadyStep.find(self.learn),True
-            return
-        self.with_events(self.learn._backward, 'backward', CancelBackwardException)
-        self.with_events(steady.opt.step, 'step', CancelStepException)
-        steady.opt.zero_grad()
-        self._steady = steady
+# %% ../nbs/336_accelerate.ipynb #fc97db1e
+@patch
+def _do_one_batch(self:LeanEvents):
+    "Do what `learn._do_one_batch` does; the loss of plain tensors is a plain tensor"
+    learn,steady,self._steady = self.learn,self._steady,None        # an error or a cancelled step ends it
+    with fast_linears(),fixed_lookup(steady and steady.lookup): learn.pred = learn.model(*learn.xb)
+    self('after_pred')
+    if len(learn.yb):
+        is_plain = all(type(t) is torch.Tensor for t in (learn.pred, *learn.yb))
+        # fastai's losses make a `TensorBase`, whose operations run through Python
+        with torch._C.DisableTorchFunctionSubclass() if is_plain else nullcontext():
+            learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
+        learn.loss = learn.loss_grad.clone()
+    self('after_loss')
+    if learn.training and len(learn.yb):
+        with fast_linears(): self._do_grad_opt(steady)      # where backward runs parts of the model again
 
-    def install(self):
-        "Replace the methods of the Learner, unless somebody has changed them"
-        own,cls = vars(self.learn),type(self.learn)
-        if any(n in own or getattr(cls, n) is not getattr(Learner, n) for n in self.replaced): return
-        own.update(zip(self.replaced, (self, self.with_events, self.set_device)))
+@patch
+def _do_grad_opt(self:LeanEvents, steady):
+    "Do what `learn._do_grad_opt` does, and find out once in an epoch what its batches share"
+    if steady is None:
+        self.learn._do_grad_opt()
+        if not self._has_looked: self._steady,self._has_looked = SteadyStep.find(self.learn),True
+        return
+    self.with_events(self.learn._backward, 'backward', CancelBackwardException)
+    self.with_events(steady.opt.step, 'step', CancelStepException)
+    steady.opt.zero_grad()
+    self._steady = steady
 
-    def remove(self):
-        "Give the Learner its methods back"
-        for name in self.replaced: vars(self.learn).pop(name, None)
+# %% ../nbs/336_accelerate.ipynb #ef2bbbd3
+@patch
+def install(self:LeanEvents):
+    "Replace the methods of the Learner, unless somebody has changed them"
+    own,cls = vars(self.learn),type(self.learn)
+    if any(n in own or getattr(cls, n) is not getattr(Learner, n) for n in self.replaced): return
+    own.update(zip(self.replaced, (self, self.with_events, self.set_device)))
+
+@patch
+def remove(self:LeanEvents):
+    "Give the Learner its methods back"
+    for name in self.replaced: vars(self.learn).pop(name, None)
 
 # %% ../nbs/336_accelerate.ipynb #9a164671
 def _swapped(opt_func, old, new):

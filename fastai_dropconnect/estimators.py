@@ -34,6 +34,7 @@ def _usual_range(y): # (2, ...), from the lowest to the highest target that is l
     wide = np.where(high>low, 20*(high-low), np.inf)
     return np.stack([low-wide,high+wide])
 
+# %% ../nbs/530_estimators.ipynb #856e0044
 class DropConnectRegressor(Intervals, RegressorMixin, TableEstimator):
     "Predict numbers with the networks that suit a table"
     def __init__(self,
@@ -63,49 +64,62 @@ class DropConnectRegressor(Intervals, RegressorMixin, TableEstimator):
         res = self._outputs(X)*self._scale + self._mean
         return res if self._has_columns else res[:,0]
 
-    def _checked_targets(self, y):
-        kinds = {t.kind for t in (y.dtypes if isinstance(y, pd.DataFrame) else [np.asarray(y).dtype])}
-        if kinds & {'m','M'}: raise TypeError('`y` must hold numbers, got dates or durations: convert them first')
-        y = no_gaps(y, 'y')
-        try: y = check_array(y, dtype='float64', ensure_2d=False, input_name='y')
-        except ValueError as e: raise ValueError(f'`y` must hold finite numbers, but: {e}') from None
-        if y.ndim<3 and y.size: return y
-        raise ValueError(f'`y` must have the shape (n_rows,) or (n_rows, n_targets), got {y.shape}')
+# %% ../nbs/530_estimators.ipynb #e83ca3b4
+@patch
+def _checked_targets(self:DropConnectRegressor, y):
+    kinds = {t.kind for t in (y.dtypes if isinstance(y, pd.DataFrame) else [np.asarray(y).dtype])}
+    if kinds & {'m','M'}: raise TypeError('`y` must hold numbers, got dates or durations: convert them first')
+    y = no_gaps(y, 'y')
+    try: y = check_array(y, dtype='float64', ensure_2d=False, input_name='y')
+    except ValueError as e: raise ValueError(f'`y` must hold finite numbers, but: {e}') from None
+    if y.ndim<3 and y.size: return y
+    raise ValueError(f'`y` must have the shape (n_rows,) or (n_rows, n_targets), got {y.shape}')
 
-    def _learn_targets(self, y):
-        "Note the mean and the scale of the targets, and how far they may lie away"
-        check_choice(self.noise, 'noise', (None,*NOISES))
-        if self.noise is not None and self.with_gbm:
-            raise ValueError(f'`with_gbm` must be False with `noise`, trees have no distribution, got {self.with_gbm}')
-        self._has_columns = y.ndim==2
-        largest = np.maximum(np.abs(y).max(0), np.finfo('float64').tiny)
-        self._limits = _usual_range(y/largest)
-        small = (y/largest).clip(*self._limits)     # no overflow
-        self._mean,scale = small.mean(0)*largest,small.std(0)*largest
-        self._limits = self._limits*largest
-        self._scale = scale     # 0 where all targets are equal: these are predicted exactly
+# %% ../nbs/530_estimators.ipynb #cc8904b6
+@patch
+def _learn_targets(self:DropConnectRegressor, y):
+    "Note the mean and the scale of the targets, and how far they may lie away"
+    check_choice(self.noise, 'noise', (None,*NOISES))
+    if self.noise is not None and self.with_gbm:
+        raise ValueError(f'`with_gbm` must be False with `noise`, trees have no distribution, got {self.with_gbm}')
+    self._has_columns = y.ndim==2
+    largest = np.maximum(np.abs(y).max(0), np.finfo('float64').tiny)
+    self._limits = _usual_range(y/largest)
+    small = (y/largest).clip(*self._limits)     # no overflow
+    self._mean,scale = small.mean(0)*largest,small.std(0)*largest
+    self._limits = self._limits*largest
+    self._scale = scale     # 0 where all targets are equal: these are predicted exactly
 
-    def _encoded_targets(self, y):
-        if np.shape(y)[1:]!=np.shape(self._mean):
-            raise ValueError(f'`eval_set` must have targets of the same shape as `y`, got {np.shape(y)}')
-        y = (y.clip(*self._limits)-self._mean)/np.where(self._scale>0, self._scale, 1)
-        return y.clip(-1e30, 1e30).astype('float32').reshape(len(y), -1)
+@patch
+def _encoded_targets(self:DropConnectRegressor, y):
+    if np.shape(y)[1:]!=np.shape(self._mean):
+        raise ValueError(f'`eval_set` must have targets of the same shape as `y`, got {np.shape(y)}')
+    y = (y.clip(*self._limits)-self._mean)/np.where(self._scale>0, self._scale, 1)
+    return y.clip(-1e30, 1e30).astype('float32').reshape(len(y), -1)
 
-    def _metric(self):
-        if self.metric is None: return None
-        return ScorerMetric(self.metric, None, self._mean, self._scale).check(np.size(self._mean))
+# %% ../nbs/530_estimators.ipynb #85ed667f
+@patch
+def _metric(self:DropConnectRegressor):
+    if self.metric is None: return None
+    return ScorerMetric(self.metric, None, self._mean, self._scale).check(np.size(self._mean))
 
-    def _y_block(self): return RegressionBlock(n_out=np.size(self._mean))
+@patch
+def _y_block(self:DropConnectRegressor): return RegressionBlock(n_out=np.size(self._mean))
 
-    def _describe_targets(self):
-        return dict(mean=np.ravel(self._mean).tolist(), scale=np.ravel(self._scale).tolist(), columns=self._has_columns)
+@patch
+def _strata(self:DropConnectRegressor, y): return None
 
-    def _build_targets(self, f):
-        self._has_columns = f.bool('columns')
-        n = None if self._has_columns else 1
-        values = [np.array(f.list(k, 'numbers', is_number, n), dtype='float64') for k in ('mean','scale')]
-        self._mean,self._scale = values if self._has_columns else [v[0] for v in values]
-    def _strata(self, y): return None
+# %% ../nbs/530_estimators.ipynb #e9a84237
+@patch
+def _describe_targets(self:DropConnectRegressor):
+    return dict(mean=np.ravel(self._mean).tolist(), scale=np.ravel(self._scale).tolist(), columns=self._has_columns)
+
+@patch
+def _build_targets(self:DropConnectRegressor, f):
+    self._has_columns = f.bool('columns')
+    n = None if self._has_columns else 1
+    values = [np.array(f.list(k, 'numbers', is_number, n), dtype='float64') for k in ('mean','scale')]
+    self._mean,self._scale = values if self._has_columns else [v[0] for v in values]
 
 # %% ../nbs/530_estimators.ipynb #6d3c802d
 def _without_object(y):
@@ -117,6 +131,7 @@ def _without_object(y):
 def _without_half(y): # pandas has no index of 16 bits
     return y.astype('float64') if y.dtype.kind=='f' else y
 
+# %% ../nbs/530_estimators.ipynb #aba0322d
 class DropConnectClassifier(ClassifierMixin, TableEstimator):
     "Predict classes with the networks that suit a table"
     def predict_proba(self,
@@ -139,48 +154,61 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
         best = self.predict_proba(X).argmax(1)
         return self.classes_[best]
 
-    def _checked_targets(self, y):
-        y = column_or_1d(np.asarray(no_gaps(y, 'y')), warn=True)
-        if y.dtype.kind=='T': y = y.astype(object)     # numpy's text of any length
-        if y.dtype==object: y = _without_object(y)     # nullable types, and columns that once had gaps
-        kinds = {'text' if isinstance(v, str) else type(v).__name__ for v in y} if y.dtype==object else set()
-        if len(kinds)>1:
-            raise TypeError(f'`y` must have labels of one type, such as text, got {", ".join(sorted(kinds))}')
-        if y.dtype.kind=='m': raise TypeError('`y` must have labels such as text, got durations: convert them first')
-        check_classification_targets(y)
-        return y
+# %% ../nbs/530_estimators.ipynb #8bfa4fe4
+@patch
+def _checked_targets(self:DropConnectClassifier, y):
+    y = column_or_1d(np.asarray(no_gaps(y, 'y')), warn=True)
+    if y.dtype.kind=='T': y = y.astype(object)     # numpy's text of any length
+    if y.dtype==object: y = _without_object(y)     # nullable types, and columns that once had gaps
+    kinds = {'text' if isinstance(v, str) else type(v).__name__ for v in y} if y.dtype==object else set()
+    if len(kinds)>1:
+        raise TypeError(f'`y` must have labels of one type, such as text, got {", ".join(sorted(kinds))}')
+    if y.dtype.kind=='m': raise TypeError('`y` must have labels such as text, got durations: convert them first')
+    check_classification_targets(y)
+    return y
 
-    def _learn_targets(self, y):
-        "Note the classes"
-        try: self.classes_ = np.unique(y)
-        except TypeError: raise TypeError('`y` must have labels of one type, such as text, got several types') from None
-        names = self.classes_.tolist()
-        if len(names)<2: raise ValueError(f'`y` must have 2 classes, got one class: {names[0]!r}')
+# %% ../nbs/530_estimators.ipynb #935fff35
+@patch
+def _learn_targets(self:DropConnectClassifier, y):
+    "Note the classes"
+    try: self.classes_ = np.unique(y)
+    except TypeError: raise TypeError('`y` must have labels of one type, such as text, got several types') from None
+    names = self.classes_.tolist()
+    if len(names)<2: raise ValueError(f'`y` must have 2 classes, got one class: {names[0]!r}')
 
-    def _encoded_targets(self, y):
-        codes = pd.Index(_without_half(self.classes_)).get_indexer(_without_half(y))
-        if (codes<0).any():
-            raise ValueError(f'`eval_set` must have the classes of `y` (of its rows with a weight above 0), '
-                             f'got {np.asarray(y)[codes<0].tolist()[0]!r}')
-        return codes[:,None]
+@patch
+def _encoded_targets(self:DropConnectClassifier, y):
+    codes = pd.Index(_without_half(self.classes_)).get_indexer(_without_half(y))
+    if (codes<0).any():
+        raise ValueError(f'`eval_set` must have the classes of `y` (of its rows with a weight above 0), '
+                         f'got {np.asarray(y)[codes<0].tolist()[0]!r}')
+    return codes[:,None]
 
-    def _metric(self):
-        if self.metric in (None,'log_loss','neg_log_loss'): return None
-        return ScorerMetric(self.metric, self.classes_).check(len(self.classes_))
+# %% ../nbs/530_estimators.ipynb #fcaf248f
+@patch
+def _metric(self:DropConnectClassifier):
+    if self.metric in (None,'log_loss','neg_log_loss'): return None
+    return ScorerMetric(self.metric, self.classes_).check(len(self.classes_))
 
-    def _y_block(self): return CategoryBlock(vocab=list(range(len(self.classes_))))
+@patch
+def _y_block(self:DropConnectClassifier): return CategoryBlock(vocab=list(range(len(self.classes_))))
 
-    def _describe_targets(self):
-        classes = pd.DatetimeIndex(self.classes_) if self.classes_.dtype.kind=='M' else self.classes_
-        return dict(classes=encode_values(classes, '`classes_`'), is_object=self.classes_.dtype==object)
+@patch
+def _strata(self:DropConnectClassifier, y): return self._encoded_targets(y)[:,0]
 
-    def _build_targets(self, f):
-        config = f.take('classes', 'be an object', lambda v: isinstance(v, dict))
-        values = decode_values(config, '`classes_`', pd.Timestamp)
-        self.classes_ = np.array(values, dtype=object if f.bool('is_object') else None)
-        is_date = bool(values) and all(isinstance(v, pd.Timestamp) for v in values)
-        if is_date: self.classes_ = pd.DatetimeIndex(values).to_numpy()
-    def _strata(self, y): return self._encoded_targets(y)[:,0]
+# %% ../nbs/530_estimators.ipynb #052af997
+@patch
+def _describe_targets(self:DropConnectClassifier):
+    classes = pd.DatetimeIndex(self.classes_) if self.classes_.dtype.kind=='M' else self.classes_
+    return dict(classes=encode_values(classes, '`classes_`'), is_object=self.classes_.dtype==object)
+
+@patch
+def _build_targets(self:DropConnectClassifier, f):
+    config = f.take('classes', 'be an object', lambda v: isinstance(v, dict))
+    values = decode_values(config, '`classes_`', pd.Timestamp)
+    self.classes_ = np.array(values, dtype=object if f.bool('is_object') else None)
+    is_date = bool(values) and all(isinstance(v, pd.Timestamp) for v in values)
+    if is_date: self.classes_ = pd.DatetimeIndex(values).to_numpy()
 
 # %% ../nbs/530_estimators.ipynb #aef850d6
 def _saved(cls): # Names of settings

@@ -8,6 +8,7 @@ __all__ = ['MOST_SCORED', 'MOST_AT_ONCE', 'calibration_on', 'Intervals']
 # %% ../nbs/529_intervals.ipynb #5cd977e1
 import warnings
 import numpy as np, pandas as pd, torch
+from fastcore.basics import patch
 from sklearn.utils.validation import check_is_fitted
 from .blended_learner import blended_learner
 from .callback.calibrate import (Predicted, calibration_of, distribution_of, new_calibration, predicted,
@@ -49,12 +50,13 @@ def calibration_on(
     return res
 
 # %% ../nbs/529_intervals.ipynb #1817a3d1
-MOST_AT_ONCE = 4096    # rows; distributions take memory
-
 def _in_units(x, mean, scale): # The scale of equal targets is 0
     "Turn predictions into numbers as the targets are; infinite ends stay infinite"
     infinite = np.isinf(x)
     return np.where(infinite, x, np.where(infinite, 0, x)*scale + mean)
+
+# %% ../nbs/529_intervals.ipynb #ecc64d9b
+MOST_AT_ONCE = 4096    # rows; distributions take memory
 
 class Intervals:
     "Predict quantiles, intervals and distributions with an estimator of numbers"
@@ -63,61 +65,69 @@ class Intervals:
         df = self.reader_.transform(self._same_columns(X))
         for i in range(0, max(1, len(df)), MOST_AT_ONCE): yield df.iloc[i:i+MOST_AT_ONCE]
 
-    def _quantiles(self, X, levels): # `(n_rows, n_targets, n_levels)`
-        check_is_fitted(self)
-        learn,res = self.learner_,[]
-        cal = calibration_of(learn)
-        if cal is None: raise ValueError('the estimator was saved by a version without intervals: fit it again')
-        at = cal.levels_for(levels)
-        for df in self._parts(X):
-            if not len(df): return np.zeros((0, len(np.ravel(self._mean)), len(levels)))
-            pred = predicted(learn, learn.dls.test_dl(self._known(df)))[0]
-            res.append(quantiles_at(distribution_of(pred, cal), at))
-        if ((at<=0) | (at>=1)).any():
-            n = len(cal.scores)
-            warnings.warn(f'{n} held-out rows are too few for the levels {list(levels)}: some ends are infinite')
-        return _in_units(torch.cat(res).cpu().numpy(), *(np.reshape(v, (-1,1)) for v in (self._mean,self._scale)))
-
-    def predict_quantiles(self,
-        X:object, # Rows
-        levels:list=(.05,.25,.5,.75,.95) # Shares of targets that should lie below
-    ) -> np.ndarray: # (n_rows, n_levels), or (n_rows, n_targets, n_levels) if `y` had two dimensions
-        "Predict quantiles, corrected on held-out rows"
-        levels = [check_p(v, 'levels') for v in np.ravel(levels).tolist()]
-        if not levels or 0 in levels:
-            raise ValueError(f'`levels` must be numbers with 0 < level < 1, got levels={levels}')
-        res = self._quantiles(X, levels)
-        return res if self._has_columns else res[:,0]
-
-    def predict_interval(self,
-        X:object, # Rows
-        level:float=.9 # Share of targets within
-    ) -> np.ndarray: # (n_rows, 2), or (n_rows, n_targets, 2) if `y` had two dimensions
-        "Predict lower and upper ends of intervals, corrected on held-out rows"
-        if not check_p(level, 'level'):
-            raise ValueError(f'`level` must be a number with 0 < level < 1, got level={level}')
-        tail = round((1-level)/2, 12)
-        return self.predict_quantiles(X, [tail,1-tail])
-
-    def predict_dist(self,
-        X:object # Rows
-    ) -> pd.DataFrame: # As from `learn.predict_distribution`; with several targets names begin with '0_', '1_', ...
-        "Predict mean, standard deviation, interval of 90 % and quantiles"
-        check_is_fitted(self)
-        learn = self.learner_
-        res = pd.concat([learn.predict_distribution(self._known(df)).assign(warnings=warnings_for(learn, df))
-                         for df in self._parts(X)])
-        units = zip(learn.dls.y_names, np.ravel(self._mean), np.ravel(self._scale), strict=True)
-        for i,(y,mean,scale) in enumerate(units):
-            start = f'{y}_' if len(learn.dls.y_names)>1 else ''
-            own = [n for n in res if n.startswith(start) and n!='warnings']
-            for n in own:
-                zero = 0 if 'sd' in n.removeprefix(start) else mean
-                res[n] = _in_units(res[n].to_numpy('float64'), zero, scale)
-            res = res.rename(columns={n: f'{i}_{n.removeprefix(start)}' for n in own} if start else {})
-        return res.set_axis(X.index) if isinstance(X, pd.DataFrame) else res.reset_index(drop=True)
-
     def _calibrate(self, folds):
         "Let the Learner know how far held-out targets lie from what is predicted"
         noise = getattr(self.learner_.loss_func, 'noise', None)
         set_calibration(self.learner_, calibration_on(self.learner_.model, folds, noise))
+
+# %% ../nbs/529_intervals.ipynb #6b79e79d
+@patch
+def _quantiles(self:Intervals, X, levels): # `(n_rows, n_targets, n_levels)`
+    check_is_fitted(self)
+    learn,res = self.learner_,[]
+    cal = calibration_of(learn)
+    if cal is None: raise ValueError('the estimator was saved by a version without intervals: fit it again')
+    at = cal.levels_for(levels)
+    for df in self._parts(X):
+        if not len(df): return np.zeros((0, len(np.ravel(self._mean)), len(levels)))
+        pred = predicted(learn, learn.dls.test_dl(self._known(df)))[0]
+        res.append(quantiles_at(distribution_of(pred, cal), at))
+    if ((at<=0) | (at>=1)).any():
+        n = len(cal.scores)
+        warnings.warn(f'{n} held-out rows are too few for the levels {list(levels)}: some ends are infinite')
+    return _in_units(torch.cat(res).cpu().numpy(), *(np.reshape(v, (-1,1)) for v in (self._mean,self._scale)))
+
+# %% ../nbs/529_intervals.ipynb #a1024f10
+@patch
+def predict_quantiles(self:Intervals,
+    X:object, # Rows
+    levels:list=(.05,.25,.5,.75,.95) # Shares of targets that should lie below
+) -> np.ndarray: # (n_rows, n_levels), or (n_rows, n_targets, n_levels) if `y` had two dimensions
+    "Predict quantiles, corrected on held-out rows"
+    levels = [check_p(v, 'levels') for v in np.ravel(levels).tolist()]
+    if not levels or 0 in levels:
+        raise ValueError(f'`levels` must be numbers with 0 < level < 1, got levels={levels}')
+    res = self._quantiles(X, levels)
+    return res if self._has_columns else res[:,0]
+
+# %% ../nbs/529_intervals.ipynb #b124e67e
+@patch
+def predict_interval(self:Intervals,
+    X:object, # Rows
+    level:float=.9 # Share of targets within
+) -> np.ndarray: # (n_rows, 2), or (n_rows, n_targets, 2) if `y` had two dimensions
+    "Predict lower and upper ends of intervals, corrected on held-out rows"
+    if not check_p(level, 'level'):
+        raise ValueError(f'`level` must be a number with 0 < level < 1, got level={level}')
+    tail = round((1-level)/2, 12)
+    return self.predict_quantiles(X, [tail,1-tail])
+
+# %% ../nbs/529_intervals.ipynb #f1c37c75
+@patch
+def predict_dist(self:Intervals,
+    X:object # Rows
+) -> pd.DataFrame: # As from `learn.predict_distribution`; with several targets names begin with '0_', '1_', ...
+    "Predict mean, standard deviation, interval of 90 % and quantiles"
+    check_is_fitted(self)
+    learn = self.learner_
+    res = pd.concat([learn.predict_distribution(self._known(df)).assign(warnings=warnings_for(learn, df))
+                     for df in self._parts(X)])
+    units = zip(learn.dls.y_names, np.ravel(self._mean), np.ravel(self._scale), strict=True)
+    for i,(y,mean,scale) in enumerate(units):
+        start = f'{y}_' if len(learn.dls.y_names)>1 else ''
+        own = [n for n in res if n.startswith(start) and n!='warnings']
+        for n in own:
+            zero = 0 if 'sd' in n.removeprefix(start) else mean
+            res[n] = _in_units(res[n].to_numpy('float64'), zero, scale)
+        res = res.rename(columns={n: f'{i}_{n.removeprefix(start)}' for n in own} if start else {})
+    return res.set_axis(X.index) if isinstance(X, pd.DataFrame) else res.reset_index(drop=True)

@@ -3,14 +3,14 @@ import pickle
 from copy import deepcopy
 import pytest, torch
 import torch.nn.functional as F
-from fastai.tabular.all import (Callback, CategoryBlock, Categorify, CrossEntropyLossFlat, FillMissing, Normalize,
+from fastai.tabular.all import (BCEWithLogitsLossFlat, Callback, CategoryBlock, Categorify, CrossEntropyLossFlat, FillMissing, Normalize,
                                 TabularDataLoaders, load_learner, mae, set_seed)
 from torch import nn
 from conftest import make_table
 from ensemble_learners import *
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.members import weighted_members
-from fastai_dropconnect.ensemble.averaging import AveragedModel
+from fastai_dropconnect.ensemble.averaging import AveragedModel, map_outputs
 from fastai_dropconnect.ensemble.blend import BlendedModel
 
 torch.set_num_threads(1)
@@ -101,6 +101,85 @@ def test_members_of_outputs_in_a_dictionary():
     torch.testing.assert_close(each['out'].mean(1), preds(learn, dl=batches)['out'])
     spread = learn.get_preds_and_spread(dl=batches)[2]
     assert spread['out'].shape==(96,1)
+
+
+def in_two_runs(learn, **kw):
+    "What `get_preds_and_spread` returns, from a run for the members and one for their average"
+    each,_ = learn.get_member_preds(**kw)
+    mean,targs = learn.get_preds(**kw)
+    return mean,targs,map_outputs(lambda t: t.std(1, correction=0), each)
+
+def flat(out): # Tensors of an output, in order
+    if torch.is_tensor(out): return [out]
+    return [t for o in (out.values() if isinstance(out, dict) else out) for t in flat(o)]
+
+def snapshots(learn, n=3):
+    learn.fit_zero_restarts(n, 1)
+    return learn
+
+class Dict(nn.Module):
+    def __init__(self): super().__init__(); self.body = make_model(2)
+    def forward(self, x): return dict(out=self.body(x)[:,:1], n=torch.arange(len(x)))
+
+def of_classes(**kw): return make_learn(dls=data(target=classes), model=make_model(3), loss_func=CrossEntropyLossFlat(), **kw)
+def of_flags():
+    target = lambda x: (x[:,:3]>0).float()
+    return make_learn(dls=data(target=target), model=make_model(3), loss_func=BCEWithLogitsLossFlat())
+def of_dictionaries(): return make_learn(model=Dict(), loss_func=lambda p,y: F.mse_loss(p['out'], y))
+def fitted(learn):
+    learn.fit(1, 1e-2)
+    return learn
+
+ENSEMBLES = dict(
+    masked=lambda: fitted(masked(metrics=mae)), snapshots=lambda: snapshots(make_learn(metrics=mae)),
+    both=lambda: snapshots(masked(), 2), accelerated=lambda: fitted(masked(n=4).accelerate()),
+    classes=lambda: snapshots(of_classes()), flags=lambda: snapshots(of_flags()), several=lambda: snapshots(two_outputs()),
+    recalibrated=lambda: snapshots(make_learn(RecalibrateBN())))
+
+class Counts(Callback):
+    def before_validate(self): self.n = getattr(self, 'n', 0)+1
+
+@pytest.mark.parametrize('make', ENSEMBLES.values(), ids=ENSEMBLES)
+def test_one_run_gives_the_bits_of_two(make):
+    learn = make()
+    valid = learn.dls.valid
+    backwards = valid.new(get_idxs=lambda: list(range(valid.n))[::-1])
+    for kw in ({}, dict(ds_idx=0), dict(dl=backwards), dict(dl=list(valid))):
+        want = in_two_runs(learn, **kw)
+        counts = Counts()
+        with learn.added_cbs(counts): got = learn.get_preds_and_spread(**kw)
+        assert counts.n==1
+        for a,b in zip(flat(got), flat(want), strict=True): assert torch.equal(a, b)
+
+def test_one_run_keeps_outputs_in_a_dictionary():
+    learn = snapshots(of_dictionaries())
+    batches = list(learn.dls.valid)
+    got,want = learn.get_preds_and_spread(dl=batches),in_two_runs(learn, dl=batches)
+    for a,b in zip(flat(got), flat(want), strict=True): assert torch.equal(a, b)
+
+
+class Doubles(Callback):
+    def after_loss(self): self.learn.pred = self.pred*2
+
+@pytest.mark.parametrize('make', [lambda: fitted(masked()), lambda: snapshots(make_learn())], ids=['masked','snapshots'])
+def test_callbacks_that_change_predictions_change_those_of_members(make):
+    learn = make()
+    plain = learn.get_preds_and_spread()
+    with learn.added_cbs(Doubles()): got,want = learn.get_preds_and_spread(),in_two_runs(learn)
+    for a,b in zip(got, want, strict=True): assert torch.equal(a, b)
+    torch.testing.assert_close(got[2], 2*plain[2])
+
+
+def test_spread_of_a_noise_model():
+    learn = fitted(tabular(noise='quantile', config=tabular_dropconnect_config(members=3)))
+    for a,b in zip(learn.get_preds_and_spread(), in_two_runs(learn), strict=True): assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('make', [lambda: fitted(masked().accelerate()), lambda: snapshots(tabular(), 2)], ids=['masked','snapshots'])
+def test_spread_without_rows(make):
+    learn = make()
+    empty = learn.dls.test_dl(make_table(5).drop(columns='y')[:0])
+    assert learn.get_preds_and_spread(dl=empty)==in_two_runs(learn, dl=empty)==(None,None,None)
 
 
 def test_a_callback_asks_for_the_members_within_a_fit():

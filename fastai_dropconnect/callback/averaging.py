@@ -70,54 +70,33 @@ class BestAverage(LeanCallback):
         self.share = check_positive(share, 'share')
         self.warmup = check_int(warmup, 'warmup', 0)
 
-    def _loss(self, preds, targs):
-        return (self.score or self.learn.loss_func)(preds, targs)
+    def on_broken_fit(self): self._break_off(self.learn)
+    def on_remove(self, learn:Learner): self._break_off(learn)      # in a fit: callbacks of `fit` are removed if it breaks
 
-    def before_train(self):
-        if self._active or hasattr(self.learn, 'lr_finder'): return
-        self._check_schedules()
-        self._active = True
-        n = len(self.dls.train)
-        self._every = self.every or min(max(n, 30), 400)
-        self._moving = averaged_model(inner_model(self.learn.model), self.share)
-        self.steps,self.best_step,self.best_loss,self.losses = 0,0,math.inf,[]
-        self.timed_out,self._seconds,self._best = False,0.,None
-        self._lrs = [h['lr'] for h in self.opt.hypers]
+# %% ../../nbs/357_callback.averaging.ipynb #bfaeab62
+@patch
+def _check_schedules(self:BestAverage):
+    others = [cb.name for cb in self.learn.cbs if getattr(cb, 'needs_whole_fit', False)]
+    if others: raise ValueError('BestAverage stops a fit when it will, but these callbacks act at shares of a '
+                                f'whole fit: remove {", ".join(others)}')
 
-    def before_batch(self):
-        if not (self._active and self.training) or self.steps>=self.warmup: return
-        self.opt.set_hypers(lr=[lr*(self.steps+1)/self.warmup for lr in self._lrs])
+@patch
+def before_train(self:BestAverage):
+    if self._active or hasattr(self.learn, 'lr_finder'): return
+    self._check_schedules()
+    self._active = True
+    n = len(self.dls.train)
+    self._every = self.every or min(max(n, 30), 400)
+    self._moving = averaged_model(inner_model(self.learn.model), self.share)
+    self.steps,self.best_step,self.best_loss,self.losses = 0,0,math.inf,[]
+    self.timed_out,self._seconds,self._best = False,0.,None
+    self._lrs = [h['lr'] for h in self.opt.hypers]
 
-    def after_batch(self):
-        if not (self._active and self.training): return
-        self._moving.update_parameters(inner_model(self.learn.model))
-        self.steps += 1
-        if self.deadline<math.inf: self.timed_out = from_rank0(time.monotonic()+self._seconds >= self.deadline)
-        if self.timed_out or self.steps%self._every==0: self._measure()
-        if self.timed_out or self._is_over(): raise CancelFitException
-
-    def before_validate(self):
-        if self._active and not self.learn.lock.locked(): raise CancelValidException
-
-    def after_fit(self):
-        if not self._active or self.learn.lock.locked(): return
-        if self.steps and not self.losses: self._measure()
-        best = from_rank0(self._best)       # statistics of batch norm differ between ranks
-        if best is not None: load_state_(inner_model(self.learn.model), best)    # records of callbacks stay
-        self._end_fit()
-
-    def on_broken_fit(self):
-        if self._best is not None: load_state_(inner_model(self.learn.model), self._best)
-        self._end_fit()
-
-    def on_remove(self, learn:Learner): self._end_fit()
-
-    def _end_fit(self): self._active,self._moving,self._best = False,None,None
-
-    def _check_schedules(self):
-        others = [cb.name for cb in self.learn.cbs if getattr(cb, 'needs_whole_fit', False)]
-        if others: raise ValueError('BestAverage stops a fit when it will, but these callbacks act at shares of a '
-                                    f'whole fit: remove {", ".join(others)}')
+# %% ../../nbs/357_callback.averaging.ipynb #47a08aa0
+@patch
+def before_batch(self:BestAverage):
+    if not (self._active and self.training) or self.steps>=self.warmup: return
+    self.opt.set_hypers(lr=[lr*(self.steps+1)/self.warmup for lr in self._lrs])
 
 # %% ../../nbs/357_callback.averaging.ipynb #745c5ad7
 @torch.no_grad()
@@ -139,6 +118,10 @@ def predictions(
 
 # %% ../../nbs/357_callback.averaging.ipynb #8d94d85f
 @patch
+def _loss(self:BestAverage, preds, targs):
+    return (self.score or self.learn.loss_func)(preds, targs)
+
+@patch
 def _measure(self:BestAverage):
     "Measure the average, and keep it if it is the best so far"
     start = time.monotonic()
@@ -149,8 +132,41 @@ def _measure(self:BestAverage):
         self._best = {n: t.clone() for n,t in model_tensors(self._moving.module).items()}
     self._seconds = time.monotonic()-start
 
+# %% ../../nbs/357_callback.averaging.ipynb #542ec7bf
 @patch
 def _is_over(self:BestAverage) -> bool:
     "Tell whether enough measurements have brought nothing"
     without = self.steps-self.best_step
     return without>=max(self.patience*self._every, self.best_step/2)
+
+# %% ../../nbs/357_callback.averaging.ipynb #31e2bac6
+@patch
+def after_batch(self:BestAverage):
+    if not (self._active and self.training): return
+    self._moving.update_parameters(inner_model(self.learn.model))
+    self.steps += 1
+    if self.deadline<math.inf: self.timed_out = from_rank0(time.monotonic()+self._seconds >= self.deadline)
+    if self.timed_out or self.steps%self._every==0: self._measure()
+    if self.timed_out or self._is_over(): raise CancelFitException
+
+@patch
+def before_validate(self:BestAverage):
+    if self._active and not self.learn.lock.locked(): raise CancelValidException
+
+# %% ../../nbs/357_callback.averaging.ipynb #d936ffaf
+@patch
+def after_fit(self:BestAverage):
+    if not self._active or self.learn.lock.locked(): return
+    if self.steps and not self.losses: self._measure()
+    best = from_rank0(self._best)       # statistics of batch norm differ between ranks
+    if best is not None: load_state_(inner_model(self.learn.model), best)    # records of callbacks stay
+    self._end_fit()
+
+@patch
+def _break_off(self:BestAverage, learn):
+    "Leave the best average so far in the model, if a fit is broken off"
+    if self._best is not None: load_state_(inner_model(learn.model), self._best)
+    self._end_fit()
+
+@patch
+def _end_fit(self:BestAverage): self._active,self._moving,self._best = False,None,None

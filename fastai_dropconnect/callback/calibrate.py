@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CalibrationRecord', 'KeepCalibration', 'calibration_of', 'set_calibration', 'Predicted', 'is_ensemble',
-           'keeping_spread', 'current_calibration', 'predicted', 'described', 'needs_spread', 'calibrated_spread',
+           'keeping_spread', 'current_calibration', 'described', 'predicted', 'needs_spread', 'calibrated_spread',
            'total_sd', 'distribution_of', 'new_calibration', 'scores_of', 'calibrated_interval']
 
 # %% ../../nbs/388_callback.calibrate.ipynb #594f9904
@@ -87,6 +87,7 @@ class Predicted:
         if self.distribution is not None: return 'noise'
         return 'numbers' if self.logits is None else 'classes'
 
+# %% ../../nbs/388_callback.calibrate.ipynb #2c4d15ce
 @contextmanager
 def _whole_outputs(learn): # Let `learn.get_preds(act=noop)` return what the model returns
     cbs = [cb for cb in learn.cbs if cb.name=='predict_means' and cb.run]
@@ -96,11 +97,18 @@ def _whole_outputs(learn): # Let `learn.get_preds(act=noop)` return what the mod
     finally:
         for cb in cbs: cb.run = True
 
+# %% ../../nbs/388_callback.calibrate.ipynb #294e61d8
 def is_ensemble(
     learn:Learner
 ) -> bool:
     "Tell whether a Learner predicts with the average of members"
     return is_masked(learn) or snapshots_of(learn) is not None
+
+def keeping_spread(
+    learn:Learner
+): # A context that yields a callback for `learn.get_preds`, or `None`: the spread needs passes of its own, or none
+    "Let predictions keep the spread of members, which a distribution has in itself"
+    return kept_members(learn) if is_ensemble(learn) and not hasattr(learn.loss_func, 'distribution') else nullcontext()
 
 @torch.no_grad()
 def _blend_spread(learn, dl): # Standard deviation over all members of all models, `(n_rows, n_out)`
@@ -116,12 +124,7 @@ def _spread(learn, dl, passes, p): # Of the members of a blend, or of noisy pass
         return _blend_spread(learn, dl) if average_for(learn.loss_func)[0]=='mean' else None
     with learn.no_bar(): return learn.get_mc_preds(passes, p, dl=dl, seed=0)[0].std(1) if passes else None
 
-def keeping_spread(
-    learn:Learner
-): # A context that yields a callback for `learn.get_preds`, or `None`: the spread needs passes of its own, or none
-    "Let predictions keep the spread of members, which a distribution has in itself"
-    return kept_members(learn) if is_ensemble(learn) and not hasattr(learn.loss_func, 'distribution') else nullcontext()
-
+# %% ../../nbs/388_callback.calibrate.ipynb #da67aa2f
 def _use_of(learn): # Which snapshots predict, `None` without them
     return next((cb.use for cb in learn._grab_cbs(SnapshotEnsemble)), None)
 
@@ -134,6 +137,25 @@ def current_calibration(
     raise ValueError(f'the calibration is for use={cal.use!r}: call `learn.calibrate` again, '
                      f'got use={_use_of(learn)!r}')
 
+# %% ../../nbs/388_callback.calibrate.ipynb #6f319a30
+def described(
+    learn:Learner,
+    out:Tensor, # What its model returns, or the average of what members return, `(n_rows, ...)`
+    spread:Tensor=None # As in `Predicted`
+) -> Predicted:
+    "Return what the outputs of a Learner say about each row"
+    loss = learn.loss_func
+    if hasattr(loss, 'distribution'):
+        dist = loss.distribution(out)
+        return Predicted(dist.mean, dist)
+    average,_ = average_for(loss, tuple(out.shape[1:]))
+    if average=='softmax': return Predicted(out.softmax(-1), spread=spread, logits=out)
+    return Predicted(getattr(loss, 'activation', noop)(out), spread=spread)
+
+def _two_dims(targs): # `(n_rows, n_targets)`
+    return targs if targs is None or targs.ndim>1 else targs[:,None]
+
+# %% ../../nbs/388_callback.calibrate.ipynb #f0354c59
 def predicted(
     learn:Learner, # Of a table
     dl:DataLoader, # Rows, not shuffled
@@ -149,20 +171,7 @@ def predicted(
     pred = described(learn, out, kept.spread if kept else _spread(learn, dl, passes, p))
     return pred,targs if pred.kind=='classes' else _two_dims(targs)
 
-def described(
-    learn:Learner,
-    out:Tensor, # What its model returns, or the average of what members return, `(n_rows, ...)`
-    spread:Tensor=None # As in `Predicted`
-) -> Predicted:
-    "Return what the outputs of a Learner say about each row"
-    loss = learn.loss_func
-    if hasattr(loss, 'distribution'):
-        dist = loss.distribution(out)
-        return Predicted(dist.mean, dist)
-    average,_ = average_for(loss, tuple(out.shape[1:]))
-    if average=='softmax': return Predicted(out.softmax(-1), spread=spread, logits=out)
-    return Predicted(getattr(loss, 'activation', noop)(out), spread=spread)
-
+# %% ../../nbs/388_callback.calibrate.ipynb #53070db7
 def needs_spread(
     learn:Learner
 ) -> bool:
@@ -179,9 +188,6 @@ def calibrated_spread(
     cal = calibration_of(learn)
     return _spread(learn, dl, cal.passes, cal.p)
 
-def _two_dims(targs): # `(n_rows, n_targets)`
-    return targs if targs is None or targs.ndim>1 else targs[:,None]
-
 # %% ../../nbs/388_callback.calibrate.ipynb #30afd874
 def _check_finite(values, name):
     bad = (~values.isfinite()).sum().item() if values.is_floating_point() else 0
@@ -193,6 +199,11 @@ def _check_rows(pred, targs):
     _check_finite(pred.mean, 'predictions')
 
 # %% ../../nbs/388_callback.calibrate.ipynb #a48a03fb
+def _check_loss(learn): # A probability for each of several classes has neither an interval nor a softmax
+    if average_for(learn.loss_func)[0]!='sigmoid': return
+    raise ValueError('`calibrate` needs a Learner that predicts numbers or one class per row, '
+                     f'got the loss {learn.loss_func}')
+
 def _passes(learn, method, passes, p): # Noisy passes that the method needs: 50, unless there is another spread
     loss = learn.loss_func
     other = is_ensemble(learn) or hasattr(loss, 'distribution') or getattr(learn.dls, 'vocab', None) is not None
@@ -206,11 +217,7 @@ def _passes(learn, method, passes, p): # Noisy passes that the method needs: 50,
     if passes is not None: return check_int(passes, 'passes', 0)
     return 50 if p or noise_modules(inner_model(learn.model)) else 0
 
-def _check_loss(learn): # A probability for each of several classes has neither an interval nor a softmax
-    if average_for(learn.loss_func)[0]!='sigmoid': return
-    raise ValueError('`calibrate` needs a Learner that predicts numbers or one class per row, '
-                     f'got the loss {learn.loss_func}')
-
+# %% ../../nbs/388_callback.calibrate.ipynb #0a25cc0e
 def _method_for(pred, method):
     usual = dict(noise='cqr', classes='temperature', numbers='split' if pred.spread is None else 'local')[pred.kind]
     numbers = ('split','pit') if pred.spread is None else ('split','local','pit')
@@ -226,11 +233,7 @@ def _check_fits(pred, cal): # The Learner may have got another loss, or predict 
         raise ValueError(f'the calibration {cal.method!r} does not fit what the Learner predicts now: '
                          'call `learn.calibrate` again')
 
-def _inputs(pred, cal): # For `conformal_scores` and `conformal_interval`
-    if cal.method=='split': return dict(mean=pred.mean)
-    if cal.method=='cqr': return dict(zip(('lower','upper'), pred.distribution.interval(cal.level)))
-    return dict(mean=pred.mean, sd=total_sd(pred, cal))
-
+# %% ../../nbs/388_callback.calibrate.ipynb #1ec90261
 def total_sd(
     pred:Predicted, # Of numbers
     cal:Calibration=None # Of the Learner
@@ -254,6 +257,10 @@ def distribution_of(
     mean,sd = [t.double()[...,None,None] for t in (pred.mean, total_sd(pred, cal))]
     return GaussianMixture(torch.zeros_like(mean), mean, sd.clamp(min=1e-300))
 
+def _inputs(pred, cal): # For `conformal_scores` and `conformal_interval`
+    if cal.method=='split': return dict(mean=pred.mean)
+    if cal.method=='cqr': return dict(zip(('lower','upper'), pred.distribution.interval(cal.level)))
+    return dict(mean=pred.mean, sd=total_sd(pred, cal))
 
 # %% ../../nbs/388_callback.calibrate.ipynb #ea6b7bfe
 def _latest(columns, n, by=None, last=None): # Positions of the rows to use, in the order of time
@@ -310,8 +317,26 @@ def _warn_of_few_rows(cal):
     warnings.warn(f'intervals are infinite: level={cal.level} needs at least {least} rows to calibrate with, '
                   f'got {given}{groups}')
 
-
 # %% ../../nbs/388_callback.calibrate.ipynb #65efaf0a
+def scores_of(
+    pred:Predicted, # Of numbers
+    targs:Tensor, # (n_rows, n_targets)
+    cal:Calibration,
+    columns:dict=None, # Values of the columns that the calibration names
+    symmetric:bool=True # As in `conformal_scores`
+) -> tuple: # Scores, times, groups
+    "Score rows for a calibration"
+    inputs = dict(cdf=distribution_of(pred, cal).cdf(targs)) if cal.method=='pit' else _inputs(pred, cal)
+    scores = conformal_scores(targs, cal.method, **inputs, symmetric=symmetric)
+    times = None if cal.by is None else times_of(columns[cal.by])
+    return scores,times,_groups(cal, columns)
+
+def _groups(cal, columns): # Of each row, or `None`
+    if cal.group is None: return None
+    column = columns[cal.group]
+    return column.astype(object).where(column.notna().to_numpy(), '#na#').tolist()      # fastai's level of a gap
+
+# %% ../../nbs/388_callback.calibrate.ipynb #fedecb73
 @patch
 def calibrate(self:Learner,
     level:float=.9, # Share of targets that intervals should hold
@@ -342,24 +367,7 @@ def calibrate(self:Learner,
     set_calibration(self, res)
     return res
 
-def scores_of(
-    pred:Predicted, # Of numbers
-    targs:Tensor, # (n_rows, n_targets)
-    cal:Calibration,
-    columns:dict=None, # Values of the columns that the calibration names
-    symmetric:bool=True # As in `conformal_scores`
-) -> tuple: # Scores, times, groups
-    "Score rows for a calibration"
-    inputs = dict(cdf=distribution_of(pred, cal).cdf(targs)) if cal.method=='pit' else _inputs(pred, cal)
-    scores = conformal_scores(targs, cal.method, **inputs, symmetric=symmetric)
-    times = None if cal.by is None else times_of(columns[cal.by])
-    return scores,times,_groups(cal, columns)
-
-def _groups(cal, columns): # Of each row, or `None`
-    if cal.group is None: return None
-    column = columns[cal.group]
-    return column.astype(object).where(column.notna().to_numpy(), '#na#').tolist()      # fastai's level of a gap
-
+# %% ../../nbs/388_callback.calibrate.ipynb #810dcd75
 def calibrated_interval(
     learn:Learner,
     pred:Predicted, # Of numbers

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 import torch
-from fastai.basics import Callback, DataLoader, Learner, getcallable, patch
+from fastai.basics import Callback, DataLoader, Learner, detuplify, getcallable, nested_reorder, patch, to_concat
 from torch import Tensor, nn
 from . import loading     # noqa: F401, `learn.load` brings ensembles back
 from .core import RecordingCallback
@@ -21,8 +21,9 @@ from ..ensemble.averaging import AveragedModel, average_for, average_members, ma
 from ..ensemble.blend import BlendedModel
 from ..nn_utils import inner_model, load_state_
 from ..tabular.model import each_member
+from ..tabular.predict import keeps_predictions
 
-# %% ../../nbs/372_callback.members.ipynb #67df0c3c
+# %% ../../nbs/372_callback.members.ipynb #69a7eee5
 def is_masked(
     learn:Learner
 ) -> bool:
@@ -37,13 +38,15 @@ def snapshots_of(
 
 def _has_members(learn): return is_masked(learn) or isinstance(inner_model(learn.model), BlendedModel)
 
-def _preds_of_network(learn, ds_idx, dl): # `get_preds` with members on dimension 1: one, or all of the model
-    if not _has_members(learn):
-        preds,targs = learn.get_preds(ds_idx, dl)
-        return stack_members([preds]),targs
-    act = each_activation(learn)
-    with each_member(inner_model(learn.model)),without_loss(learn): return learn.get_preds(ds_idx, dl, act=act)
+# %% ../../nbs/372_callback.members.ipynb #c5c3b82f
+def _check_members(learn):
+    "Raise `TypeError` if a Learner predicts with a single network"
+    if snapshots_of(learn) is not None or _has_members(learn): return
+    raise TypeError("the Learner needs an ensemble to have members: train with `learn.fit_zero_restarts()`, "
+                    "set `learn.snapshot_ensemble.use='average'`, build with `members=8`, or blend several models, "
+                    f"but it predicts with a single {type(inner_model(learn.model)).__name__}")
 
+# %% ../../nbs/372_callback.members.ipynb #2b9367a6
 def each_activation(
     learn:Learner
 ) -> Callable: # Function of outputs `(n_rows, n_members, ...)`
@@ -51,6 +54,7 @@ def each_activation(
     act = getcallable(learn.loss_func, 'activation')
     return lambda outs: torch.stack([act(out) for out in outs.unbind(1)], 1)
 
+# %% ../../nbs/372_callback.members.ipynb #fc06e134
 @contextmanager
 def without_metrics(
     learn:Learner
@@ -64,6 +68,7 @@ def without_metrics(
         learn.metrics = metrics
         if names is not None: recorder.metric_names = names
 
+# %% ../../nbs/372_callback.members.ipynb #567644c2
 @contextmanager
 def without_loss(
     learn:Learner
@@ -77,17 +82,23 @@ def without_loss(
         learn.loss_func = loss
         vars(learn).update(was)
 
+# %% ../../nbs/372_callback.members.ipynb #d09e9b6c
+def _preds_of_network(learn, ds_idx, dl): # `get_preds` with members on dimension 1: one, or all of the model
+    if not _has_members(learn):
+        preds,targs = learn.get_preds(ds_idx, dl)
+        return stack_members([preds]),targs
+    act = each_activation(learn)
+    with each_member(inner_model(learn.model)),without_loss(learn): return learn.get_preds(ds_idx, dl, act=act)
+
+# %% ../../nbs/372_callback.members.ipynb #67df0c3c
 @patch
 def get_member_preds(self:Learner,
     ds_idx:int=1, # As in `learn.get_preds`
     dl:DataLoader=None # As in `learn.get_preds`
 ) -> tuple: # Predictions `(n_rows, n_members, n_out)`, in the form of the model's output, and targets
     "Return the predictions of each member of an ensemble, and the targets"
+    _check_members(self)
     ens = snapshots_of(self)
-    if ens is None and not _has_members(self):
-        raise TypeError("the Learner needs an ensemble to have members: train with `learn.fit_zero_restarts()`, "
-                        "set `learn.snapshot_ensemble.use='average'`, build with `members=8`, or blend several models, "
-                        f"but it predicts with a single {type(inner_model(self.model)).__name__}")
     uses = [nullcontext()] if ens is None else [ens.using(cycle) for cycle in ens.record]
     res = []
     with without_metrics(self):
@@ -95,48 +106,57 @@ def get_member_preds(self:Learner,
             with use: res.append(_preds_of_network(self, ds_idx, dl))
     return map_outputs(lambda *preds: torch.cat(preds, 1), *[preds for preds,_ in res]),res[0][1]
 
-# %% ../../nbs/372_callback.members.ipynb #372spr01
+# %% ../../nbs/372_callback.members.ipynb #372spr00
 def _spread(preds, weights): # (n_rows, n_out); `weights`: of a blend's members, otherwise `None`
     if weights is None: return preds.std(1, correction=0)
     weights = weights.to(preds)[:,None]
     mean = (weights*preds).sum(1, keepdim=True)
     return (weights*(preds-mean).square()).sum(1).sqrt()
 
-@patch
-def get_preds_and_spread(self:Learner,
-    ds_idx:int=1, # As in `learn.get_preds`
-    dl:DataLoader=None # As in `learn.get_preds`
-) -> tuple: # Predictions as from `get_preds`, targets, standard deviation over the members, `(n_rows, n_out)` each
-    "Return the predictions of an ensemble, the targets, and the spread of its members"
-    members,_ = self.get_member_preds(ds_idx, dl)
-    preds,targs = self.get_preds(ds_idx, dl)
-    return preds,targs,map_outputs(partial(_spread, weights=getattr(inner_model(self.model), 'weights', None)), members)
-
 # %% ../../nbs/372_callback.members.ipynb #e214870e
 class KeepMembers(Callback):
     "Keep what members predict, while a Learner predicts with their average"
     def __init__(self,
         average:str|None, # Of masked members, as in `average_members`; `None`: the model has none
-        act:Callable # Activation of outputs `(n_rows, n_members, n_out)`
+        act:Callable # From what the model predicts to `(n_rows, n_members, n_out)`
     ):
         self.average,self.act = average,act
         # masked members are averaged before other callbacks see them, a network is kept as these leave it
         self.order = SnapshotEnsemble.order+1 if average else 100
 
-    def before_validate(self): self.batches = []
+    def before_validate(self): self.batches,self.places = [],None
     def before_batch(self): self.outs = []
     def after_pred(self): # Of the own network, then of each snapshot
         pred = self.learn.pred
-        self.outs.append(self.act(pred if self.average else pred[:,None]))
+        self.outs.append(pred)
         if self.average: self.learn.pred = average_members(pred, self.average)
 
     def after_batch(self):
         own,*snapshots = self.outs
-        self.batches.append(self.learn.to_detach(torch.cat(snapshots or [own], 1)))
+        self.batches.append(self.learn.to_detach(snapshots or [own]))
 
-    @property
-    def spread(self) -> Tensor: # Standard deviation, `(n_rows, n_out)`, in the order of the batches
-        return torch.cat([_spread(members, None) for members in self.batches])
+    def after_validate(self): # `get_preds` puts the rows in the order of the table
+        if hasattr(self.learn.dl, 'get_idxs'): self.places = torch.as_tensor(self.learn.dl.get_idxs()).argsort()
+
+# %% ../../nbs/372_callback.members.ipynb #f31b782b
+@patch(as_prop=True)
+def members(self:KeepMembers) -> Tensor|tuple|list|dict: # `(n_rows, n_members, n_out)`, rows as from `get_preds`
+    "Return what all members have predicted, `None` without rows"
+    if not self.batches: return None
+    outs = [detuplify(to_concat(list(batches))) for batches in zip(*self.batches, strict=True)]
+    res = map_outputs(lambda *members: torch.cat(members, 1), *map(self.act, outs))
+    return res if self.places is None else nested_reorder(res, self.places)
+
+@patch(as_prop=True)
+def spread(self:KeepMembers) -> Tensor: # `(n_rows, n_out)`, in the order of the batches
+    "Return the standard deviation over the members"
+    return torch.cat([_spread(torch.cat([self.act(out) for out in outs], 1), None) for outs in self.batches])
+
+# %% ../../nbs/372_callback.members.ipynb #66814105
+def _activation(learn): # Function from what the model predicts to `(n_rows, n_members, ...)`
+    if is_masked(learn): return each_activation(learn)
+    act = getcallable(learn.loss_func, 'activation')
+    return lambda out: stack_members([act(out)])
 
 @contextmanager
 def kept_members(
@@ -144,8 +164,38 @@ def kept_members(
 ): # Yields a callback for `learn.get_preds(cbs=...)`
     "Context manager: let predictions keep those of the members"
     model = inner_model(learn.model)
-    keep = KeepMembers(model.average if is_masked(learn) else None, each_activation(learn))
+    keep = KeepMembers(model.average if is_masked(learn) else None, _activation(learn))
     with each_member(model) if keep.average else nullcontext(): yield keep
+
+# %% ../../nbs/372_callback.members.ipynb #23ffe7f7
+_of_preds = 'after_pred','after_loss','after_batch'      # events in which a callback can change a prediction
+
+def _leaves_preds(cb) -> bool: # Does a callback leave predictions as they are?
+    if keeps_predictions(cb) or type(cb) is SnapshotEnsemble: return True
+    call = type(cb).__call__
+    is_direct = call is Callback.__call__ or getattr(call, 'own_events', False)
+    return is_direct and not any(hasattr(type(cb), e) or e in vars(cb) for e in _of_preds)
+
+def _can_keep(learn) -> bool:
+    "Tell whether one run gives the members and their average"
+    if isinstance(inner_model(learn.model), BlendedModel) or hasattr(learn.loss_func, 'distribution'): return False
+    return all(map(_leaves_preds, learn.cbs))
+
+# %% ../../nbs/372_callback.members.ipynb #372spr01
+@patch
+def get_preds_and_spread(self:Learner,
+    ds_idx:int=1, # As in `learn.get_preds`
+    dl:DataLoader=None # As in `learn.get_preds`
+) -> tuple: # Predictions as from `get_preds`, targets, standard deviation over the members, `(n_rows, n_out)` each
+    "Return the predictions of an ensemble, the targets, and the spread of its members"
+    _check_members(self)
+    if _can_keep(self):
+        with kept_members(self) as kept: preds,targs = self.get_preds(ds_idx, dl, cbs=kept)
+        members = kept.members
+    else:
+        members,_ = self.get_member_preds(ds_idx, dl)
+        preds,targs = self.get_preds(ds_idx, dl)
+    return preds,targs,map_outputs(partial(_spread, weights=getattr(inner_model(self.model), 'weights', None)), members)
 
 # %% ../../nbs/372_callback.members.ipynb #372mod01
 @contextmanager

@@ -103,6 +103,7 @@ def _check_others(self:ZeroRestarts):
     if late: raise ValueError('ZeroRestarts takes its snapshots before these callbacks remove weights, at the end of '
                               f'the fit: remove {", ".join(late)}')
 
+# %% ../../nbs/375_callback.zero_restarts.ipynb #0a6fd3aa
 @patch
 def before_fit(self:ZeroRestarts):
     if self.learn.lock.locked(): return
@@ -115,6 +116,16 @@ def before_fit(self:ZeroRestarts):
     self._ensemble.record.claim(model_folder(self.learn, self.folder), self._resumes, self.overwrite)
     add_columns(self.learn, self._ensemble)
 
+@patch
+def end_fit(self:ZeroRestarts):
+    "Remove what the fit has added to the Learner, apart from snapshots"
+    ensemble,trained = self._ensemble,self._fit_seed is not None
+    self._ensemble = self._fit_seed = self._trained_epoch = None
+    if ensemble is None or ensemble.learn is None: return
+    ensemble.end_fit()
+    if self._added and not trained: ensemble.learn.remove_cb(ensemble)
+
+# %% ../../nbs/375_callback.zero_restarts.ipynb #98f824d5
 @patch
 def _start_from(self:ZeroRestarts, cycle): # Prepare the store for the snapshots from `cycle` on, and find the seed
     record = self._ensemble.record
@@ -140,13 +151,7 @@ def before_train(self:ZeroRestarts):
 def before_epoch(self:ZeroRestarts):
     if not self.learn.lock.locked(): self._trained_epoch = None     # the last epoch may have been broken off
 
-@patch
-def before_validate(self:ZeroRestarts):
-    if self._trained_epoch is None or self.learn.lock.locked(): return
-    n_cycles,epoch = divmod(self._trained_epoch+1, self.cycle_len)
-    self._trained_epoch = None
-    if epoch==0: self._take_snapshot(n_cycles-1)
-
+# %% ../../nbs/375_callback.zero_restarts.ipynb #2e1fb3e8
 def _smooth_loss(learn): # Running mean of the training loss
     if not hasattr(learn, 'recorder'): return None
     mean = learn.recorder.smooth_loss
@@ -160,19 +165,18 @@ def _take_snapshot(self:ZeroRestarts, cycle):
     self._ensemble.record.use = 'last' if self.use=='last' else 'average'
 
 @patch
+def before_validate(self:ZeroRestarts):
+    if self._trained_epoch is None or self.learn.lock.locked(): return
+    n_cycles,epoch = divmod(self._trained_epoch+1, self.cycle_len)
+    self._trained_epoch = None
+    if epoch==0: self._take_snapshot(n_cycles-1)
+
+# %% ../../nbs/375_callback.zero_restarts.ipynb #7f2cfd8e
+@patch
 def after_fit(self:ZeroRestarts):
     if self._ensemble is None or self.learn.lock.locked(): return
     if self.use=='weights' and self._fit_seed is not None: self._ensemble.predict_with(self.use)
     self.end_fit()
-
-@patch
-def end_fit(self:ZeroRestarts):
-    "Remove what the fit has added to the Learner, apart from snapshots"
-    ensemble,trained = self._ensemble,self._fit_seed is not None
-    self._ensemble = self._fit_seed = self._trained_epoch = None
-    if ensemble is None or ensemble.learn is None: return
-    ensemble.end_fit()
-    if self._added and not trained: ensemble.learn.remove_cb(ensemble)
 
 # %% ../../nbs/375_callback.zero_restarts.ipynb #30a9d9e7
 def cosine_cycles(

@@ -65,10 +65,7 @@ def _masks_of(callbacks): # Names of the masks
     if len(kept)>1: raise ValueError('`callbacks` must have one FrozenZeroInit, got two')
     return kept[0] if kept and isinstance(kept[0], list) else []
 
-def _is_object(v): return isinstance(v, dict)
-def _is_positive(v): return is_number(v) and v>0
-def _is_use(v): return v is None or is_int(v) or is_name(v) and v in ('average','last','weights')
-
+# %% ../../nbs/425_serialize.description.ipynb #c035d2eb
 def _check_loss(loss, network): # A noise model is that of the network
     own = loss if loss.get('class')=='NoiseLoss' else {}
     noise,n_members = distributions(network)
@@ -79,6 +76,10 @@ def _check_loss(loss, network): # A noise model is that of the network
     shares = own.get('shares')
     if isinstance(shares, list) and len(shares)!=n_members:
         raise ValueError(f'`loss.shares` must be {n_members} numbers, one per member, got {len(shares)}')
+
+# %% ../../nbs/425_serialize.description.ipynb #26d66e36
+def _is_positive(v): return is_number(v) and v>0
+def _is_use(v): return v is None or is_int(v) or is_name(v) and v in ('average','last','weights')
 
 def _check_calibration(config): # From the name of each tensor to (dtype, shape)
     if config is None: return {}
@@ -105,7 +106,10 @@ def _check_calibration(config): # From the name of each tensor to (dtype, shape)
     if has_noise: res |= {f'calibration.{n}':('F64', (n_targets,)) for n in ('noise','factor')}
     return res
 
+# %% ../../nbs/425_serialize.description.ipynb #51b9e3b5
 OTHERS = 'format','version','package','tensors','estimator'     # fields that are checked elsewhere
+
+def _is_object(v): return isinstance(v, dict)
 
 def check_description(
     config:dict # Of a `SavedModel`

@@ -112,6 +112,7 @@ class _Members(nn.Module):
         parts = zip(x.chunk(len(self.weights), 1), self.weights)
         return torch.cat([nn.functional.linear(part, w) for part,w in parts], 1)+self.bias
 
+# %% ../../nbs/430_serialize.export.ipynb #f7753d43
 class _Vectors(nn.Module):
     "The vectors of `PLE` or `Periodic`, column by column"
     def __init__(self, layers):
@@ -129,6 +130,7 @@ class _Vectors(nn.Module):
         x = torch.cat([x[:,j:j+1].expand(-1, dim) for j in range(n)], 1)
         return x*own.linear0.weight.flatten()+own.linear0.bias.flatten()+res
 
+# %% ../../nbs/430_serialize.export.ipynb #3dc3c553
 def _for_export(model): # Changed in place
     for m in list(model.modules()):
         if getattr(m, 'num_embeds', None) is not None: m.num_embeds = _Vectors(m.num_embeds)
@@ -136,6 +138,7 @@ def _for_export(model): # Changed in place
             if isinstance(child, EnsembleLinear): setattr(m, name, _Members(child))
     return model
 
+# %% ../../nbs/430_serialize.export.ipynb #c380d977
 class ServedModel(nn.Module):
     "From codes `(n_rows, n_categories)` and raw numbers `(n_rows, n_numbers)`, float64, to predictions"
     def __init__(self,

@@ -129,6 +129,7 @@ def _build_calibration(config, tensors):
     groups = config['groups'] if config['group'] is not None and 'scores' in own else None
     return Calibration(**{n:config[n] for n in _plain_fields if n in config}, **own, groups=groups)
 
+# %% ../../nbs/428_serialize.learner.ipynb #fe92e254
 _training = 'lr','wd','moms','wd_bn_bias','train_bn'
 def _is_plain(v): return v is None or _is_bool(v) or is_number(v) or isinstance(v, list) and all(map(is_number, v))
 
@@ -142,6 +143,7 @@ def _describe_training(learn, model):
     frozen = [n for n,p in model.named_parameters() if not p.requires_grad]
     return values | dict(opt=describe_opt(learn.opt_func), frozen=frozen, accelerated='_shipped' in vars(learn.dls))
 
+# %% ../../nbs/428_serialize.learner.ipynb #011d71fc
 def _describe_learner(learn): # JSON and tensors
     if type(learn) not in (TabularLearner,fastai_learner.TabularLearner,Learner):
         raise TypeError(f'`learn` must be a TabularLearner to be saved, got {type(learn).__name__}')
@@ -161,6 +163,16 @@ def _describe_learner(learn): # JSON and tensors
                   calibration=calibration)
     return config,tensors
 
+# %% ../../nbs/428_serialize.learner.ipynb #844e231a
+_codes = {'bool': 'BOOL', 'uint8': 'U8', 'int64': 'I64', 'float32': 'F32', 'float64': 'F64'}
+def _signature(t): return _codes.get(t.dtype.name, t.dtype.name),t.shape
+
+def _check(config): # From the name of each tensor that must be there to (dtype, shape)
+    res = check_description(config)
+    for i,c in enumerate(config['callbacks']): Fields(c, f'callbacks[{i}]').choice('class', _names)
+    return res
+
+# %% ../../nbs/428_serialize.learner.ipynb #3119bfbf
 def save_model(
     learn:Learner, # From `tabular_learner`
     path:str|Path, # Folder; a model that is in it already is replaced
@@ -172,15 +184,6 @@ def save_model(
     compare_shapes(_check(config), {n:_signature(t) for n,t in tensors.items()}, '`learn`')
     write_model(path, config, tensors)
     return Path(path)
-
-# %% ../../nbs/428_serialize.learner.ipynb #42827817
-_codes = {'bool': 'BOOL', 'uint8': 'U8', 'int64': 'I64', 'float32': 'F32', 'float64': 'F64'}
-def _signature(t): return _codes.get(t.dtype.name, t.dtype.name),t.shape
-
-def _check(config): # From the name of each tensor that must be there to (dtype, shape)
-    res = check_description(config)
-    for i,c in enumerate(config['callbacks']): Fields(c, f'callbacks[{i}]').choice('class', _names)
-    return res
 
 # %% ../../nbs/428_serialize.learner.ipynb #4286ac8e
 def _build_training(config):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTAINERS', 'AVERAGES', 'ACTIVATIONS', 'N_FREQUENCIES', 'noise_params', 'check_noise', 'distributions',
-           'check_network', 'input_sizes', 'Layer', 'n_numbers', 'network_layers', 'network_shapes', 'compare_shapes']
+           'input_sizes', 'check_network', 'Layer', 'n_numbers', 'network_layers', 'compare_shapes', 'network_shapes']
 
 # %% ../../nbs/424_serialize.network.ipynb #424fd658
 import math
@@ -113,6 +113,8 @@ def _check_resnet(config):
     f.end()
     _check_columns(config)
 
+_tables = 'TabularModel','TabularDropConnectModel','TabularResNetModel'
+
 def _is_columns(v): # `None` for all, or numbers that rise
     return v is None or isinstance(v, list) and all(map(is_int, v)) and v==sorted(set(v))
 
@@ -143,6 +145,7 @@ def _check_boosted(config):
     f.choice('average', AVERAGES[:2])
     f.end()
 
+# %% ../../nbs/424_serialize.network.ipynb #1629a550
 def distributions(
     config:dict # Of a network, checked
 ) -> tuple: # Settings of the noise model or `None`, how many members lie side by side
@@ -152,6 +155,26 @@ def distributions(
     if config['class'] not in CONTAINERS: return config.get('noise'),(config['members'] or dict(n=1))['n']
     parts = [distributions(m) for m in config['models']]
     return parts[0][0],sum(n for _,n in parts)
+
+# %% ../../nbs/424_serialize.network.ipynb #e7e8516b
+def input_sizes(
+    config:dict # From `check_network`
+) -> tuple: # Codes of each category, infinite where it is not read; continuous columns; outputs
+    "Tell which columns a network takes and what it gives"
+    if config['class'] in CONTAINERS:
+        sizes = [input_sizes(m) for m in config['models']]
+        return [min(n) for n in zip(*[s[0] for s in sizes])],*sizes[0][1:]
+    if config['class']=='CompactModel':
+        levels,_,n_out = input_sizes(config['model'])
+        (n_cat,n_cont),read = config['n_columns'],dict(zip(config['columns'][0] or range(len(levels)), levels))
+        return [read.get(i, math.inf) for i in range(n_cat)],n_cont,n_out
+    levels = config['n_levels'] if config['class']=='BoostedModel' else [n for n,_ in config['emb_szs']]
+    return levels,config['n_cont'],config['out_sz']
+
+# %% ../../nbs/424_serialize.network.ipynb #f2630767
+def _same_columns(a, b): # A network that does not read a column does not say how many categories that has
+    fits = len(a[0])==len(b[0]) and all(m==n or math.inf in (m,n) for m,n in zip(a[0], b[0]))
+    return fits and a[1:]==b[1:]
 
 def _check_container(config, depth):
     "Check an average or a blend"
@@ -169,12 +192,7 @@ def _check_container(config, depth):
     if not same or not all(_same_columns(s, t) for s in sizes for t in sizes):
         raise ValueError('`network.models` must take the same columns, but they differ')
 
-_tables = 'TabularModel','TabularDropConnectModel','TabularResNetModel'
-
-def _same_columns(a, b): # A network that does not read a column does not say how many categories that has
-    fits = len(a[0])==len(b[0]) and all(m==n or math.inf in (m,n) for m,n in zip(a[0], b[0]))
-    return fits and a[1:]==b[1:]
-
+# %% ../../nbs/424_serialize.network.ipynb #ed6ad272
 def check_network(
     config:dict, # The field `network` of a description
     depth:int=0 # Containers that it is in
@@ -186,20 +204,6 @@ def check_network(
     elif kind=='TabularResNetModel': _check_resnet(config)
     elif kind=='CompactModel': _check_compact(config, depth)
     else: _check_tabular(config)
-
-def input_sizes(
-    config:dict # From `check_network`
-) -> tuple: # Codes of each category, infinite where it is not read; continuous columns; outputs
-    "Tell which columns a network takes and what it gives"
-    if config['class'] in CONTAINERS:
-        sizes = [input_sizes(m) for m in config['models']]
-        return [min(n) for n in zip(*[s[0] for s in sizes])],*sizes[0][1:]
-    if config['class']=='CompactModel':
-        levels,_,n_out = input_sizes(config['model'])
-        (n_cat,n_cont),read = config['n_columns'],dict(zip(config['columns'][0] or range(len(levels)), levels))
-        return [read.get(i, math.inf) for i in range(n_cat)],n_cont,n_out
-    levels = config['n_levels'] if config['class']=='BoostedModel' else [n for n,_ in config['emb_szs']]
-    return levels,config['n_cont'],config['out_sz']
 
 # %% ../../nbs/424_serialize.network.ipynb #424c935b
 @dataclass(frozen=True)
@@ -266,6 +270,7 @@ def _norm(name, n):
     res = {f'{name}.{t}':('F32', (n,)) for t in ('weight','bias','running_mean','running_var')}
     return res | {f'{name}.num_batches_tracked': ('I64', ())}
 
+# %% ../../nbs/424_serialize.network.ipynb #9a0c966e
 def _linear(layer):
     n,k = layer.name,layer.members
     rows = layer.n_out*(k if k and not layer.masked else 1)
@@ -274,6 +279,7 @@ def _linear(layer):
     if layer.bias: res[f'{n}.bias'] = 'F32',(layer.n_out*max(k, 1),)
     return res
 
+# %% ../../nbs/424_serialize.network.ipynb #ebf1607b
 def _vectors(config, n): # Of `rtdl_num_embeddings`, in `WeightDropout`
     dim = config['dim']
     if config['class']=='Periodic':
@@ -288,6 +294,21 @@ def _vectors(config, n): # Of `rtdl_num_embeddings`, in `WeightDropout`
     if len(set(n_bins))>1: res[f'{name}.impl.mask'] = 'BOOL',(n,max(n_bins))
     return res | {f'{name}.linear.weight': ('F32', (n,max(n_bins),dim))}
 
+# %% ../../nbs/424_serialize.network.ipynb #236ca8ac
+def compare_shapes(
+    want:dict, # From name to (dtype, shape)
+    got:dict, # The same of a file or a model
+    where:str # Whose tensors `got` are, for the message
+):
+    "Raise `ValueError` with the name of a tensor that is missing, too many or different"
+    for name in [*want, *got]:
+        label = f'tensor {name!r:.200}'
+        if name not in got: raise ValueError(f'{where} must have the {label}, but it is missing')
+        if name not in want: raise ValueError(f'{where} must have no {label}, which the description does not ask for')
+        if want[name]!=got[name]:
+            raise ValueError(f'{where}: {label} must have (dtype, shape) {want[name]}, got {got[name]}')
+
+# %% ../../nbs/424_serialize.network.ipynb #dd842547
 def _container_shapes(config):
     "List the tensors of the networks inside, and their weights"
     res = {f'models.{i}.{n}': s for i,m in enumerate(config['models']) for n,s in network_shapes(m).items()}
@@ -312,16 +333,3 @@ def network_shapes(
         head = f'layers.{len(config["layers"])+1}'
         res |= {f'{head}.{t}':('F32', (config['noise']['n_targets'],)) for t in ('mean','sd')}
     return res
-
-def compare_shapes(
-    want:dict, # From name to (dtype, shape)
-    got:dict, # The same of a file or a model
-    where:str # Whose tensors `got` are, for the message
-):
-    "Raise `ValueError` with the name of a tensor that is missing, too many or different"
-    for name in [*want, *got]:
-        label = f'tensor {name!r:.200}'
-        if name not in got: raise ValueError(f'{where} must have the {label}, but it is missing')
-        if name not in want: raise ValueError(f'{where} must have no {label}, which the description does not ask for')
-        if want[name]!=got[name]:
-            raise ValueError(f'{where}: {label} must have (dtype, shape) {want[name]}, got {got[name]}')

@@ -32,14 +32,15 @@ from ..tabular.resnet import ResidualBlock, TabularResNetModel
 from ..uncertainty.noise import NoiseHead, NoiseLoss, NoiseModel
 
 # %% ../../nbs/426_serialize.parts.ipynb #42650b72
-def _first(modules, cls): return next((m for m in modules if isinstance(m, cls)), None)
-_norms = nn.BatchNorm1d,nn.Dropout,nn.Linear
-
 def _describe_act(act):
     name = type(act).__name__
     if type(act) is not getattr(nn, name, None) or name not in ACTIVATIONS:
         raise TypeError(f'`act_cls` must be one of {", ".join(ACTIVATIONS)} of torch.nn to be saved, got {act!r}')
     return {'class': name} | {n:getattr(act, n) for n in ACTIVATIONS[name]}
+
+# %% ../../nbs/426_serialize.parts.ipynb #5e00d5ca
+def _first(modules, cls): return next((m for m in modules if isinstance(m, cls)), None)
+_norms = nn.BatchNorm1d,nn.Dropout,nn.Linear
 
 def _describe_blocks(blocks):
     hidden,last = blocks[:-1],blocks[-1]
@@ -51,6 +52,7 @@ def _describe_blocks(blocks):
                 act=_describe_act(acts[0] if acts else nn.ReLU(True)),
                 lin_first=all(isinstance(b[0], nn.Linear) for b in blocks))
 
+# %% ../../nbs/426_serialize.parts.ipynb #9ec20b9f
 def _describe_vectors(layer):
     if layer is None: return None
     drop = layer[1] if isinstance(layer[0], Clamp) else layer[0]
@@ -62,6 +64,7 @@ def _describe_vectors(layer):
     mask = vectors.impl.mask
     return {'class': 'PLE'} | res | dict(n_bins=[most]*n if mask is None else mask.sum(1).tolist())
 
+# %% ../../nbs/426_serialize.parts.ipynb #09abc5e6
 def _describe_noise(model, linears): # What a `TabularDropConnectModel` has more than a `TabularModel`
     if not isinstance(model, TabularDropConnectModel):
         return dict(weight_p=[0.]*(len(linears)-1), out_p=0., mode='example', embed_weight_p=0.,
@@ -72,6 +75,7 @@ def _describe_noise(model, linears): # What a `TabularDropConnectModel` has more
                 embed_weight_p=model.embeds[0].p if len(model.embeds) else 0.,
                 num_embeddings=_describe_vectors(model.num_embeds), members=members if model.n_members else None)
 
+# %% ../../nbs/426_serialize.parts.ipynb #3a9ae71a
 def _describe_settings(noise, n_targets): # Of a noise model
     return dict(kind=noise.kind, n_levels=noise.n_levels, n_parts=noise.n_parts, beta=noise.beta, n_targets=n_targets)
 
@@ -79,6 +83,7 @@ def _describe_head(model):
     head = _first(model.layers, NoiseHead)
     return {} if head is None else dict(noise=_describe_settings(head.noise, len(head.mean)))
 
+# %% ../../nbs/426_serialize.parts.ipynb #f40a8c1d
 def _plain(number): return number if type(number) in (int,float) else float(number)
 
 def _describe_sides(model, out_sz): # What is in front of the layers and behind them
@@ -93,6 +98,7 @@ def _describe_biases(blocks, linears): # Batch norm needs none, but `compact` ma
     usual = [_first(b, nn.BatchNorm1d) is None for b in blocks]
     return {} if biases==usual else dict(bias=biases)
 
+# %% ../../nbs/426_serialize.parts.ipynb #21377a89
 def _described(model):
     if isinstance(model, TabularResNetModel): return _described_resnet(model)
     blocks = [b for b in model.layers if isinstance(b, LinBnDrop)]
@@ -112,42 +118,13 @@ def _described_resnet(model):
     return res | ps
 
 # %% ../../nbs/426_serialize.parts.ipynb #42610266
-MODELS = dict(TabularModel=TabularModel, TabularDropConnectModel=TabularDropConnectModel,
-              TabularResNetModel=TabularResNetModel)
-_dtypes = {torch.float32: 'F32', torch.int64: 'I64', torch.uint8: 'U8', torch.bool: 'BOOL'}
-
-def _model_shapes(model):
-    return {n:(_dtypes.get(t.dtype, str(t.dtype)), tuple(t.shape)) for n,t in model.state_dict().items()}
-
-def _lines(model): # What it shows; the kind of number of `y_range` does not matter
-    return [l.strip() for l in repr(model).splitlines() if 'SigmoidRange' not in l]
-
-def _with_class(model, cls): # A view of the same tensors
-    res = copy(model)
-    res.__class__ = cls
-    return res
-
-def _describe_tabular(model):
-    "Describe a network for tables"
-    rule = f'the model must be a {" or ".join(MODELS)} as its class makes it to be saved'
-    if type(model) is OnePassTabularModel: model = _with_class(model, TabularModel)     # of an accelerated Learner
-    if MODELS.get(type(model).__name__) is not type(model): raise TypeError(f'{rule}, got {type(model).__name__}')
-    try:
-        config = _described(model)
-        check_network(config)
-        compare_shapes(network_shapes(config), _model_shapes(model), 'the model')
-    except (AttributeError,IndexError,ValueError) as e: raise TypeError(f'{rule}, but it was changed: {e}') from e
-    got,want = _lines(model),_lines(_build_tabular(config))
-    changed = next((a for a,b in zip(got, want) if a!=b), None)
-    if changed or len(got)!=len(want): raise TypeError(f'{rule}, but it was changed, got {changed}')
-    return config
-
 def _build_vectors(config):
     if config is None: return None
     if config['class']=='Periodic': return Periodic(config['dim'], config['frequency_scale'], config['weight_p'])
     edges = [torch.arange(n+1.) for n in config['n_bins']]      # the real ones are among the tensors
     return PLE(config['dim'], edges, config['weight_p'])
 
+# %% ../../nbs/426_serialize.parts.ipynb #fb03471a
 def _build_resnet(config):
     names = 'width','weight_p','mode','path_p','dropout','embed_p','embed_weight_p','bn_cont'
     with no_random(0):
@@ -156,12 +133,18 @@ def _build_resnet(config):
             num_embeddings=_build_vectors(config['num_embeddings']), y_range=config['y_range'],
             **{k:config[k] for k in names})
 
+# %% ../../nbs/426_serialize.parts.ipynb #53762b11
+MODELS = dict(TabularModel=TabularModel, TabularDropConnectModel=TabularDropConnectModel,
+              TabularResNetModel=TabularResNetModel)
+
 def _add_biases_(model, biases): # Batch norm needs none, but `compact` may have added one
     linears = [_first(b, nn.Linear) for b in model.layers if isinstance(b, LinBnDrop)]
     for m,has_bias in zip(linears, biases):
         if not has_bias or m.bias is not None: continue
         n = len(m.weight)*(m.n_members if isinstance(m, MaskedEnsembleLinear) else 1)
         m.bias = nn.Parameter(torch.zeros(n))
+
+def _noise_model(config): return NoiseModel(*[config[n] for n in ('kind','n_levels','n_parts','beta')])
 
 def _build_tabular(config):
     "Build a network for tables; random numbers of the process do not change"
@@ -182,7 +165,35 @@ def _build_tabular(config):
     if noise: res.layers.append(NoiseHead(_noise_model(noise), [0.]*noise['n_targets'], [1.]*noise['n_targets']))
     return res
 
-def _noise_model(config): return NoiseModel(*[config[n] for n in ('kind','n_levels','n_parts','beta')])
+# %% ../../nbs/426_serialize.parts.ipynb #5b9245c9
+_dtypes = {torch.float32: 'F32', torch.int64: 'I64', torch.uint8: 'U8', torch.bool: 'BOOL'}
+
+def _model_shapes(model):
+    return {n:(_dtypes.get(t.dtype, str(t.dtype)), tuple(t.shape)) for n,t in model.state_dict().items()}
+
+def _lines(model): # What it shows; the kind of number of `y_range` does not matter
+    return [l.strip() for l in repr(model).splitlines() if 'SigmoidRange' not in l]
+
+def _with_class(model, cls): # A view of the same tensors
+    res = copy(model)
+    res.__class__ = cls
+    return res
+
+# %% ../../nbs/426_serialize.parts.ipynb #03475646
+def _describe_tabular(model):
+    "Describe a network for tables"
+    rule = f'the model must be a {" or ".join(MODELS)} as its class makes it to be saved'
+    if type(model) is OnePassTabularModel: model = _with_class(model, TabularModel)     # of an accelerated Learner
+    if MODELS.get(type(model).__name__) is not type(model): raise TypeError(f'{rule}, got {type(model).__name__}')
+    try:
+        config = _described(model)
+        check_network(config)
+        compare_shapes(network_shapes(config), _model_shapes(model), 'the model')
+    except (AttributeError,IndexError,ValueError) as e: raise TypeError(f'{rule}, but it was changed: {e}') from e
+    got,want = _lines(model),_lines(_build_tabular(config))
+    changed = next((a for a,b in zip(got, want) if a!=b), None)
+    if changed or len(got)!=len(want): raise TypeError(f'{rule}, but it was changed, got {changed}')
+    return config
 
 # %% ../../nbs/426_serialize.parts.ipynb #a42c376c
 _other_networks = {AveragedModel: ('average','class_dim'), BlendedModel: ('average','temperature'),

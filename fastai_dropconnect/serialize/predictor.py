@@ -225,24 +225,7 @@ def _weighted(x, weights, config):
     if config['average']=='sigmoid': res = res - np.logaddexp.reduce(-np.logaddexp(0, x)+log, 1)
     return (res/config['temperature']).astype('float32')
 
-def _container(config, state):
-    "Return the function of an average or a blend"
-    def part(i): return {n.removeprefix(f'models.{i}.'): t for n,t in state.items() if n.startswith(f'models.{i}.')}
-    models = [_network(c, part(i)) for i,c in enumerate(config['models'])]
-    def run(codes, x):
-        outs = [f(codes, x) for f in models]
-        if config['average']=='mixture': return np.concatenate(outs, -1)
-        outs = np.stack(outs, 1)
-        if config['class']=='BlendedModel': return _weighted(outs, state['weights'], config)
-        return _average(outs, config['average'])
-    return run
-
-def _compact(config, state):
-    "Return the function of a network that reads some columns"
-    run = _network(config['model'], {n.removeprefix('model.'): t for n,t in state.items() if n.startswith('model.')})
-    cats,conts = [slice(None) if c is None else c for c in config['columns']]
-    return lambda codes, x: run(codes[:,cats], x[:,conts])
-
+# %% ../../nbs/429_serialize.predictor.ipynb #f9f70662
 def _chain(steps): # One function after the other
     def run(x):
         for f in steps: x = f(x)
@@ -250,6 +233,8 @@ def _chain(steps): # One function after the other
     return run
 
 def _around(branch): return lambda x: x+branch(x)
+
+_relu = {'class': 'ReLU'}
 
 def _layer_steps(config, state): # Functions; the branch of a residual block is one
     make = dict(linear=_linear, bn=lambda s,l: _norm(s, l.name), act=lambda s,l: _act(config.get('act', _relu)))
@@ -260,8 +245,7 @@ def _layer_steps(config, state): # Functions; the branch of a residual block is 
         else: stack[-1].append(make[l.kind](state, l))
     return stack[0]
 
-_relu = {'class': 'ReLU'}
-
+# %% ../../nbs/429_serialize.predictor.ipynb #4005cbc6
 def _network(config, state):
     "Return the function from codes and numbers to outputs"
     if config['class'] in CONTAINERS: return _container(config, state)
@@ -281,6 +265,25 @@ def _network(config, state):
         return _average(x.reshape(-1, members['n'], config['out_sz']), members['average']) if members else x
     return run
 
+# %% ../../nbs/429_serialize.predictor.ipynb #c9fecee0
+def _container(config, state):
+    "Return the function of an average or a blend"
+    def part(i): return {n.removeprefix(f'models.{i}.'): t for n,t in state.items() if n.startswith(f'models.{i}.')}
+    models = [_network(c, part(i)) for i,c in enumerate(config['models'])]
+    def run(codes, x):
+        outs = [f(codes, x) for f in models]
+        if config['average']=='mixture': return np.concatenate(outs, -1)
+        outs = np.stack(outs, 1)
+        if config['class']=='BlendedModel': return _weighted(outs, state['weights'], config)
+        return _average(outs, config['average'])
+    return run
+
+def _compact(config, state):
+    "Return the function of a network that reads some columns"
+    run = _network(config['model'], {n.removeprefix('model.'): t for n,t in state.items() if n.startswith('model.')})
+    cats,conts = [slice(None) if c is None else c for c in config['columns']]
+    return lambda codes, x: run(codes[:,cats], x[:,conts])
+
 # %% ../../nbs/429_serialize.predictor.ipynb #42977eb3
 _softmax = 'CrossEntropyLossFlat','FocalLossFlat','LabelSmoothingCrossEntropyFlat'
 
@@ -290,6 +293,7 @@ def _activation(loss):
     if loss in _softmax: return lambda x: np.exp(_log_softmax(x))
     return _sigmoid if loss=='BCEWithLogitsLossFlat' else lambda x: x
 
+# %% ../../nbs/429_serialize.predictor.ipynb #4563be43
 def _states(config, tensors): # Of the networks that predict
     use,cycles = 'last',[]
     if config['snapshots'] is not None: use,cycles = config['snapshots']['use'],config['snapshots']['cycles']
@@ -297,6 +301,7 @@ def _states(config, tensors): # Of the networks that predict
     names = names.get(use, [f'snapshot.{use}'])
     return [{n.removeprefix(f'{p}.'):t for n,t in tensors.items() if n.startswith(f'{p}.')} for p in names]
 
+# %% ../../nbs/429_serialize.predictor.ipynb #b3274079
 class Predictor:
     "Predict rows as the Learner does that was saved"
     def __init__(self,
@@ -340,6 +345,7 @@ class Predictor:
         "Predict one row"
         return self.predict_rows([row])[0]
 
+# %% ../../nbs/429_serialize.predictor.ipynb #7f66b68e
 def load_predictor(
     path:str|Path # Folder that `save_model` wrote, also one from a stranger
 ) -> Predictor:

@@ -203,11 +203,6 @@ class DividedMembers:
         for h in self.handles: h.remove()
 
 # %% ../../nbs/338_tabular.distributed.ipynb #ad88c59e
-# older versions of PyTorch have another name for it
-_has = signature(DistributedDataParallel).parameters
-_own_buffers = {'forward_sync_buffers' if 'forward_sync_buffers' in _has else 'broadcast_buffers': False}
-_alone = partial(to_detach, gather=False)       # pickles without this package
-
 class Ranks(Callback):
     "Train this rank's rows or members, and keep the network the same on all ranks"
     order = TrainEvalCallback.order+.5
@@ -223,81 +218,108 @@ class Ranks(Callback):
         self.rank,self.world_size,self.kwargs = rank,world_size,kwargs
         self.divides_rows = divide=='rows'
 
-    def before_fit(self):
-        if self.learn.lock.locked(): return     # a validation
-        torch.manual_seed(Random(f'{from_rank0(int(draw_seed()))} {self.rank}').getrandbits(63))
-        if hasattr(self.learn, 'lr_finder'): self._prepare_search()
-        if self.rank: self._write_nothing()
-        self.learn.model = DistributedDataParallel(self.learn.model, **(_own_buffers | self.kwargs))
+# %% ../../nbs/338_tabular.distributed.ipynb #e217542c
+# older versions of PyTorch have another name for it
+_has = signature(DistributedDataParallel).parameters
+_own_buffers = {'forward_sync_buffers' if 'forward_sync_buffers' in _has else 'broadcast_buffers': False}
 
-    def _prepare_search(self):
-        if self.divides_rows: self.learn.n_epoch *= self.world_size
-        self._before_search = deepcopy((self.model.state_dict(), self.learn.opt.state_dict()))
+@patch
+def before_fit(self:Ranks):
+    if self.learn.lock.locked(): return     # a validation
+    torch.manual_seed(Random(f'{from_rank0(int(draw_seed()))} {self.rank}').getrandbits(63))
+    if hasattr(self.learn, 'lr_finder'): self._prepare_search()
+    if self.rank: self._write_nothing()
+    self.learn.model = DistributedDataParallel(self.learn.model, **(_own_buffers | self.kwargs))
 
-    def _write_nothing(self):
-        for cb in self.learn._grab_cbs((ProgressCallback,CSVLogger)): cb.run = False
-        self.learn.logger = noop
+@patch
+def _write_nothing(self:Ranks):
+    for cb in self.learn._grab_cbs((ProgressCallback,CSVLogger)): cb.run = False
+    self.learn.logger = noop
 
-    def before_train(self):
-        seed = from_rank0(int(draw_seed()))
-        part = (self.rank,self.world_size) if self.divides_rows else (0,1)
-        self.learn.dl = rank_loader(self.learn.dl, *part, seed)
-        self.undivide()
-        if not self.divides_rows: self._divided = DividedMembers(self.learn.model, self.rank, self.world_size)
-        vars(self.learn).pop('to_detach', None)
-        self._pooled = False
+# %% ../../nbs/338_tabular.distributed.ipynb #83563d84
+@patch
+def undivide(self:Ranks):
+    "Let the model run all members on whole batches"
+    if self._divided: self._divided.remove()
+    self._divided = None
 
-    def after_loss(self):
-        if not self.learn.training: return
-        if not self.divides_rows and self._divided.share!=1:
-            self.learn.loss_grad = self.learn.loss_grad*self._divided.share
-            self.learn.loss = self.learn.loss*self._divided.share
-        self.learn.loss = _mean_of_ranks(self.learn.loss)
+@patch
+def unwrap(self:Ranks):
+    "Give the Learner its own model"
+    self.undivide()
+    if isinstance(self.learn.model, DistributedDataParallel): self.learn.model = self.learn.model.module
 
-    def after_batch(self):      # backward still needs the old statistics
-        if self.learn.training and not self.divides_rows: self._divided.gather_stats()
+# %% ../../nbs/338_tabular.distributed.ipynb #e3682d9d
+@patch
+def before_train(self:Ranks):
+    seed = from_rank0(int(draw_seed()))
+    part = (self.rank,self.world_size) if self.divides_rows else (0,1)
+    self.learn.dl = rank_loader(self.learn.dl, *part, seed)
+    self.undivide()
+    if not self.divides_rows: self._divided = DividedMembers(self.learn.model, self.rank, self.world_size)
+    vars(self.learn).pop('to_detach', None)
+    self._pooled = False
 
-    def after_train(self):
-        self._pool()
-        self.undivide()
+@patch
+def after_train(self:Ranks):
+    self._pool()
+    self.undivide()
 
-    def _pool(self):
-        if self._pooled: return
-        if not self.divides_rows: self._divided.gather_stats()      # the last batch may have been broken off
-        pool_stats(inner_model(self.learn.model))
-        self._pooled = True
+@patch
+def _pool(self:Ranks):
+    if self._pooled: return
+    if not self.divides_rows: self._divided.gather_stats()      # the last batch may have been broken off
+    pool_stats(inner_model(self.learn.model))
+    self._pooled = True
 
-    def before_validate(self):
-        self.learn.to_detach = _alone
-        self.undivide()
-        self._divided = DividedRows(inner_model(self.learn.model), self.rank, self.world_size)
+# %% ../../nbs/338_tabular.distributed.ipynb #cdf0db8a
+@patch
+def after_loss(self:Ranks):
+    if not self.learn.training: return
+    if not self.divides_rows and self._divided.share!=1:
+        self.learn.loss_grad = self.learn.loss_grad*self._divided.share
+        self.learn.loss = self.learn.loss*self._divided.share
+    self.learn.loss = _mean_of_ranks(self.learn.loss)
 
-    def after_validate(self): self.undivide()
+@patch
+def after_batch(self:Ranks):      # backward still needs the old statistics
+    if self.learn.training and not self.divides_rows: self._divided.gather_stats()
 
-    def undivide(self):
-        "Let the model run all members on whole batches"
-        if self._divided: self._divided.remove()
-        self._divided = None
+# %% ../../nbs/338_tabular.distributed.ipynb #e1f66079
+_alone = partial(to_detach, gather=False)       # pickles without this package
 
-    def unwrap(self):
-        "Give the Learner its own model"
-        self.undivide()
-        if isinstance(self.learn.model, DistributedDataParallel): self.learn.model = self.learn.model.module
+@patch
+def before_validate(self:Ranks):
+    self.learn.to_detach = _alone
+    self.undivide()
+    self._divided = DividedRows(inner_model(self.learn.model), self.rank, self.world_size)
 
-    def after_fit(self):
-        if self.learn.lock.locked(): return
-        self._pool()
-        self.unwrap()
-        if self._before_search: self._end_search(*self._before_search)
-        else: check_same_weights(self.learn.model)
-        torch.manual_seed(from_rank0(int(draw_seed())))
-        self.learn.to_detach = _alone
+@patch
+def after_validate(self:Ranks): self.undivide()
 
-    def _end_search(self, state, opt):
-        self.learn.lr_finder.tmp_d.cleanup()        # or rank 0 alone would load what it has saved there
-        self.learn.model.load_state_dict(state)
-        self.learn.opt.load_state_dict(opt)
-        self._before_search = None
+# %% ../../nbs/338_tabular.distributed.ipynb #0e200dd7
+@patch
+def _prepare_search(self:Ranks):
+    if self.divides_rows: self.learn.n_epoch *= self.world_size
+    self._before_search = deepcopy((self.model.state_dict(), self.learn.opt.state_dict()))
+
+@patch
+def _end_search(self:Ranks, state, opt):
+    self.learn.lr_finder.tmp_d.cleanup()        # or rank 0 alone would load what it has saved there
+    self.learn.model.load_state_dict(state)
+    self.learn.opt.load_state_dict(opt)
+    self._before_search = None
+
+# %% ../../nbs/338_tabular.distributed.ipynb #552ae7ea
+@patch
+def after_fit(self:Ranks):
+    if self.learn.lock.locked(): return
+    self._pool()
+    self.unwrap()
+    if self._before_search: self._end_search(*self._before_search)
+    else: check_same_weights(self.learn.model)
+    torch.manual_seed(from_rank0(int(draw_seed())))
+    self.learn.to_detach = _alone
 
 # %% ../../nbs/338_tabular.distributed.ipynb #7daf3290
 def _check_whole(dls):

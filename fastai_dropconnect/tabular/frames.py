@@ -325,22 +325,28 @@ def _keep_levels(self:FrameReader, parts):
         counts = parts[n].value_counts()
         if len(counts)>self.max_levels: self.levels[n] = list(counts.index[:self.max_levels])
 
-@patch
-def leave_out(self:FrameReader,
-    names:list, # Some of `names`
-    why:str # For `dropped`
-) -> FrameReader: # Itself
-    "Leave out parts of columns that turn out to be of no use"
-    for kind in ('cat_names','cont_names'): setattr(self, kind, [n for n in getattr(self, kind) if n not in names])
-    self.dropped = self.dropped | {n: why for n in names}
-    return self
-
 @patch(as_prop=True)
 def words(self:FrameReader) -> dict: # Name of a column of text -> names in the result
     "Return the columns that words of text became"
     known = set(self.names)
     return {c.new_name: [n for n in c.part_names if n in known] for c in self.columns if c.kind=='text'}
 
+# %% ../../nbs/305_tabular.frames.ipynb #4e6b0991
+@patch
+def _drop_parts(self:FrameReader, parts, reasons): # `reasons`: for `dropped`, by name
+    for kind in ('cat_names','cont_names'): setattr(self, kind, [n for n in getattr(self, kind) if n not in parts])
+    self.dropped = self.dropped | reasons
+
+@patch
+def leave_out(self:FrameReader,
+    names:list, # Some of `names`
+    why:str # For `dropped`
+) -> FrameReader: # Itself
+    "Leave out parts of columns that turn out to be of no use"
+    self._drop_parts(names, {n: why for n in names})
+    return self
+
+# %% ../../nbs/305_tabular.frames.ipynb #f26ce1c4
 @patch
 def leave_out_text(self:FrameReader,
     names:list # Some keys of `words`
@@ -348,9 +354,8 @@ def leave_out_text(self:FrameReader,
     "Leave out text whose words turn out to be of no use, and say so"
     if not names: return self
     gone = {part for n in names for part in self.words[n]}
-    self.cat_names = [n for n in self.cat_names if n not in gone]
     self.columns = [c for c in self.columns if c.new_name not in names]
-    self.dropped = self.dropped | {n: self.text[n] for n in names}
+    self._drop_parts(gone, {n: self.text[n] for n in names})
     warnings.warn(f'left out {self._reasons(names)}', stacklevel=2)
     return self
 

@@ -12,7 +12,7 @@ import numpy as np, torch
 from fastai.data.core import DataLoaders
 from fastai.tabular.core import ReadTabBatch, TabDataLoader, TabularPandas, TabWeightedDL
 from fastai.torch_core import to_device
-from fastcore.basics import chunked
+from fastcore.basics import chunked, patch
 from fastcore.meta import delegates
 from ..checks import check_int
 
@@ -52,12 +52,14 @@ def _pieces(idxs, size:int):
     if not hasattr(idxs, '__len__'): return map(torch.tensor, chunked(idxs, size))
     return (part for part in torch.as_tensor(np.asarray(idxs, np.int64)).split(size) if len(part))
 
+# %% ../../nbs/325_tabular.loader.ipynb #0af831e9
 def _rows(table, idxs):
     "Select rows of a tensor, and keep its layout by rows or by columns"
     # batch norm rounds differently for another layout, and these are fastai's
     if table.stride(-1)==1 and table.shape[1]>1: return table.index_select(0, idxs)
     return table.t().index_select(1, idxs).t()
 
+# %% ../../nbs/325_tabular.loader.ipynb #3f4f7a39
 @contextmanager
 def _no_warning():
     "Hide that tensors share memory with a frame, which pandas 3 protects: nobody writes to them"
@@ -65,6 +67,7 @@ def _no_warning():
         warnings.filterwarnings('ignore', 'The given NumPy array is not writable')
         yield
 
+# %% ../../nbs/325_tabular.loader.ipynb #cc922f6e
 class FastTabDL(TabDataLoader):
     "Loader of a table whose batches are slices of tensors"
     @delegates(TabDataLoader.__init__)
@@ -92,13 +95,6 @@ class FastTabDL(TabDataLoader):
     @_no_warning()
     def _one_pass(self): super()._one_pass()
 
-    def get_idxs(self):
-        "Return the row numbers of an epoch in their order"
-        if self.shuffle and self.n and self.wgts is not None:
-            return np.random.choice(len(self.wgts), self.n, p=self.wgts)
-        if self.shuffle and is_changed(self, 'shuffle_fn'): return super().get_idxs()
-        return (torch.randperm if self.shuffle else torch.arange)(self.n, device='cpu').numpy()
-
     def __iter__(self):
         if why := why_slow(self):
             if not self.warned: warnings.warn(f'fastai makes the batches, row by row, because {why}')
@@ -111,34 +107,51 @@ class FastTabDL(TabDataLoader):
         yield from self._slices()
         self.after_iter()
 
-    def _idx_pieces(self):
-        "Yield tensors of row numbers in the order of an epoch, whole batches but for the last"
-        return _pieces(self.get_idxs(), max(1, self.chunk//self.bs)*self.bs)
+# %% ../../nbs/325_tabular.loader.ipynb #1b005de2
+@patch
+def get_idxs(self:FastTabDL):
+    "Return the row numbers of an epoch in their order"
+    if self.shuffle and self.n and self.wgts is not None:
+        return np.random.choice(len(self.wgts), self.n, p=self.wgts)
+    if self.shuffle and is_changed(self, 'shuffle_fn'): return super(FastTabDL, self).get_idxs()
+    return (torch.randperm if self.shuffle else torch.arange)(self.n, device='cpu').numpy()
 
-    def _reader(self):
-        "Return a function that gathers rows of the whole table by their numbers"
-        with _no_warning(): tables = self.after_batch.fs[0].encodes(self.dataset)
-        return lambda idxs: [_rows(t, idxs.to(t.device)) for t in tables]
+# %% ../../nbs/325_tabular.loader.ipynb #1c2ca7e3
+@patch
+def _idx_pieces(self:FastTabDL):
+    "Yield tensors of row numbers in the order of an epoch, whole batches but for the last"
+    return _pieces(self.get_idxs(), max(1, self.chunk//self.bs)*self.bs)
 
-    def _slices(self):
-        "Yield the batches of an epoch"
-        read = None
-        for piece in self._idx_pieces():
-            if self.drop_last: piece = piece[:len(piece) - len(piece)%self.bs]
-            if not len(piece): return
-            # not before the first batch: fastai cannot convert columns of text that have no rows
-            if read is None: read = self._reader()
-            rows = read(piece)
-            if self.device is not None: rows = to_device(rows, self.device)
-            yield from zip(*[t.split(self.bs) for t in rows])
+# %% ../../nbs/325_tabular.loader.ipynb #bcc98d26
+@patch
+def _reader(self:FastTabDL):
+    "Return a function that gathers rows of the whole table by their numbers"
+    with _no_warning(): tables = self.after_batch.fs[0].encodes(self.dataset)
+    return lambda idxs: [_rows(t, idxs.to(t.device)) for t in tables]
 
-    def new(self, dataset=None, cls=None, **kwargs):
-        "Make a loader with the settings of this one, by default with the same rows"
-        if cls is not None and not issubclass(cls, FastTabDL): return super().new(dataset, cls, **kwargs)
-        own = dict(eval_bs=self.eval_bs, chunk=self.chunk)
-        if dataset is None: own['wgts'] = self.wgts
-        if self.shuffle and kwargs.get('shuffle') is False: own['bs'] = max(self.bs, self.eval_bs)
-        return super().new(dataset, cls, **(own | kwargs))
+# %% ../../nbs/325_tabular.loader.ipynb #daf06620
+@patch
+def _slices(self:FastTabDL):
+    "Yield the batches of an epoch"
+    read = None
+    for piece in self._idx_pieces():
+        if self.drop_last: piece = piece[:len(piece) - len(piece)%self.bs]
+        if not len(piece): return
+        # not before the first batch: fastai cannot convert columns of text that have no rows
+        if read is None: read = self._reader()
+        rows = read(piece)
+        if self.device is not None: rows = to_device(rows, self.device)
+        yield from zip(*[t.split(self.bs) for t in rows])
+
+# %% ../../nbs/325_tabular.loader.ipynb #2967678a
+@patch
+def new(self:FastTabDL, dataset=None, cls=None, **kwargs):
+    "Make a loader with the settings of this one, by default with the same rows"
+    if cls is not None and not issubclass(cls, FastTabDL): return super(FastTabDL, self).new(dataset, cls, **kwargs)
+    own = dict(eval_bs=self.eval_bs, chunk=self.chunk)
+    if dataset is None: own['wgts'] = self.wgts
+    if self.shuffle and kwargs.get('shuffle') is False: own['bs'] = max(self.bs, self.eval_bs)
+    return super(FastTabDL, self).new(dataset, cls, **(own | kwargs))
 
 # %% ../../nbs/325_tabular.loader.ipynb #9834bf04
 def fast_dataloaders(

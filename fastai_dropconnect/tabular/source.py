@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastai.tabular.core import add_datepart
+from fastcore.basics import patch
 from ..checks import check_int, check_p, check_positive
 from .data import DataError, valid_start
 
@@ -114,6 +115,13 @@ def _with_dateparts(table, names):
     return table
 
 # %% ../../nbs/326_tabular.source.ipynb #082d3a90
+def _date_columns(names) -> list:
+    "List the names of the columns that `add_datepart` makes"
+    empty = pd.DataFrame({n: pd.Series([], dtype='datetime64[ns]') for n in names})
+    for n in names: add_datepart(empty, n)
+    return list(empty)
+
+# %% ../../nbs/326_tabular.source.ipynb #9223e7ac
 class TableSource:
     "Rows of Parquet or Arrow files, read piece by piece"
     def __init__(self,
@@ -133,32 +141,6 @@ class TableSource:
     def __len__(self): return self.n_rows
 
     @property
-    def schema(self) -> object: # `pa.Schema`
-        "Return the names and types of the columns, with those that dates give"
-        empty = _with_dateparts(self.dataset.schema.empty_table().select(self.read), self.date_names)
-        return empty.select(self.columns).schema
-
-    def pieces(self,
-        columns:list=None # Some of the columns; by default all
-    ) -> Iterator: # Of `pa.Table`
-        "Yield the rows in order, at most `piece` at a time"
-        pa = import_pyarrow()
-        columns = self.columns if columns is None else columns
-        read = self.read if set(columns)-set(self.read) else columns
-        # without threads and read ahead: a row group at a time is in memory
-        options = dict(batch_size=self.piece, use_threads=False, batch_readahead=1, fragment_readahead=1)
-        if isinstance(getattr(self.dataset, 'format', None), pa.dataset.ParquetFileFormat):
-            # pre_buffer would keep all bytes that were read until the end of the file
-            scan = pa.dataset.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
-            options['fragment_scan_options'] = scan
-        try:
-            for batch in self.dataset.to_batches(columns=read, **options):
-                table = pa.Table.from_batches([batch])
-                if not len(table): continue
-                yield (_with_dateparts(table, self.date_names) if read is self.read else table).select(columns)
-        except pa.ArrowException as e: raise DataError(f'{self.name}: cannot be read: {e}') from None
-
-    @property
     def name(self) -> str: # For messages
         "Return the path of the first file"
         return next(iter(self.files), 'the table')
@@ -170,11 +152,38 @@ class TableSource:
 
     def __repr__(self): return f'TableSource({self.name}, {len(self):,} rows, {len(self.columns)} columns)'
 
-def _date_columns(names) -> list:
-    "List the names of the columns that `add_datepart` makes"
-    empty = pd.DataFrame({n: pd.Series([], dtype='datetime64[ns]') for n in names})
-    for n in names: add_datepart(empty, n)
-    return list(empty)
+# %% ../../nbs/326_tabular.source.ipynb #e6e5908b
+def _scan_options(dataset, piece) -> dict: # For `to_batches`
+    "Return the options that keep one row group at a time in memory"
+    pa = import_pyarrow()
+    res = dict(batch_size=piece, use_threads=False, batch_readahead=1, fragment_readahead=1)
+    if isinstance(getattr(dataset, 'format', None), pa.dataset.ParquetFileFormat):
+        # pre_buffer would keep all bytes that were read until the end of the file
+        res['fragment_scan_options'] = pa.dataset.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
+    return res
+
+# %% ../../nbs/326_tabular.source.ipynb #bc94418a
+@patch
+def pieces(self:TableSource,
+    columns:list=None # Some of the columns; by default all
+) -> Iterator: # Of `pa.Table`
+    "Yield the rows in order, at most `piece` at a time"
+    pa = import_pyarrow()
+    columns = self.columns if columns is None else columns
+    read = self.read if set(columns)-set(self.read) else columns
+    try:
+        for batch in self.dataset.to_batches(columns=read, **_scan_options(self.dataset, self.piece)):
+            table = pa.Table.from_batches([batch])
+            if not len(table): continue
+            yield (_with_dateparts(table, self.date_names) if read is self.read else table).select(columns)
+    except pa.ArrowException as e: raise DataError(f'{self.name}: cannot be read: {e}') from None
+
+# %% ../../nbs/326_tabular.source.ipynb #30da6641
+@patch(as_prop=True)
+def schema(self:TableSource) -> object: # `pa.Schema`
+    "Return the names and types of the columns, with those that dates give"
+    empty = _with_dateparts(self.dataset.schema.empty_table().select(self.read), self.date_names)
+    return empty.select(self.columns).schema
 
 # %% ../../nbs/326_tabular.source.ipynb #27f74df8
 def to_numbers(
