@@ -23,7 +23,7 @@ from .ensemble.blend import BlendedModel
 from .fit_folder import FitFolder, rows_digest
 from .frame_loaders import encode_frame, known_levels, part_loaders
 from .fit_best import BUDGETS, fit_best_on, score_for
-from .inputs import check_device, has_names, new_names, pair_of, plain_names
+from .inputs import check_device, has_names, new_names, pair_of, plain_names, warn_of_other_types
 from .splits import column_or_values, splits_of
 from .tabular.frames import as_frame
 from .tabular.copies import CopyReader
@@ -136,6 +136,7 @@ class TableEstimator(BaseEstimator):
 def _checked(self:TableEstimator, X, y):
     "Return the rows as a frame, and the targets as an array"
     if y is None: raise ValueError(f'{type(self).__name__} requires y to be passed, but the target y is None')
+    if isinstance(y, str): raise TypeError(f'`y` must have a target for each row, got the text {y!r}: pass the column')
     df = as_frame(X)
     validate_data(self, plain_names(df) if has_names(X) else X, skip_check_array=True)
     self._columns = list(df)
@@ -205,9 +206,9 @@ def _read(self:TableEstimator, X):
 def _read_more(self:TableEstimator, X, y):
     "Read rows to validate on"
     if not len(y): raise ValueError('`eval_set` must have rows, but it has none')
-    X,y = self._same_columns(X),self._checked_targets(y)
-    check_consistent_length(X, y)
-    return self.reader_.transform(X),self._encoded_targets(y)
+    df,y = self._read_again(X),self._checked_targets(y)
+    check_consistent_length(df, y)
+    return df,self._encoded_targets(y)
 
 # %% ../nbs/528_table_estimator.ipynb #26e250cb
 @patch
@@ -337,10 +338,18 @@ def _known(self:TableEstimator, df):
     return known_levels(df, {n: self.learner_.dls.classes[n] for n in self.reader_.cat_names})
 
 @patch
+def _read_again(self:TableEstimator, X):
+    "Read later rows as the training rows were read"
+    X = self._same_columns(X)
+    df = self.reader_.transform(X)
+    warn_of_other_types(X, df, self.reader_.columns)
+    return df
+
+@patch
 def _outputs(self:TableEstimator, X):
     "Return what the Learner predicts, (n_rows, n_out)"
     check_is_fitted(self)
-    df,learn = self.reader_.transform(self._same_columns(X)),self.learner_
+    df,learn = self._read_again(X),self.learner_
     if not len(df): return np.zeros((0, learn.dls.c))
     with learn.no_bar(): return learn.get_preds(dl=learn.dls.test_dl(self._known(df)))[0].double().cpu().numpy()
 

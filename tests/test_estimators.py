@@ -327,6 +327,19 @@ def test_lists_and_dictionaries_at_predict():
         res,want = model.predict(odd),model.predict(df.head(4).assign(**{c: df[c].head(4).where(np.arange(4)==2)}))
         assert np.allclose(res, want), c
 
+def test_columns_that_cannot_be_read_any_more():
+    df,y = table()
+    model = regressor().fit(df, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        for fine in (df.head(0), df.assign(x=None, when=pd.NaT), df.assign(x='?', size='XL'), df.assign(when=df.when.astype(str))): model.predict(fine)
+    written = df.when.dt.strftime('%d/%m/%Y')
+    for name,values,kind in (('x', df.x+1j, 'number'), ('x', 'many', 'number'), ('when', written, 'date'), ('x', [[1]]*120, 'number')):
+        odd,empty = [df.assign(**{name: v}) for v in (values, None)]
+        for predict in (model.predict, model.predict_interval):
+            with pytest.warns(UserWarning, match=f'nothing in {name!r} can be read as a {kind}'): assert (predict(odd)==predict(empty)).all()
+    with pytest.warns(UserWarning, match="nothing in 'when' can be read as a date"): regressor().fit(df, y, eval_set=(odd.assign(when=written), y))
+
 def test_records_and_flags_from_elsewhere():
     df,y = table()
     model = regressor().fit(df, y)
@@ -368,6 +381,11 @@ def test_targets_of_wrong_types():
     for wrong in (df.when, df.when-df.when[0], df[['when']]):
         with pytest.raises(TypeError, match='`y` must hold numbers'): regressor().fit(df, wrong)
     with pytest.raises(TypeError, match='one type, such as text, got int, text'): classifier().fit(df, pd.Series([1, 'a']*60))
+    for wrong,kind in ((pd.cut(y, 3), 'Interval'), (df.when.dt.to_period('M'), 'Period'), (df.when-df.when[0], 'durations')):
+        with pytest.raises(TypeError, match=rf'labels such as .* got {kind}: `astype\(str\)`'): classifier().fit(df, wrong)
+    assert list(classifier().fit(df, pd.cut(y, 3).astype(str)).classes_)==sorted(pd.cut(y, 3).astype(str).unique())
+    for make in (regressor, classifier):
+        with pytest.raises(TypeError, match="a target for each row, got the text 'price'"): make().fit(df, 'price')
 
 def test_targets_of_all_makes():
     df,y = table()
@@ -516,7 +534,7 @@ def test_two_thousand_columns():
 
 # --- files
 
-NAMES = dict(text=list('abcdef'), numbers=[0, 1, 2, 3, 4, 5])
+NAMES = dict(text=list('abcdef'), numbers=[0, 1, 2, 3, 4, 5], both=[0, 'b', 2.5, True, np.nan, ''])
 
 @pytest.mark.parametrize('names', NAMES.values(), ids=NAMES)
 def test_saved_numbers(names, tmp_path):

@@ -85,6 +85,7 @@ def as_numbers(
 ) -> pd.Series: # float64; what is not a finite number is NaN
     "Convert a column to numbers that fit into float32"
     if pd.api.types.is_timedelta64_dtype(s): s = s.dt.total_seconds()
-    if not pd.api.types.is_numeric_dtype(s): s = by_value(s, partial(_number_or_text, format=format))
+    is_real = pd.api.types.is_numeric_dtype(s) and not pd.api.types.is_complex_dtype(s)
+    if not is_real: s = by_value(s.astype(object), partial(_number_or_text, format=format))
     x = pd.to_numeric(s, errors='coerce').to_numpy('float64', na_value=np.nan)
     return pd.Series(np.where(np.isinf(x), np.nan, x.clip(-_largest, _largest)), index=s.index)
