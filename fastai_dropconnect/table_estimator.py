@@ -6,7 +6,7 @@
 __all__ = ['MOST_ROWS', 'MOST_DRIFTING', 'MOST_TEXTS', 'WORDS_GAIN', 'FEW_ROWS', 'TableEstimator']
 
 # %% ../nbs/528_table_estimator.ipynb #bd9d9342
-import math, re, time as clock
+import math, re, time as clock, warnings
 from collections.abc import Callable
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
@@ -36,6 +36,11 @@ MOST_TEXTS,WORDS_GAIN = 6,.01    # columns of text whose words are tried; share 
 FEW_ROWS = 2000    # to train; below them single networks differ by more than words bring
 def _all_time(share): # Of search and refit, as a multiple of the search
     return 1 if not share else 2.3 if share==1 else 1.8
+
+def _warn_of_little_time(leaderboard, time_limit):
+    if leaderboard.epochs.max()>=1: return
+    warnings.warn(f'`time_limit`={time_limit:g} ended the search before a network had seen each row once: '
+                  'predictions may be poor, more time helps')
 
 _arguments = dict(weights='sample_weight')    # of `fit`, where they have another name than inside
 
@@ -112,9 +117,11 @@ class TableEstimator(BaseEstimator):
         share = self._refit_share(eval_set, rows['time'], len(folds))
         end = start + limit if limit else math.inf
         if limit: limit = max(limit/20, (end-clock.monotonic())/_all_time(share))
+        begun = clock.monotonic()
         self.learner_ = fit_best_on(folds, metric, self.budget, limit, seed, higher, bool(self.verbose), others, noise,
                                     self._kept(folds, seed))
         self.leaderboard_ = self.learner_.leaderboard
+        if limit and clock.monotonic()-begun>.9*limit: _warn_of_little_time(self.leaderboard_, self.time_limit)
         self._calibrate(folds)
         self._keep_rows()
         again = vars(self.learner_).pop('again', [])
@@ -206,8 +213,11 @@ def _read(self:TableEstimator, X):
 def _read_more(self:TableEstimator, X, y):
     "Read rows to validate on"
     if not len(y): raise ValueError('`eval_set` must have rows, but it has none')
-    df,y = self._read_again(X),self._checked_targets(y)
-    check_consistent_length(df, y)
+    try:
+        df,y = self._read_again(X),self._checked_targets(y)
+        check_consistent_length(df, y)
+    except (ValueError,TypeError) as e:
+        raise (TypeError if isinstance(e, TypeError) else ValueError)(f'`eval_set`: {e}') from None
     return df,self._encoded_targets(y)
 
 # %% ../nbs/528_table_estimator.ipynb #26e250cb

@@ -313,6 +313,12 @@ def test_an_interrupt_leaves_nothing_behind(monkeypatch):
     assert '_all_rows' not in vars(model)
     with pytest.raises(NotFittedError): model.predict(df)
 
+def test_what_is_wrong_with_validation_rows_is_said_of_them():
+    df,y = table()
+    for X,targets,named in ((df, y.mask(y>10), 'NaN'), (df.drop(columns='x'), y, 'missing:\n- x'), (df, y[:9], 'inconsistent'), (df, df['size'], 'finite')):
+        with pytest.raises(ValueError, match=f'(?s)^`eval_set`: .*{named}'): regressor().fit(df, y, eval_set=(X, targets))
+    with pytest.raises(TypeError, match='^`eval_set`: `y` must hold numbers'): regressor().fit(df, y, eval_set=(df, df.when))
+
 def test_a_class_without_weight_that_the_evaluation_rows_have():
     df,_ = table()
     y = np.arange(120)%3
@@ -339,6 +345,14 @@ def test_columns_that_cannot_be_read_any_more():
         for predict in (model.predict, model.predict_interval):
             with pytest.warns(UserWarning, match=f'nothing in {name!r} can be read as a {kind}'): assert (predict(odd)==predict(empty)).all()
     with pytest.warns(UserWarning, match="nothing in 'when' can be read as a date"): regressor().fit(df, y, eval_set=(odd.assign(when=written), y))
+
+def test_text_with_bytes_that_no_encoding_knows(tmp_path):
+    "As `open(errors='surrogateescape')` reads it; pandas with Arrow cannot hold it as `str`"
+    df,y = table()
+    odd = df.assign(size=df['size'].map(dict(S='S\udcff', M='M', L='\udcfe L')).astype(object), free=pd.Series([f'\udcfd number {i}' for i in range(120)], dtype=object))
+    model = regressor().fit(odd, y)
+    want = model.predict(odd)
+    assert np.allclose(want, regressor().fit(df, y).predict(df)) and (DropConnectRegressor.load(model.save(tmp_path)).predict(odd)==want).all()
 
 def test_records_and_flags_from_elsewhere():
     df,y = table()
@@ -622,6 +636,11 @@ def test_search_with_boosted_trees(make, tmp_path):
 def test_boosted_trees_need_their_package(monkeypatch):
     monkeypatch.setitem(sys.modules, 'lightgbm', None)
     with pytest.raises(ImportError, match=r'fastai_dropconnect\[gbm\]'): regressor(with_gbm=True).fit(*table())
+
+def test_search_without_time_says_so():
+    df,y = table(2000)
+    with pytest.warns(UserWarning, match='`time_limit`=0.01 ended the search before a network had seen each row once'):
+        regressor(time_limit=.01, budget='quick').fit(df, y)
 
 def test_search_itself(tmp_path):
     assert table_estimator.fit_best_on is fit_best_on

@@ -18,6 +18,9 @@ _marks = frozenset('? - -- . na n/a #n/a #na <na> nan nat none null nil missing'
 def _decoded(value): # numpy and databases hold text as bytes, too
     return value.decode(errors='replace') if isinstance(value, bytes) else value
 
+def _plain(text): # Arrow and files hold no NUL and no half of a character
+    return text.replace('\0', '').encode(errors='replace').decode()
+
 def as_text(
     value # Not missing
 ) -> str|None: # `None` for marks such as '?' and 'N/A'
@@ -25,7 +28,7 @@ def as_text(
     value = _decoded(value)
     if isinstance(value, (float,np.floating)): return str(int(value) if float(value).is_integer() else float(value))
     if isinstance(value, numbers.Integral) and not isinstance(value, bool): return str(int(value))
-    text = str(value).replace('\0', '').strip()
+    text = _plain(str(value)).strip()
     return None if text.lower() in _marks else text
 
 _bools = {'1': 'True', '0': 'False', 'true': 'True', 'false': 'False'}
@@ -42,7 +45,7 @@ def as_level(
 ) -> str|None: # As `as_text` returns it, with the spaces around it
     "Convert a value of a category; spaces around it can tell where a row comes from"
     text,value = as_text(value),_decoded(value)
-    return text if text is None or not isinstance(value, str) else value.replace('\0', '')
+    return text if text is None or not isinstance(value, str) else _plain(value)
 
 def _hashable_or_nan(value):
     try: hash(value)
