@@ -71,7 +71,9 @@ def _checked_targets(self:DropConnectRegressor, y):
     if kinds & {'m','M'}: raise TypeError('`y` must hold numbers, got dates or durations: convert them first')
     y = no_gaps(y, 'y')
     try: y = check_array(y, dtype='float64', ensure_2d=False, input_name='y')
-    except ValueError as e: raise ValueError(f'`y` must hold finite numbers, but: {e}') from None
+    except ValueError as e:
+        why = str(e).splitlines()[0]     # scikit-learn shows complex numbers behind it
+        raise ValueError(f'`y` must hold finite numbers, but: {why}') from None
     if y.ndim<3 and y.size: return y
     raise ValueError(f'`y` must have the shape (n_rows,) or (n_rows, n_targets), got {y.shape}')
 
@@ -163,7 +165,10 @@ def _checked_targets(self:DropConnectClassifier, y):
     kinds = {'text' if isinstance(v, str) else type(v).__name__ for v in y} if y.dtype==object else set()
     if len(kinds)>1:
         raise TypeError(f'`y` must have labels of one type, such as text, got {", ".join(sorted(kinds))}')
-    if y.dtype.kind=='m': raise TypeError('`y` must have labels such as text, got durations: convert them first')
+    others = 'durations' if y.dtype.kind=='m' else ''.join(kinds-{'text'})
+    if others:
+        raise TypeError(f'`y` must have labels such as text, numbers or dates without a time zone, got {others}: '
+                        f'`astype(str)` makes text of them')
     check_classification_targets(y)
     return y
 
@@ -243,7 +248,7 @@ def _restore(self:TableEstimator, f):
     "Take what the estimator knows from the fields of a file"
     self._columns = build_names(f.take('columns', 'be an object', _is_object))
     self.n_features_in_ = len(self._columns)
-    if f.bool('named'): self.feature_names_in_ = np.array(self._columns, dtype=object)
+    if f.bool('named'): self.feature_names_in_ = np.array(list(map(str, self._columns)), dtype=object)
     self.reader_ = build_reader(f.take('reader', 'be an object', _is_object), self._columns)
     targets = f.fields('targets')
     self._build_targets(targets)

@@ -62,7 +62,7 @@ class Intervals:
     "Predict quantiles, intervals and distributions with an estimator of numbers"
     def _parts(self, X):
         "Yield rows as the networks read them, some at a time"
-        df = self.reader_.transform(self._same_columns(X))
+        df = self._read_again(X)
         for i in range(0, max(1, len(df)), MOST_AT_ONCE): yield df.iloc[i:i+MOST_AT_ONCE]
 
     def _calibrate(self, folds):

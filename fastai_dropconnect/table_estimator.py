@@ -6,7 +6,7 @@
 __all__ = ['MOST_ROWS', 'MOST_DRIFTING', 'MOST_TEXTS', 'WORDS_GAIN', 'FEW_ROWS', 'TableEstimator']
 
 # %% ../nbs/528_table_estimator.ipynb #bd9d9342
-import math, re, time as clock
+import math, re, time as clock, warnings
 from collections.abc import Callable
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
@@ -24,11 +24,10 @@ from .fit_folder import FitFolder, rows_digest
 from .frame_loaders import encode_frame, known_levels, part_loaders
 from .candidates import score_for
 from .fit_best import BUDGETS, fit_best_on
-from .inputs import check_device, has_names, new_names, pair_of, plain_names
+from .inputs import check_device, has_names, new_names, pair_of, plain_names, warn_of_other_types
 from .splits import column_or_values, splits_of
 from .tabular.frames import as_frame
 from .tabular.copies import CopyReader
-
 
 # %% ../nbs/528_table_estimator.ipynb #ec3fbe12
 MOST_ROWS = 2000    # that are kept to measure importances
@@ -37,6 +36,11 @@ MOST_TEXTS,WORDS_GAIN = 6,.01    # columns of text whose words are tried; share 
 FEW_ROWS = 2000    # to train; below them single networks differ by more than words bring
 def _all_time(share): # Of search and refit, as a multiple of the search
     return 1 if not share else 2.3 if share==1 else 1.8
+
+def _warn_of_little_time(leaderboard, time_limit):
+    if leaderboard.epochs.max()>=1: return
+    warnings.warn(f'`time_limit`={time_limit:g} ended the search before a network had seen each row once: '
+                  'predictions may be poor, more time helps')
 
 _arguments = dict(weights='sample_weight')    # of `fit`, where they have another name than inside
 
@@ -114,9 +118,11 @@ class TableEstimator(BaseEstimator):
         share = self._refit_share(eval_set, rows['time'], len(folds))
         end = start + limit if limit else math.inf
         if limit: limit = max(limit/20, (end-clock.monotonic())/_all_time(share))
+        begun = clock.monotonic()
         self.learner_ = fit_best_on(folds, metric, self.budget, limit, seed, higher, bool(self.verbose), others, noise,
                                     self._kept(folds, seed))
         self.leaderboard_ = self.learner_.leaderboard
+        if limit and clock.monotonic()-begun>.9*limit: _warn_of_little_time(self.leaderboard_, self.time_limit)
         self._calibrate(folds)
         self._keep_rows()
         again = vars(self.learner_).pop('again', [])
@@ -138,6 +144,7 @@ class TableEstimator(BaseEstimator):
 def _checked(self:TableEstimator, X, y):
     "Return the rows as a frame, and the targets as an array"
     if y is None: raise ValueError(f'{type(self).__name__} requires y to be passed, but the target y is None')
+    if isinstance(y, str): raise TypeError(f'`y` must have a target for each row, got the text {y!r}: pass the column')
     df = as_frame(X)
     validate_data(self, plain_names(df) if has_names(X) else X, skip_check_array=True)
     self._columns = list(df)
@@ -207,9 +214,12 @@ def _read(self:TableEstimator, X):
 def _read_more(self:TableEstimator, X, y):
     "Read rows to validate on"
     if not len(y): raise ValueError('`eval_set` must have rows, but it has none')
-    X,y = self._same_columns(X),self._checked_targets(y)
-    check_consistent_length(X, y)
-    return self.reader_.transform(X),self._encoded_targets(y)
+    try:
+        df,y = self._read_again(X),self._checked_targets(y)
+        check_consistent_length(df, y)
+    except (ValueError,TypeError) as e:
+        raise (TypeError if isinstance(e, TypeError) else ValueError)(f'`eval_set`: {e}') from None
+    return df,self._encoded_targets(y)
 
 # %% ../nbs/528_table_estimator.ipynb #26e250cb
 @patch
@@ -339,10 +349,18 @@ def _known(self:TableEstimator, df):
     return known_levels(df, {n: self.learner_.dls.classes[n] for n in self.reader_.cat_names})
 
 @patch
+def _read_again(self:TableEstimator, X):
+    "Read later rows as the training rows were read"
+    X = self._same_columns(X)
+    df = self.reader_.transform(X)
+    warn_of_other_types(X, df, self.reader_.columns)
+    return df
+
+@patch
 def _outputs(self:TableEstimator, X):
     "Return what the Learner predicts, (n_rows, n_out)"
     check_is_fitted(self)
-    df,learn = self.reader_.transform(self._same_columns(X)),self.learner_
+    df,learn = self._read_again(X),self.learner_
     if not len(df): return np.zeros((0, learn.dls.c))
     with learn.no_bar(): return learn.get_preds(dl=learn.dls.test_dl(self._known(df)))[0].double().cpu().numpy()
 

@@ -325,6 +325,12 @@ def test_an_interrupt_leaves_nothing_behind(monkeypatch):
     assert '_all_rows' not in vars(model)
     with pytest.raises(NotFittedError): model.predict(df)
 
+def test_what_is_wrong_with_validation_rows_is_said_of_them():
+    df,y = table()
+    for X,targets,named in ((df, y.mask(y>10), 'NaN'), (df.drop(columns='x'), y, 'missing:\n- x'), (df, y[:9], 'inconsistent'), (df, df['size'], 'finite')):
+        with pytest.raises(ValueError, match=f'(?s)^`eval_set`: .*{named}'): regressor().fit(df, y, eval_set=(X, targets))
+    with pytest.raises(TypeError, match='^`eval_set`: `y` must hold numbers'): regressor().fit(df, y, eval_set=(df, df.when))
+
 def test_a_class_without_weight_that_the_evaluation_rows_have():
     df,_ = table()
     y = np.arange(120)%3
@@ -338,6 +344,27 @@ def test_lists_and_dictionaries_at_predict():
         odd[c] = pd.Series([[1], {2: 3}, odd[c].iloc[2], np.array([1, 2])], index=odd.index, dtype=object)
         res,want = model.predict(odd),model.predict(df.head(4).assign(**{c: df[c].head(4).where(np.arange(4)==2)}))
         assert np.allclose(res, want), c
+
+def test_columns_that_cannot_be_read_any_more():
+    df,y = table()
+    model = regressor().fit(df, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        for fine in (df.head(0), df.assign(x=None, when=pd.NaT), df.assign(x='?', size='XL'), df.assign(when=df.when.astype(str))): model.predict(fine)
+    written = df.when.dt.strftime('%d/%m/%Y')
+    for name,values,kind in (('x', df.x+1j, 'number'), ('x', 'many', 'number'), ('when', written, 'date'), ('x', [[1]]*120, 'number')):
+        odd,empty = [df.assign(**{name: v}) for v in (values, None)]
+        for predict in (model.predict, model.predict_interval):
+            with pytest.warns(UserWarning, match=f'nothing in {name!r} can be read as a {kind}'): assert (predict(odd)==predict(empty)).all()
+    with pytest.warns(UserWarning, match="nothing in 'when' can be read as a date"): regressor().fit(df, y, eval_set=(odd.assign(when=written), y))
+
+def test_text_with_bytes_that_no_encoding_knows(tmp_path):
+    "As `open(errors='surrogateescape')` reads it; pandas with Arrow cannot hold it as `str`"
+    df,y = table()
+    odd = df.assign(size=pd.Series([dict(S='S\udcff', M='M', L='\udcfe L')[v] for v in df['size']], dtype=object))
+    model = regressor().fit(odd, y)
+    want = model.predict(odd)
+    assert np.allclose(want, regressor().fit(df, y).predict(df)) and (DropConnectRegressor.load(model.save(tmp_path)).predict(odd)==want).all()
 
 def test_records_and_flags_from_elsewhere():
     df,y = table()
@@ -380,6 +407,11 @@ def test_targets_of_wrong_types():
     for wrong in (df.when, df.when-df.when[0], df[['when']]):
         with pytest.raises(TypeError, match='`y` must hold numbers'): regressor().fit(df, wrong)
     with pytest.raises(TypeError, match='one type, such as text, got int, text'): classifier().fit(df, pd.Series([1, 'a']*60))
+    for wrong,kind in ((pd.cut(y, 3), 'Interval'), (df.when.dt.to_period('M'), 'Period'), (df.when-df.when[0], 'durations')):
+        with pytest.raises(TypeError, match=rf'labels such as .* got {kind}: `astype\(str\)`'): classifier().fit(df, wrong)
+    assert list(classifier().fit(df, pd.cut(y, 3).astype(str)).classes_)==sorted(pd.cut(y, 3).astype(str).unique())
+    for make in (regressor, classifier):
+        with pytest.raises(TypeError, match="a target for each row, got the text 'price'"): make().fit(df, 'price')
 
 def test_targets_of_all_makes():
     df,y = table()
@@ -528,7 +560,7 @@ def test_two_thousand_columns():
 
 # --- files
 
-NAMES = dict(text=list('abcdef'), numbers=[0, 1, 2, 3, 4, 5])
+NAMES = dict(text=list('abcdef'), numbers=[0, 1, 2, 3, 4, 5], both=[0, 'b', 2.5, True, np.nan, ''])
 
 @pytest.mark.parametrize('names', NAMES.values(), ids=NAMES)
 def test_saved_numbers(names, tmp_path):
@@ -616,6 +648,11 @@ def test_search_with_boosted_trees(make, tmp_path):
 def test_boosted_trees_need_their_package(monkeypatch):
     monkeypatch.setitem(sys.modules, 'lightgbm', None)
     with pytest.raises(ImportError, match=r'fastai_dropconnect\[gbm\]'): regressor(with_gbm=True).fit(*table())
+
+def test_search_without_time_says_so():
+    df,y = table(2000)
+    with pytest.warns(UserWarning, match='`time_limit`=0.01 ended the search before a network had seen each row once'):
+        regressor(time_limit=.01, budget='quick').fit(df, y)
 
 def test_search_itself(tmp_path):
     assert table_estimator.fit_best_on is fit_best_on

@@ -93,6 +93,15 @@ def test_categories_that_do_not_fit_are_refused(path, change, named):
     with pytest.raises(ValueError, match=named): load_model(path)
 
 
+@pytest.mark.parametrize('proc,field,names', [('Categorify','classes','cat_names'), ('Normalize','means','cont_names'), ('Normalize','stds','cont_names')])
+def test_what_a_prediction_needs_of_a_column_is_there(path, proc, field, names):
+    config = description(path)
+    own = next(p for p in config['table']['procs'] if p['class']==proc)[field]
+    if proc=='Categorify': own[0]['column'] = 'other'
+    else: own['columns'][0] = 'other'
+    write(path, config)
+    with pytest.raises(ValueError, match=f'{proc} must have {field} of all columns in `{names}`'): load_model(path)
+
 def test_a_number_of_targets_is_a_number(path):
     config = description(path)
     next(p for p in config['table']['procs'] if p['class']=='RegressionSetup')['c'] = 'one'
@@ -300,7 +309,7 @@ OTHER_FIELDS = [
     ('noise', ['network','noise','kind'], 'x', 'network.noise.kind'), ('noise', ['network','noise','n_parts'], HUGE, 'network.out_sz'), ('noise', ['network','noise','n_levels'], 1, 'network.noise.n_levels'),
     ('noise', ['network','noise','more'], 1, "'more'"),
     ('noise', ['network','noise','beta'], 1, 'network.noise.beta'), ('noise', ['network','noise','n_targets'], 0, 'network.noise.n_targets'), ('noise', ['network','y_range'], [0,1], 'network.y_range'),
-    ('noise', ['loss','shares'], [1], 'loss.shares` must be 2'), ('noise', ['loss','shares'], [1,-1], 'loss.shares'), ('noise', ['loss','shares'], [1,'x'], 'loss.shares'),
+    ('noise', ['loss','shares'], [1], 'loss.shares` must be 2'), ('noise', ['loss','shares'], [1e308,1], 'loss.shares` must have the sum 1'), ('noise', ['loss','shares'], [1,-1], 'loss.shares'), ('noise', ['loss','shares'], [1,'x'], 'loss.shares'),
     ('noise', ['network','noise','beta'], -1, 'network.noise.beta'), ('noise', ['network','noise','beta'], '0', 'network.noise.beta'), ('noise', ['network','noise','n_parts'], 0, 'network.noise.n_parts'),
     ('noise', ['loss','sd'], [1,1], 'loss.sd'), ('noise', ['loss','sd'], [0], 'loss.sd'), ('noise', ['loss','n_parts'], 7, 'loss.n_parts'), ('noise', ['loss','reduction'], 'x', 'loss.reduction'),
     ('columns', ['network','columns',0], [1,0,2,3], 'network.columns'), ('columns', ['network','columns',1], [2], 'network.columns` must be 1 numbers below 2'), ('columns', ['network','columns',1], [True], 'network.columns'),

@@ -71,6 +71,12 @@ _blue,_orange = '#1f77b4','#ff7f0e'
 def _short(x, digits): # A number of up to a million without an exponent
     return f'{float(f"{x:.{digits}g}"):g}'
 
+def _distinct(values): # Labels with as many digits as it takes to tell values apart, 6 at most
+    for digits in range(2, 7):
+        res = [_short(v, digits) for v in values]
+        if len(set(res))==len(set(values)): break
+    return res
+
 def _reliability(ax, rows, level):
     u = np.linspace(0, 1, 41)
     share = np.array([(rows.pit<=v).mean() for v in u])
@@ -102,7 +108,7 @@ def _coverage(ax, rows, level, groups, labels, xlabel):
 
 def _by_spread(ax, rows, level):
     groups = equal_groups(rows.sd.to_numpy(), 5)
-    labels = [_short(rows.sd.to_numpy()[g].mean(), 2) for g in groups]
+    labels = _distinct([rows.sd.to_numpy()[g].mean() for g in groups])
     _coverage(ax, rows, level, groups, labels, 'standard deviation, mean of the group')
     ax.set_title('coverage by spread')
 

@@ -28,6 +28,7 @@ def check_table(
     f.end()
     for p in procs:
         if p.get('class')=='Categorify': _check_classes(p, dict(zip(cats, levels)))
+        _check_columns(p, table)
     counts = [p['n'] for p in procs if p.get('class')=='QuantileNormalize' and is_int(p.get('n'), 1)]
     if len(counts)>1: raise ValueError('`table.procs` must have one QuantileNormalize, got two')
     return {'quantiles': ('F64', (counts[0],len(conts)))} if counts else {}
@@ -39,6 +40,20 @@ def _check_classes(config, sizes): # More categories than rows of the embedding 
         name,n = c.get('column'),len(c['values'])+1
         if isinstance(name, str) and n>sizes.get(name, n):
             raise ValueError(f'`table.procs`: column {name!r} must have at most {sizes[name]-1} categories, got {n-1}')
+
+_OF_COLUMNS = ('Categorify','classes','cat_names'),('Normalize','means','cont_names'),('Normalize','stds','cont_names')
+
+def _columns_of(own): # Of a field of a proc; `None`: it is no such field
+    own = own.get('columns') if isinstance(own, dict) else own
+    return [c.get('column') if isinstance(c, dict) else c for c in own] if isinstance(own, list) else None
+
+def _check_columns(config, table): # A prediction would look for what is missing
+    for kind,field,names in _OF_COLUMNS:
+        known = _columns_of(config.get(field)) if config.get('class')==kind else None
+        missing = [] if known is None else [n for n in table[names] if n not in known]
+        if missing:
+            raise ValueError(f'`table.procs`: {kind} must have {field} of all columns in `{names}`, '
+                             f'but {missing[0]!r:.200} has none')
 
 # %% ../../nbs/425_serialize.description.ipynb #425b91af
 def packed_shape(shape): return 'U8',(math.ceil(math.prod(shape)/8),)

@@ -316,6 +316,8 @@ def _build_noise_loss(f):
     reduction = f.choice('reduction', ('none','mean','sum'))
     has_shares = 'shares' in f.left      # of a blend
     shares = f.list('shares', 'numbers of at least 0', lambda v: is_number(v) and v>=0) if has_shares else None
+    if has_shares and abs(sum(shares)-1)>1e-3:
+        raise ValueError(f'`loss.shares` must have the sum 1, got {sum(shares)}')
     settings = dict(f.left)
     check_noise(f)
     n = settings['n_targets']

@@ -18,6 +18,9 @@ _marks = frozenset('? - -- . na n/a #n/a #na <na> nan nat none null nil missing'
 def _decoded(value): # numpy and databases hold text as bytes, too
     return value.decode(errors='replace') if isinstance(value, bytes) else value
 
+def _plain(text): # Arrow and files hold no NUL and no half of a character
+    return text.replace('\0', '').encode(errors='replace').decode()
+
 def as_text(
     value # Not missing
 ) -> str|None: # `None` for marks such as '?' and 'N/A'
@@ -25,7 +28,7 @@ def as_text(
     value = _decoded(value)
     if isinstance(value, (float,np.floating)): return str(int(value) if float(value).is_integer() else float(value))
     if isinstance(value, numbers.Integral) and not isinstance(value, bool): return str(int(value))
-    text = str(value).replace('\0', '').strip()
+    text = _plain(str(value)).strip()
     return None if text.lower() in _marks else text
 
 _bools = {'1': 'True', '0': 'False', 'true': 'True', 'false': 'False'}
@@ -42,7 +45,7 @@ def as_level(
 ) -> str|None: # As `as_text` returns it, with the spaces around it
     "Convert a value of a category; spaces around it can tell where a row comes from"
     text,value = as_text(value),_decoded(value)
-    return text if text is None or not isinstance(value, str) else value.replace('\0', '')
+    return text if text is None or not isinstance(value, str) else _plain(value)
 
 def _hashable_or_nan(value):
     try: hash(value)
@@ -85,6 +88,7 @@ def as_numbers(
 ) -> pd.Series: # float64; what is not a finite number is NaN
     "Convert a column to numbers that fit into float32"
     if pd.api.types.is_timedelta64_dtype(s): s = s.dt.total_seconds()
-    if not pd.api.types.is_numeric_dtype(s): s = by_value(s, partial(_number_or_text, format=format))
+    is_real = pd.api.types.is_numeric_dtype(s) and not pd.api.types.is_complex_dtype(s)
+    if not is_real: s = by_value(s.astype(object), partial(_number_or_text, format=format))
     x = pd.to_numeric(s, errors='coerce').to_numpy('float64', na_value=np.nan)
     return pd.Series(np.where(np.isinf(x), np.nan, x.clip(-_largest, _largest)), index=s.index)
