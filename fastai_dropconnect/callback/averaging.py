@@ -71,7 +71,7 @@ class BestAverage(LeanCallback):
         self.warmup = check_int(warmup, 'warmup', 0)
 
     def on_broken_fit(self): self._break_off(self.learn)
-    def on_remove(self, learn:Learner): self._break_off(learn)      # in a fit: callbacks of `fit` are removed if it breaks
+    def on_remove(self, learn:Learner): self._break_off(learn)      # `fit` removes its callbacks, also when it breaks
 
 # %% ../../nbs/357_callback.averaging.ipynb #bfaeab62
 @patch
