@@ -1,8 +1,8 @@
 """`FrameReader` on tables that nobody chose: every kind of column, gaps and scale, at every size"""
-import json, warnings
+import json, re, warnings
 import numpy as np, pandas as pd, pytest
 from odd_tables import KINDS, make_table
-from fastai_dropconnect.tabular.frames import FrameReader
+from fastai_dropconnect.tabular.frames import FrameReader, date_format
 
 def odd_table(seed):
     "Return a table of random columns"
@@ -94,3 +94,28 @@ def test_amounts_are_numbers_and_codes_are_not():
     assert (reader.transform(pd.DataFrame(written | codes)).price==money).all()
     later = pd.DataFrame(dict.fromkeys(written | codes, ['n/a','7','7 miles','£7',None]))
     assert reader.transform(later)[['price','euros','share','way']].isna().all(axis=None)
+
+DAYS = pd.Series(pd.date_range('1999-11-03', '2021-06-30', freq='37D'))
+MONTHS = DAYS.dt.to_period('M').dt.to_timestamp()
+TIMES = pd.Series(pd.date_range('2019-12-30', '2021-06-30', freq='90h37min').floor('min'))
+DATES = [(DAYS, '%b %d, %Y|%B %d, %Y|%d %b %Y|%d %B %Y|%A, %B %d, %Y|%d-%b-%Y|%d-%b-%y|%m/%d/%y|%d/%m/%y|%m/%d/%Y %I:%M:%S %p|%d/%m/%Y %I:%M %p'), (MONTHS, '%b-%Y|%b %Y|%B %Y'),
+         (TIMES, '%m/%d/%y %H:%M|%d/%m/%y %H:%M|%m/%d/%y %I:%M %p|%d-%b-%y %H:%M|%b %d, %Y %I:%M %p|%Y-%m-%d %I:%M %p|%m/%d/%Y %I:%M %p|%d/%m/%Y %I:%M %p')]
+
+@pytest.mark.parametrize('zeros', [True, False])
+@pytest.mark.parametrize('dates,format', [(dates, f) for dates,formats in DATES for f in formats.split('|')])
+def test_dates_however_they_are_written(dates, format, zeros):
+    "With zeros before days and hours or without; what is written in another way at predict is missing"
+    written = dates.dt.strftime(format if zeros else re.sub('%([mdHI])', r'%-\1', format)).tolist()
+    reader = FrameReader().fit(pd.DataFrame(dict(at=written)))
+    rows = reader.transform(pd.DataFrame(dict(at=[*written, 'soon', '7', '1.2.2020', None])))
+    plain = pd.DataFrame(dict(at=dates))
+    pd.testing.assert_frame_equal(rows[:len(dates)], FrameReader().fit(plain).transform(plain))
+    assert rows[len(dates):].isna().all(axis=None)
+
+
+@pytest.mark.parametrize('write', [
+    lambda i: f'555-{i:04d}', lambda i: f'{200+i}-555-{i:04d}', lambda i: f'{i%30}.{i%12}.{i}', lambda i: f'10.0.{i%9}.{i}', lambda i: f'A-{i}', lambda i: f'MAR-{1000+i}',
+    lambda i: f'{i%12+1:02d}:{i%60:02d} PM', lambda i: ('May','march','Sunday','Mayor')[i%4], lambda i: f'May {i} people', lambda i: f'{i} Main St.', lambda i: f'{i%28+1}-{i%12+1}-{i%99:02d}'])
+def test_what_looks_like_dates_and_is_none(write):
+    "Phone numbers, versions, codes, times of day, words, addresses"
+    assert date_format([write(i) for i in range(200)]) is None

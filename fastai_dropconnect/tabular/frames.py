@@ -81,22 +81,33 @@ def _date_parts(
     return {k: v.astype('float64') for k,v in numbers.items()} | {k: by_value(v, as_text) for k,v in names.items()}
 
 # %% ../../nbs/305_tabular.frames.ipynb #adacb285
+_months = 'jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec'
+_date_like = re.compile(rf'\d.*[-/.:]|([a-z]+, )?(\d+ )?({_months}).*(1[89]|20)\d\d', re.IGNORECASE)
+_days = '%m/%d/%y','%d/%m/%y','%m/%d/%Y','%d/%m/%Y','%Y-%m-%d','%b %d, %Y','%B %d, %Y','%d-%b-%y'
+_times = '',' %H:%M',' %H:%M:%S',' %I:%M %p',' %I:%M:%S %p'
+_more_formats = *(day+time for day in _days for time in _times),'%b-%Y','%b %Y','%B %Y'     # those pandas may not guess
+
 def _guess_format(text, dayfirst): # Format or `None`
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')     # that the format is another one than `dayfirst` asks for
         return pd.tseries.api.guess_datetime_format(text, dayfirst=dayfirst)
 
+def _share_of_dates(texts, format, weights=None):
+    dates = pd.to_datetime(pd.Series(texts), format=format, errors='coerce', utc=True)
+    return np.average(dates.notna(), weights=weights)
+
+# %% ../../nbs/305_tabular.frames.ipynb #a2aba4bc
 def date_format(
     texts:list, # Text of some values
     weights:list=None # How often each of them occurs; by default once
 ) -> str|None: # Format for `pd.to_datetime`; `None`: these are not dates
     "Find the format of dates written as text"
-    looks = [len(t)>=6 and t[0].isdigit() and any(c in t for c in '-/.:') for t in texts]
+    looks = [6<=len(t)<50 and bool(_date_like.match(t)) for t in texts]
     if not texts or np.average(looks, weights=weights)<.95: return None
-    formats = dict.fromkeys(['ISO8601', *(_guess_format(t, d) for d in (False,True) for t in texts[:20])])
-    for f in filter(None, formats):
-        known = pd.to_datetime(pd.Series(texts), format=f, errors='coerce', utc=True).notna()
-        if np.average(known, weights=weights)>=.95: return f
+    some = [t for t,ok in zip(texts, looks, strict=True) if ok][:20]
+    guesses = (_guess_format(t, d) for d in (False,True) for t in some)
+    for f in filter(None, dict.fromkeys(['ISO8601', *guesses, *_more_formats])):
+        if _share_of_dates(some, f) and _share_of_dates(texts, f, weights)>=.95: return f
     return None
 
 # %% ../../nbs/305_tabular.frames.ipynb #8c7f73b2
