@@ -6,9 +6,8 @@ from fastai.tabular.all import (Callback, Categorify, CategoryBlock, FillMissing
                                 TabularDataLoaders, rmse)
 import fastai_dropconnect.callback.distribution    # noqa: F401, with it Learners have `calibrate` and `predict_distribution`
 from fastai_dropconnect import fit_best as module
-from fastai_dropconnect.candidates import Candidate, learner_for, score_for, target_range, targets_of
+from fastai_dropconnect.candidates import Candidate, score_for, target_range, targets_of
 from fastai_dropconnect.fit_best import BUDGETS, KINDS, Search, fit_best, fit_best_on
-from fastai_dropconnect.uncertainty.noise import noise_of
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -96,19 +95,6 @@ def test_networks_without_hidden_layers_are_for_small_tables(monkeypatch):
     assert 'additive' not in names(fit_best(loaders(conts=()), verbose=False))
     monkeypatch.setattr(module, 'MANY_ROWS', 100)
     assert not {'linear','additive'}&set(names(fit_best(dls, verbose=False)))
-
-
-@pytest.mark.parametrize('name', [*KINDS, 'additive'])
-def test_networks_start_at_the_mean_and_at_the_shares_of_classes(name):
-    kind = (KINDS | module.SIMPLE)[name]
-    df = table(600)
-    far = df.assign(y=np.where(df.index==300, 30., df.y-3).astype('float32'), label=np.where(df.a>1.9, 'yes', 'no'))
-    outs = learner_for(loaders(far, valid=range(200)), kind).get_preds()[0]
-    part = far.y[200:]
-    assert abs(outs.mean()-part.mean())<.3*part.std() and abs(part.mean()-(part.max()+part.min())/2)>3*part.std()
-    probs = learner_for(loaders(far, 'label', block=CategoryBlock(), valid=range(200)), kind).get_preds()[0]
-    assert probs[:,1].mean()<.1
-    learner_for(loaders(far), replace(kind, kwargs=kind.kwargs | dict(noise=noise_of('quantile'))))
 
 
 def test_a_table_of_categories_only_has_one_kind():
