@@ -185,10 +185,12 @@ PRIOR_ROWS = 100      # equal weights count as much as so many validation rows
 POOR = .05            # a loss that is so much above the best, as a share of it
 
 def _without_poor(candidates):
-    "Leave out simple networks that are much worse than the best of the others"
+    "Leave out simple and half-trained networks that are much worse than the best of the others"
     others = [c.loss for c in candidates if c.name not in SIMPLE and c.loss==c.loss]
-    limit = min(others)+POOR*abs(min(others)) if others else math.inf
-    return [c for c in candidates if c.name not in SIMPLE or c.loss<=limit]
+    if not others: return candidates
+    limit = min(others)+POOR*abs(min(others))
+    def may_be_poor(c): return c.name in SIMPLE or c.timed_out or c.interrupted
+    return [c for c in candidates if c.loss<=limit or not may_be_poor(c)]
 
 def _blend(
     search:Search, # With candidates

@@ -89,6 +89,14 @@ def test_networks_without_hidden_layers_join_the_blend_where_they_are_nearly_as_
     assert [c.name for c in module._without_poor(made)]==['numbers','vectors',*kept]
 
 
+@pytest.mark.parametrize('cut_off', [dict(timed_out=True), dict(interrupted=True)])
+def test_networks_that_were_cut_off_join_the_blend_where_they_are_nearly_as_good(cut_off):
+    make = lambda name, loss, **kw: Candidate(name, .5, [], torch.zeros(3, 1), loss, 0., **kw)
+    made = [make('numbers', 1.), make('vectors', 3.), make('smaller', 1.04, **cut_off), make('levels', 7., **cut_off)]
+    assert [c.name for c in module._without_poor(made)]==['numbers','vectors','smaller']
+    for loss in (2.,float('nan')): assert len(module._without_poor([make('numbers', loss, **cut_off)]))==1
+
+
 def test_networks_without_hidden_layers_are_for_small_tables(monkeypatch):
     dls = loaders()
     assert {'linear','additive'}<=set(names(fit_best(dls, verbose=False)))
