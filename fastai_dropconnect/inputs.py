@@ -66,7 +66,8 @@ def warn_of_other_types(
     columns:list # `Column`s of the reader
 ):
     "Warn of numbers and dates that are written in another way than in the training rows"
-    empty = set(read.columns[read.isna().all()]) if len(read) else set()
+    first = read.head(100).isna().all()      # of a million rows, few columns need to be looked at whole
+    empty = {n for n in first.index[first] if read[n].isna().all()} if len(read) else set()
     for c in columns:
         if c.kind in ('number','date') and empty.intersection(c.part_names) and _has_values(X[c.name]):
             warnings.warn(f'`X`: nothing in {c.name!r} can be read as a {c.kind}, as the training rows were: '

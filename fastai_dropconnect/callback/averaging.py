@@ -70,8 +70,8 @@ class BestAverage(LeanCallback):
         self.share = check_positive(share, 'share')
         self.warmup = check_int(warmup, 'warmup', 0)
 
-    def on_broken_fit(self): self._break_off(self.learn)
-    def on_remove(self, learn:Learner): self._break_off(learn)      # `fit` removes its callbacks, also when it breaks
+    def on_broken_fit(self): self._end_fit(self.learn)
+    def on_remove(self, learn:Learner): self._end_fit(learn)      # `fit` removes its callbacks, also when it breaks
 
 # %% ../../nbs/357_callback.averaging.ipynb #bfaeab62
 @patch
@@ -158,15 +158,11 @@ def before_validate(self:BestAverage):
 def after_fit(self:BestAverage):
     if not self._active or self.learn.lock.locked(): return
     if self.steps and not self.losses: self._measure()
-    best = from_rank0(self._best)       # statistics of batch norm differ between ranks
-    if best is not None: load_state_(inner_model(self.learn.model), best)    # records of callbacks stay
-    self._end_fit()
+    self._best = from_rank0(self._best)       # statistics of batch norm differ between ranks
+    self._end_fit(self.learn)
 
 @patch
-def _break_off(self:BestAverage, learn):
-    "Leave the best average so far in the model, if a fit is broken off"
-    if self._best is not None: load_state_(inner_model(learn.model), self._best)
-    self._end_fit()
-
-@patch
-def _end_fit(self:BestAverage): self._active,self._moving,self._best = False,None,None
+def _end_fit(self:BestAverage, learn):
+    "Leave the best average so far in the model"
+    if self._best is not None: load_state_(inner_model(learn.model), self._best)    # records of callbacks stay
+    self._active,self._moving,self._best = False,None,None
