@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['inner_model', 'hidden_linears', 'select_layers', 'layer_values', 'select_weights', 'call_with', 'model_tensors',
            'copy_state', 'load_state_', 'call_with_state', 'mean_state', 'hidden_state', 'set_hidden_state',
-           'ModelRecord', 'from_rank0', 'mean_over_ranks', 'scale_and_shift']
+           'ModelRecord', 'from_rank0', 'mean_over_ranks', 'scale_and_shift', 'widest_float', 'doubles']
 
 # %% ../nbs/020_nn_utils.ipynb #89b47614
 import itertools
@@ -251,3 +251,18 @@ def scale_and_shift(
     "Return what a batch norm in eval mode multiplies with and adds"
     scale = (norm.running_var+norm.eps).rsqrt()*(1. if norm.weight is None else norm.weight)
     return scale,(0. if norm.bias is None else norm.bias)-norm.running_mean*scale
+
+# %% ../nbs/020_nn_utils.ipynb #1efded2d
+def widest_float(
+    device:torch.device|str
+) -> torch.dtype:
+    "Return the widest type of floats that a device has"
+    return torch.float32 if torch.device(device).type=='mps' else torch.float64
+
+def doubles(
+    t:torch.Tensor,
+    device:torch.device|str=None # Where the result is; by default where `t` is
+) -> torch.Tensor: # float64, or float32 on a device that has no more
+    "Return numbers in the widest type of floats of a device"
+    device = t.device if device is None else device
+    return t.to(widest_float(device)).to(device)

@@ -2,6 +2,7 @@
 import math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
+from fastai_dropconnect import nn_utils
 from fastai_dropconnect.uncertainty.noise import *
 
 torch.set_num_threads(1)
@@ -143,3 +144,20 @@ def test_distributions_have_the_unit_of_the_target(kind, scale):
     close(scaled.log_prob(x*scale)+math.log(scale), dist.log_prob(x))
     for n in ('mean','sd','sd_noise','sd_members'): close(getattr(scaled, n)/scale, getattr(dist, n))
     close(scaled.sample(3, torch.Generator().manual_seed(0))/scale, dist.sample(3, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize('kind', ['quantile', 'mixture'])
+def test_devices_without_float64(kind, monkeypatch):
+    "Apple's GPUs have float32 at most"
+    noise = NoiseModel(kind)
+    out = torch.randn(200, 3*noise.n_params, generator=torch.Generator().manual_seed(0))
+    targ = torch.linspace(-3, 3, 200)[:,None]
+    wide = noise.distribution(out, 1)
+    quantiles,cdf,sd = wide.quantiles([.01,.4,.99]),wide.cdf(targ),wide.sd
+    monkeypatch.setattr(nn_utils, 'widest_float', lambda device: torch.float32)
+    narrow = noise.distribution(out, 1)
+    assert narrow.cdf(targ).dtype==torch.float32
+    for got,expected in zip((narrow.quantiles([.01,.4,.99]), narrow.cdf(targ), narrow.sd), (quantiles, cdf, sd), strict=True):
+        torch.testing.assert_close(got, expected.float(), atol=2e-4, rtol=2e-4)
+    flat = QuantileDistribution(torch.ones(2, 3, 9))
+    assert flat.cdf(torch.ones(2)).isfinite().all() and flat.log_prob(torch.ones(2)).isfinite().all()

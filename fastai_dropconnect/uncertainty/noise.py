@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..checks import check_choice, check_int, check_p
+from ..nn_utils import doubles
 from .metrics import pinball_loss
 from .solve import solve_cdf
 
@@ -44,10 +45,11 @@ class Distribution:
     def _as_here(self, x): return x.to(self.member_means.dtype).view(self.shape)    # float32 has no square of 1e20
 
     def _levels(self, levels):
+        if isinstance(levels, Tensor): levels = levels.cpu()      # a GPU may have no float64
         levels = torch.as_tensor(levels, dtype=torch.float64).flatten()
         if not ((levels>0) & (levels<1)).all():
             raise ValueError(f'`levels` must be numbers with 0 < level < 1, got levels={levels.tolist()}')
-        return levels.to(self.member_means.device)
+        return doubles(levels, self.member_means.device)
 
     def quantiles(self,
         levels:list # Numbers between 0 and 1
@@ -78,7 +80,7 @@ class Distribution:
 def _at(self:Distribution, x): # CDF and density at `x`, `(*)` or `(*, n)`
     one = x.ndim==len(self.shape)
     n = 1 if one else x.shape[-1]
-    res = [t.view(*self.shape, n) for t in self._flat()._cdf_pdf(x.double().reshape(-1, n))]
+    res = [t.view(*self.shape, n) for t in self._flat()._cdf_pdf(doubles(x).reshape(-1, n))]
     return [t.squeeze(-1) if one else t for t in res]
 
 @patch
@@ -101,7 +103,7 @@ class QuantileDistribution(Distribution):
     @property
     def levels(self) -> Tensor: # (n_levels,)
         n = self.knots.shape[-1]
-        return torch.arange(1, n+1, dtype=torch.float64, device=self.knots.device)/(n+1)
+        return doubles(torch.arange(1, n+1, dtype=torch.float64)/(n+1), self.knots.device)
 
     @property
     def _tails(self): # Scales of the two exponentials, `(*, n_members)`
@@ -122,7 +124,7 @@ class QuantileDistribution(Distribution):
         ends = (q[...,0]-low).square()+low.square() + (q[...,-1]+high).square()+high.square()
         return h*(middle+ends)
 
-    def _flat(self): return QuantileDistribution(self.knots.double().reshape(-1, *self.knots.shape[-2:]), self.shares)
+    def _flat(self): return QuantileDistribution(doubles(self.knots).reshape(-1, *self.knots.shape[-2:]), self.shares)
     def __getitem__(self, rows): return QuantileDistribution(self.knots[rows], self.shares)
     def _ends(self, levels):
         q = self.member_quantiles(levels)
@@ -147,14 +149,14 @@ def member_quantiles(self:QuantileDistribution,
 # %% ../../nbs/282_uncertainty.noise.ipynb #42492ae7
 @patch
 def _cdf_pdf(self:QuantileDistribution, x): # Of rows `(n_rows, k)`
-    q,n = self.knots,self.knots.shape[-1]
+    q,n,tiny = self.knots,self.knots.shape[-1],torch.finfo(self.knots.dtype).tiny
     x = x.unsqueeze(1).expand(-1, q.shape[1], -1).contiguous()
     i = torch.searchsorted(q.contiguous(), x, right=True).clamp(1, n-1)-1
     # for the density no piece is narrower than a thousandth of all, else that of equal quantiles would be infinite
-    least = (1e-3/n*(q[...,-1:]-q[...,:1])).clamp(min=1e-300)
+    least = (1e-3/n*(q[...,-1:]-q[...,:1])).clamp(min=tiny)
     left,right = q.gather(-1, i),q.gather(-1, i+1)
     width = right-left
-    cdf,pdf = i+1+((x-left)/width.clamp(min=1e-300)).clamp(0, 1),1/torch.maximum(width, least)
+    cdf,pdf = i+1+((x-left)/width.clamp(min=tiny)).clamp(0, 1),1/torch.maximum(width, least)
     low,high = [torch.maximum(t.unsqueeze(-1), least) for t in self._tails]
     below,above = ((x-q[...,:1])/low).clamp(max=0).exp(),((q[...,-1:]-x)/high).clamp(max=0).exp()
     under,over = x<q[...,:1],x>=q[...,-1:]
@@ -176,9 +178,9 @@ def sample(self:QuantileDistribution,
 ) -> Tensor: # `(*, n)`
     "Draw numbers"
     size = *self.shape,check_int(n, 'n')
-    u = torch.rand(size, generator=generator, dtype=torch.float64).clamp(1e-12, 1-1e-12).to(self.knots.device)
+    u = torch.rand(size, generator=generator, dtype=torch.float64).clamp(1e-12, 1-1e-12)
     member = self._draw_members(size, generator).to(self.knots.device)
-    return self.member_quantiles(u).gather(-2, member.unsqueeze(-2)).squeeze(-2)
+    return self.member_quantiles(doubles(u, self.knots.device)).gather(-2, member.unsqueeze(-2)).squeeze(-2)
 
 # %% ../../nbs/282_uncertainty.noise.ipynb #ed79c7eb
 @dataclass(frozen=True, eq=False)
@@ -211,7 +213,7 @@ class GaussianMixture(Distribution):
 
     def _tensors(self): return self.log_weights,self.means,self.sds
     def _flat(self):
-        return GaussianMixture(*[t.double().reshape(-1, *t.shape[-2:]) for t in self._tensors()], self.shares)
+        return GaussianMixture(*[doubles(t).reshape(-1, *t.shape[-2:]) for t in self._tensors()], self.shares)
     def __getitem__(self, rows): return GaussianMixture(*[t[rows] for t in self._tensors()], self.shares)
 
     def _ends(self, levels):
