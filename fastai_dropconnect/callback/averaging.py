@@ -48,7 +48,7 @@ def averaged_model(
 
 # %% ../../nbs/357_callback.averaging.ipynb #ccb342d0
 class BestAverage(LeanCallback):
-    "Keep the moving average of the weights that is best on validation rows, and stop then"
+    "Keep the best moving average of the weights on validation rows, and stop when gains end"
     keeps_tensors = True    # in a batch; `known_code` asks
     order = 90
     _stateattrs = ('_moving','_best')

@@ -303,7 +303,7 @@ def _states(config, tensors): # Of the networks that predict
 
 # %% ../../nbs/429_serialize.predictor.ipynb #b3274079
 class Predictor:
-    "Predict rows as the Learner does that was saved"
+    "Predict rows as the saved Learner does"
     def __init__(self,
         saved:SavedModel # Checked by `load_predictor`
     ):

@@ -249,7 +249,7 @@ def _parts(
 
 # %% ../../nbs/305_tabular.frames.ipynb #08742089
 class FrameReader:
-    "Read any table as numbers and categories, by what its training rows were"
+    "Read any table as numbers and categories, as learned from its training rows"
     most_words = 0    # of a column of text; 0: text is left out
     def __init__(self,
         max_levels:int=10_000, # Levels of a category to keep, the most frequent ones; the others count as missing

@@ -31,7 +31,7 @@ def _range(x:np.ndarray) -> tuple: # Of the finite numbers
 
 # %% ../../nbs/318_tabular.guard.ipynb #ef63cbc4
 class InputGuard(TabularProc):
-    "Know levels and ranges of the training rows, find rows that leave them, and change none"
+    "Find rows with levels or numbers outside those of the training rows, without changing any"
     order = -10     # before procs that fill gaps and encode
     guards_inputs = True    # `dls.input_guard` asks
     def __init__(self,

@@ -171,7 +171,7 @@ def group_key(
 
 @dataclass
 class Calibration:
-    "How predictions are corrected, and the rows that say so"
+    "Correction of predictions, with the scores of the rows that it was made from"
     method:str # 'split', 'local', 'cqr', 'pit' or 'temperature'
     level:float=.9 # Share of targets that intervals should hold
     scores:Tensor=None # `(n_rows, n_targets)`, or `(n_rows, n_targets, 2)`, float64, the latest last

@@ -257,7 +257,7 @@ _SETTINGS = dict(quantile='n_levels', mixture='n_parts', gaussian='beta')
 
 @dataclass(frozen=True)
 class NoiseModel:
-    "Settings of what turns the outputs of a network into a distribution"
+    "Settings of a noise model, which turns a network's outputs into a distribution"
     kind:str='quantile' # 'quantile', 'mixture' or 'gaussian'
     n_levels:int=19 # Quantiles of 'quantile', at `1/(n_levels+1)`, `2/(n_levels+1)`, ...
     n_parts:int=3 # Gaussians of 'mixture'
