@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from fastai.learner import Learner, Metric
 from fastai.tabular.data import TabularDataLoaders
+from fastai.torch_core import to_device
 from .ensemble.blend import BlendedModel
 from .tabular.learner import PredictMeans, TabularLearner
 from .uncertainty.grid import GridScore
@@ -18,7 +19,7 @@ from .uncertainty.noise import NoiseLoss, NoiseModel
 # %% ../nbs/408_blended_learner.ipynb #1d6ac956
 @torch.no_grad()
 def _n_members(model, noise, dls): # How many distributions a model predicts side by side
-    x = next(iter(dls.valid))[:dls.n_inp]
+    x = to_device(dls.valid.one_batch()[:dls.n_inp], dls.device)      # fastai's loaders leave it on the CPU
     return model(*[t[:1] for t in x]).shape[-1]//(noise.n_params*len(dls.y_names))
 
 def blended_learner(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from fastai.callback.core import CancelFitException, CancelValidException
 from fastai.learner import Learner
-from fastai.torch_core import to_detach
+from fastai.torch_core import to_detach, to_device
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from fastcore.basics import noop, patch
@@ -111,6 +111,7 @@ def predictions(
     model.eval()
     preds,targs = [],[]
     for b in dl:
+        b = to_device(b, learn.dls.device)      # fastai's loaders leave it on the CPU
         n_inp = learn.dls.n_inp if hasattr(learn.dls, 'n_inp') else len(b)-1
         preds.append(activation(to_detach(model(*b[:n_inp]))))
         targs.append(to_detach(b[n_inp]))

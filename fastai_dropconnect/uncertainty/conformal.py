@@ -197,6 +197,8 @@ class Calibration:
             raise ValueError(f"`group` must be None for the method 'pit', got group={self.group!r}")
         check_int(self.passes, 'passes', 0)
         if self.p is not None: check_p(self.p)
+        for name in ('scores','times','noise','factor'):      # `load` of a Learner puts them on its device
+            if getattr(self, name) is not None: setattr(self, name, getattr(self, name).cpu())
         if self.scores is not None: self._set(self.scores, self.times, self.groups)
 
     @property
