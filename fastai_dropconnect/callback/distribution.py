@@ -8,7 +8,7 @@ __all__ = ['LEVELS', 'warnings_for', 'DistributionMetric']
 # %% ../../nbs/389_callback.distribution.ipynb #ba5fff92
 import pandas as pd, torch
 from fastai.basics import Learner, Metric, patch
-from .calibrate import calibrated_interval, calibration_of, distribution_of, predicted, total_sd
+from .calibrate import calibrated_interval, calibration_of, predicted
 from .rows import check_frame
 from ..checks import check_choice, check_p
 from ..tabular.guard import guard_of_levels, input_guard_of
@@ -16,6 +16,7 @@ from ..uncertainty.conformal import quantiles_at
 from ..uncertainty.metrics import (brier_score, crps_mixture, crps_quantiles, expected_calibration_error,
                                                     interval_coverage, interval_width, pinball_loss, winkler_score)
 from ..uncertainty.noise import GaussianMixture
+from ..uncertainty.scores import distribution_of, total_sd
 
 # %% ../../nbs/389_callback.distribution.ipynb #b79b250a
 LEVELS = tuple(range(5, 100, 5))     # percent
