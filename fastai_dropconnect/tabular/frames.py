@@ -251,6 +251,7 @@ def _parts(
 class FrameReader:
     "Read any table as numbers and categories, by what its training rows were"
     most_words = 0    # of a column of text; 0: text is left out
+    text = {}    # name -> why it is no category; not kept in files
     def __init__(self,
         max_levels:int=10_000, # Levels of a category to keep, the most frequent ones; the others count as missing
         sample_size:int=10_000 # Values to look at where the type of a column leaves its kind open
@@ -366,7 +367,7 @@ def leave_out_text(self:FrameReader,
     if not names: return self
     gone = {part for n in names for part in self.words[n]}
     self.columns = [c for c in self.columns if c.new_name not in names]
-    self._drop_parts(gone, {n: self.text[n] for n in names})
+    self._drop_parts(gone, {n: self.text.get(n, 'it is text') for n in names})
     warnings.warn(f'left out {self._reasons(names)}', stacklevel=2)
     return self
 
