@@ -2,7 +2,8 @@
 import json, re, warnings
 import numpy as np, pandas as pd, pytest
 from odd_tables import KINDS, make_table
-from fastai_dropconnect.tabular.frames import FrameReader, date_format
+from fastai_dropconnect.tabular.dates import date_format
+from fastai_dropconnect.tabular.frames import FrameReader
 
 def odd_table(seed):
     "Return a table of random columns"
@@ -98,7 +99,7 @@ def test_amounts_are_numbers_and_codes_are_not():
 DAYS = pd.Series(pd.date_range('1999-11-03', '2021-06-30', freq='37D'))
 MONTHS = DAYS.dt.to_period('M').dt.to_timestamp()
 TIMES = pd.Series(pd.date_range('2019-12-30', '2021-06-30', freq='90h37min').floor('min'))
-DATES = [(DAYS, '%b %d, %Y|%B %d, %Y|%d %b %Y|%d %B %Y|%A, %B %d, %Y|%d-%b-%Y|%d-%b-%y|%m/%d/%y|%d/%m/%y|%m/%d/%Y %I:%M:%S %p|%d/%m/%Y %I:%M %p'), (MONTHS, '%b-%Y|%b %Y|%B %Y'),
+DATES = [(DAYS, '%b %d, %Y|%B %d, %Y|%d %b %Y|%d %B %Y|%A, %B %d, %Y|%d-%b-%Y|%d-%b-%y|%m/%d/%y|%d/%m/%y|%m/%d/%Y %I:%M:%S %p|%d/%m/%Y %I:%M %p|%d%b%Y'), (MONTHS, '%b-%Y|%b %Y|%B %Y|%m/%Y'),
          (TIMES, '%m/%d/%y %H:%M|%d/%m/%y %H:%M|%m/%d/%y %I:%M %p|%d-%b-%y %H:%M|%b %d, %Y %I:%M %p|%Y-%m-%d %I:%M %p|%m/%d/%Y %I:%M %p|%d/%m/%Y %I:%M %p')]
 
 @pytest.mark.parametrize('zeros', [True, False])
@@ -112,8 +113,36 @@ def test_dates_however_they_are_written(dates, format, zeros):
     pd.testing.assert_frame_equal(rows[:len(dates)], FrameReader().fit(plain).transform(plain))
     assert rows[len(dates):].isna().all(axis=None)
 
+@pytest.mark.parametrize('dates,write', [
+    (DAYS, lambda d: d.strftime('%d.%m.%y')), (DAYS, lambda d: d.strftime('%d%b%Y').upper()), (TIMES, lambda d: d.strftime('%d%b%Y:%H:%M:%S').upper()),
+    (TIMES, lambda d: d.strftime('%d.%m.%y %H:%M')), (DAYS, lambda d: d.strftime('%b %d, %Y').replace('Sep', 'Sept').replace(' ', '. ', 1).replace('May.', 'May')),
+    (DAYS.dt.to_period('Q').dt.to_timestamp(), lambda d: f'{d.year}Q{d.quarter}'), (DAYS.dt.to_period('W').dt.start_time, lambda d: '{}W{:02}'.format(*d.isocalendar()))])
+def test_dates_of_other_programs(dates, write):
+    written = pd.DataFrame(dict(at=dates.map(write)))
+    plain = pd.DataFrame(dict(at=dates))
+    reader = FrameReader().fit(written)
+    again = FrameReader.from_dict(json.loads(json.dumps(reader.to_dict())))
+    pd.testing.assert_frame_equal(again.transform(written), FrameReader().fit(plain).transform(plain))
+
+def test_dates_that_are_all_in_may_read_other_months():
+    days = pd.Series(pd.date_range('2020-05-01', '2020-05-31'))
+    year = pd.Series(pd.date_range('2021-01-01', '2021-12-31', freq='5D'))
+    for format in ('%B %d, %Y', '%b %d, %Y', '%d %B %Y', '%d-%b-%y'):
+        reader = FrameReader().fit(pd.DataFrame(dict(at=days.dt.strftime(format))))
+        for later in (format, format.replace('%B', '%b'), format.replace('%b', '%B')):
+            assert (reader.transform(pd.DataFrame(dict(at=year.dt.strftime(later)))).at_day_of_year==year.dt.day_of_year).all()
+
+def test_dates_of_a_file_that_was_saved_earlier():
+    "Their formats may have names of months in full, or a point behind short ones"
+    days = pd.Series(pd.date_range('2020-01-01', '2020-12-31', freq='9D'))
+    state = FrameReader().fit(pd.DataFrame(dict(at=days))).to_dict()
+    for format in ('%B %d, %Y', '%b. %d, %Y', '%d %B %Y', '%m/%d/%y', '%d.%b.%Y'):
+        old = FrameReader.from_dict(state | dict(columns=[state['columns'][0] | dict(format=format)]))
+        assert (old.transform(pd.DataFrame(dict(at=days.dt.strftime(format)))).at_day_of_year==days.dt.day_of_year).all()
+
 
 @pytest.mark.parametrize('write', [
+    lambda i: f'{i%12+1:02}.{i%12+1:02}.{i%90+10}', lambda i: f'3.{i%12+1}.{i%20}', lambda i: f'{i}/{1000+i}', lambda i: f'{i%5+1}Q{2000+i%20}',
     lambda i: f'555-{i:04d}', lambda i: f'{200+i}-555-{i:04d}', lambda i: f'{i%30}.{i%12}.{i}', lambda i: f'10.0.{i%9}.{i}', lambda i: f'A-{i}', lambda i: f'MAR-{1000+i}',
     lambda i: f'{i%12+1:02d}:{i%60:02d} PM', lambda i: ('May','march','Sunday','Mayor')[i%4], lambda i: f'May {i} people', lambda i: f'{i} Main St.', lambda i: f'{i%28+1}-{i%12+1}-{i%99:02d}'])
 def test_what_looks_like_dates_and_is_none(write):
