@@ -2,6 +2,8 @@
 import json, re, warnings
 import numpy as np, pandas as pd, pytest
 from odd_tables import KINDS, make_table
+from fastai_dropconnect.serialize.reader import build_reader, describe_reader
+from fastai_dropconnect.tabular.copies import CopyReader
 from fastai_dropconnect.tabular.dates import date_format
 from fastai_dropconnect.tabular.frames import FrameReader
 
@@ -86,15 +88,33 @@ def test_amounts_are_numbers_and_codes_are_not():
     n = 200
     money,rows = np.round(r.lognormal(6, 2, n), 2),range(n)
     written = dict(price=[f'${v:,.2f}' for v in money], euros=[f'€ {v+i:.2f}' for i,v in enumerate(money)], share=[f'{i/7:.1f} %' for i in rows],
-                   count=[f'{i**3:,}'.replace(',', ' ') for i in rows], way=[f'{i*3.5} km' for i in rows])
+                   count=[f'{i**3:,}'.replace(',', ' ') for i in rows], way=[f'{i*3.5} km' for i in rows],
+                   german=[f'{i/7:.2f}'.replace('.', ',') for i in rows])
     codes = dict(zip=[f'{i*37%100_000:05}' for i in rows], phone=[f'0{170+i%9} {1_000_000+i*791}' for i in rows], version=[f'{i%3}.{i%7}.{i}' for i in rows],
-                 span=[f'{i}-{i+5}' for i in rows], german=[f'{i/7:.2f}'.replace('.', ',') for i in rows], place=[f'{i} {"Main" if i%2 else "High"} Street' for i in rows],
+                 span=[f'{i}-{i+5}' for i in rows], answers=[f'{1+i%3},{4+i%3}' for i in rows], place=[f'{i} {"Main" if i%2 else "High"} Street' for i in rows],
                  shoes=[f'{i%13}{"abc"[i%3]}' for i in rows], thousandths=[f'{1+i//100},{i%100:03} €' for i in rows])
     with warnings.catch_warnings(action='ignore'): reader = FrameReader().fit(pd.DataFrame(written | codes))
     assert reader.cont_names==list(written) and set(reader.cat_names + list(reader.dropped))==set(codes)
     assert (reader.transform(pd.DataFrame(written | codes)).price==money).all()
     later = pd.DataFrame(dict.fromkeys(written | codes, ['n/a','7','7 miles','£7',None]))
     assert reader.transform(later)[['price','euros','share','way']].isna().all(axis=None)
+
+def test_amounts_with_decimal_commas():
+    "The format is kept in files; at predict, `1,234` has decimals and `1.234` has thousands"
+    money = np.round(np.random.default_rng(0).lognormal(6, 2, 200), 2)
+    swap = str.maketrans(',.', '.,')
+    written = dict(price=[f'{v:,.2f} €'.translate(swap) for v in money], plain=[f'{v+i:,.2f}'.translate(swap) for i,v in enumerate(money)],
+                   spaces=[f'{2*v:,.2f} zł'.translate(str.maketrans(',.', ' ,')) for v in money], share=[f'{i/7:.1f}%'.translate(swap) for i in range(200)],
+                   points=[f'{v:.1f} kg' for v in money], either=[f'{1+i//100},{i%100:03}' for i in range(200)])
+    with warnings.catch_warnings(action='ignore'): reader = FrameReader().fit(pd.DataFrame(written))
+    assert reader.cont_names==['price','plain','spaces','share','points']
+    again = build_reader(json.loads(json.dumps(describe_reader(CopyReader().fit(pd.DataFrame(written).drop(columns='either')), list(written)))), list(written))
+    for r in (reader,again):
+        rows = r.transform(pd.DataFrame(written))
+        assert (rows.price==money).all() and np.allclose(rows.spaces, 2*money) and np.allclose(rows.points, money, atol=.051)
+    later = pd.DataFrame(dict(price=['1,234 €', '1.234 €', '12.5 €'], plain=1., spaces='1 zł', share='1%', points=['1.234 kg', '1,234 kg', '1,2 kg'], either='a'))
+    rows = reader.transform(later)
+    assert rows.price[:2].tolist()==[1.234,1234] and rows.points[0]==1.234 and rows.isna().sum().sum()==3 and (rows.plain==1).all()
 
 DAYS = pd.Series(pd.date_range('1999-11-03', '2021-06-30', freq='37D'))
 MONTHS = DAYS.dt.to_period('M').dt.to_timestamp()

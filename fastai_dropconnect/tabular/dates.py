@@ -16,7 +16,8 @@ _months = ('jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug
 _year = r'(1[89]|20)\d\d'
 _date_like = re.compile(rf'\d.*[-/.:]|([a-z]+, )?(\d+ ?)?({_months}).*{_year}|{_year}[- ]?[QW]\d', re.IGNORECASE)
 _words = re.compile(r'[^\W\d_]{3,}')
-_date_words = re.compile(rf'({_months}|(mon|tues?|wed(nes)?|thur?s?|fri|sat(ur)?|sun)(day)?|utc|gmt|the)', re.IGNORECASE)
+_weekdays = '(mon|tues?|wed(nes)?|thur?s?|fri|sat(ur)?|sun)(day)?'
+_date_words = re.compile(f'{_months}|{_weekdays}|utc|gmt|the', re.IGNORECASE)
 
 def _has_other_words(text): # Of three letters or more
     return not all(map(_date_words.fullmatch, _words.findall(text)))
