@@ -11,12 +11,12 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from sklearn.utils.validation import check_is_fitted
 from .blended_learner import blended_learner
-from .callback.calibrate import (Predicted, calibration_of, distribution_of, new_calibration, predicted,
-                                                   scores_of, set_calibration)
+from .callback.calibrate import calibration_of, predicted, set_calibration
 from .callback.distribution import warnings_for      # adds `learn.predict_distribution`
 from .checks import check_p
 from .ensemble.blend import BlendedModel
 from .uncertainty.conformal import Calibration, quantiles_at
+from .uncertainty.scores import Predicted, distribution_of, new_calibration, scores_of
 
 # %% ../nbs/529_intervals.ipynb #a7dd3900
 MOST_SCORED = 10_000    # held-out rows of a fold that intervals are corrected with

@@ -9,7 +9,7 @@ __all__ = ['FOLDS_BELOW', 'splits_of', 'column_or_values']
 import warnings
 import numpy as np, pandas as pd
 from sklearn import model_selection as split
-from .tabular.frames import date_format
+from .tabular.dates import date_format, parse_dates
 
 # %% ../nbs/522_splits.ipynb #56ec97a8
 def _merge_rare(
@@ -42,9 +42,9 @@ def _of_text(s): # Or of dates
         texts = s.dropna()
         format = date_format(texts.sample(min(len(texts), 10_000), random_state=0).tolist())
     else: format = None
-    try: s = pd.to_datetime(s, format=format, utc=True).dt.tz_localize(None) - pd.Timestamp('1970-01-01')
+    try: s = parse_dates(s, format, 'raise') if format else pd.to_datetime(s, utc=True)
     except (ValueError,TypeError) as e: raise ValueError(f'`time` must hold dates or numbers, but: {e}') from None
-    return s/pd.Timedelta(days=1)
+    return (s.dt.tz_localize(None)-pd.Timestamp('1970-01-01'))/pd.Timedelta(days=1)
 
 def _latest(
     time, # Of each row

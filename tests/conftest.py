@@ -89,3 +89,13 @@ class Scaled(Callback):
     def before_step(self):
         for p in self.learn.model.parameters(): p.grad /= 1024
     def after_fit(self): del self.learn.scaler
+
+
+class InterruptAt(Callback):
+    "Interrupt the fit that is the `nth` to get as far as a step"
+    order = 95
+    def __init__(self, step, nth=1): self.step,self.nth,self.n_fits = step,nth,0
+    def after_batch(self):
+        if not self.training or self.train_iter!=self.step: return
+        self.n_fits += 1
+        if self.n_fits==self.nth: raise KeyboardInterrupt

@@ -2,8 +2,8 @@
 import math, time
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch
-from fastai.tabular.all import (Callback, Categorify, CategoryBlock, FillMissing, Normalize, RegressionBlock, RocAucBinary,
-                                TabularDataLoaders, rmse)
+from conftest import InterruptAt
+from fastai.tabular.all import Categorify, CategoryBlock, FillMissing, Normalize, RegressionBlock, RocAucBinary, TabularDataLoaders, rmse
 import fastai_dropconnect.callback.distribution    # noqa: F401, with it Learners have `calibrate` and `predict_distribution`
 from fastai_dropconnect import fit_best as module
 from fastai_dropconnect.candidates import Candidate, score_for, target_range, targets_of
@@ -195,42 +195,31 @@ def test_an_interrupt_keeps_what_there_is(monkeypatch, n_before):
     else: assert len(fit_best(loaders(), verbose=False).leaderboard)==n_before
 
 
-class InterruptAt(Callback):
-    "Interrupt the fit that is the `nth` to get so far"
-    order = 95
-    n_fits = 0
-    def __init__(self, step, nth=1): self.step,self.nth = step,nth
-    def after_batch(self):
-        if not self.training or self.train_iter!=self.step: return
-        type(self).n_fits += 1
-        if self.n_fits==self.nth: raise KeyboardInterrupt
-
-def interrupted(monkeypatch, folds, step, nth=1, **kwargs):
+def interrupted(folds, step, nth=1, **kwargs):
     "Search with an interrupt; the names of the candidates, and whether they are interrupted"
-    monkeypatch.setattr(InterruptAt, 'n_fits', 0)
-    real,trained = module.train_candidate,[]
+    real,trained,interrupt = module.train_candidate,[],InterruptAt(step, nth)
     def train(dls, name, kind, *args):
-        trained.append(real(dls, name, replace(kind, kwargs=kind.kwargs | dict(cbs=InterruptAt(step, nth))), *args))
+        trained.append(real(dls, name, replace(kind, kwargs=kind.kwargs | dict(cbs=interrupt)), *args))
         return trained[-1]
     return fit_best_on(folds, train=train, **kwargs),[(c.name,c.interrupted) for c in trained]
 
-def test_an_interrupt_keeps_a_network_that_is_half_trained(monkeypatch, capsys):
+def test_an_interrupt_keeps_a_network_that_is_half_trained(capsys):
     dls = loaders(table(1000), valid=range(200))
-    with pytest.raises(KeyboardInterrupt): interrupted(monkeypatch, [dls], 20)      # nothing is measured yet
-    learn,trained = interrupted(monkeypatch, [dls], 70)
+    with pytest.raises(KeyboardInterrupt): interrupted([dls], 20)      # nothing is measured yet
+    learn,trained = interrupted([dls], 70)
     assert trained==[('numbers',True)] and names(learn)==['numbers'] and learn.again==[]
     assert 'interrupted; networks kept: 1' in capsys.readouterr().out
     assert 30<=learn.leaderboard.epochs[0]*len(dls.train)<=60
     assert np.isclose(learn.leaderboard.loss[0], learn.validate()[0], rtol=1e-4)
-    learn,trained = interrupted(monkeypatch, [dls], 70, 2, verbose=False)
+    learn,trained = interrupted([dls], 70, 2, verbose=False)
     assert trained==[('numbers',False),('vectors',True)] and len(learn.leaderboard)==2
 
-def test_an_interrupt_between_folds_keeps_whole_candidates(monkeypatch):
+def test_an_interrupt_between_folds_keeps_whole_candidates():
     folds = [loaders(table(600), valid=range(a, a+200)) for a in (0,200,400)]
-    with pytest.raises(KeyboardInterrupt): interrupted(monkeypatch, folds, 40, 2, verbose=False)
-    learn,trained = interrupted(monkeypatch, folds, 40, 3, verbose=False)
+    with pytest.raises(KeyboardInterrupt): interrupted(folds, 40, 2, verbose=False)
+    learn,trained = interrupted(folds, 40, 3, verbose=False)
     assert len(trained)==3 and names(learn)==['numbers']
-    learn,trained = interrupted(monkeypatch, folds, 40, 5, verbose=False)
+    learn,trained = interrupted(folds, 40, 5, verbose=False)
     assert len(trained)==5 and names(learn)==['numbers']
 
 

@@ -1,7 +1,7 @@
 "A fit with a folder: broken off anywhere it goes on, and ends as one that was not"
 import json
 import numpy as np, pandas as pd, pytest, torch
-from fastai.callback.core import Callback
+from conftest import InterruptAt
 from fastai.learner import Learner
 from fastai_dropconnect import fit_folder
 from fastai_dropconnect.estimators import DropConnectClassifier, DropConnectRegressor
@@ -21,13 +21,6 @@ def table(n=90, seed=0):
 
 def regressor(folder, **kw): return DropConnectRegressor(**(dict(budget='quick', random_state=0, verbose=0, folder=folder) | kw))
 def files(folder): return {f: f.read_bytes() for f in folder.rglob('*') if f.is_file()}
-
-class InterruptAt(Callback):
-    "Interrupt a fit after some steps"
-    order = 95
-    def __init__(self, step): self.step = step
-    def after_batch(self):
-        if self.training and self.train_iter==self.step: raise KeyboardInterrupt
 
 def stop_after(monkeypatch, n):
     "Count the networks that are trained, and raise an error before the one after the first `n`"

@@ -2,7 +2,10 @@
 import json, re, warnings
 import numpy as np, pandas as pd, pytest
 from odd_tables import KINDS, make_table
-from fastai_dropconnect.tabular.frames import FrameReader, date_format
+from fastai_dropconnect.serialize.reader import build_reader, describe_reader
+from fastai_dropconnect.tabular.copies import CopyReader
+from fastai_dropconnect.tabular.dates import date_format
+from fastai_dropconnect.tabular.frames import FrameReader
 
 def odd_table(seed):
     "Return a table of random columns"
@@ -85,9 +88,10 @@ def test_amounts_are_numbers_and_codes_are_not():
     n = 200
     money,rows = np.round(r.lognormal(6, 2, n), 2),range(n)
     written = dict(price=[f'${v:,.2f}' for v in money], euros=[f'€ {v+i:.2f}' for i,v in enumerate(money)], share=[f'{i/7:.1f} %' for i in rows],
-                   count=[f'{i**3:,}'.replace(',', ' ') for i in rows], way=[f'{i*3.5} km' for i in rows])
+                   count=[f'{i**3:,}'.replace(',', ' ') for i in rows], way=[f'{i*3.5} km' for i in rows],
+                   german=[f'{i/7:.2f}'.replace('.', ',') for i in rows])
     codes = dict(zip=[f'{i*37%100_000:05}' for i in rows], phone=[f'0{170+i%9} {1_000_000+i*791}' for i in rows], version=[f'{i%3}.{i%7}.{i}' for i in rows],
-                 span=[f'{i}-{i+5}' for i in rows], german=[f'{i/7:.2f}'.replace('.', ',') for i in rows], place=[f'{i} {"Main" if i%2 else "High"} Street' for i in rows],
+                 span=[f'{i}-{i+5}' for i in rows], answers=[f'{1+i%3},{4+i%3}' for i in rows], place=[f'{i} {"Main" if i%2 else "High"} Street' for i in rows],
                  shoes=[f'{i%13}{"abc"[i%3]}' for i in rows], thousandths=[f'{1+i//100},{i%100:03} €' for i in rows])
     with warnings.catch_warnings(action='ignore'): reader = FrameReader().fit(pd.DataFrame(written | codes))
     assert reader.cont_names==list(written) and set(reader.cat_names + list(reader.dropped))==set(codes)
@@ -95,10 +99,27 @@ def test_amounts_are_numbers_and_codes_are_not():
     later = pd.DataFrame(dict.fromkeys(written | codes, ['n/a','7','7 miles','£7',None]))
     assert reader.transform(later)[['price','euros','share','way']].isna().all(axis=None)
 
+def test_amounts_with_decimal_commas():
+    "The format is kept in files; at predict, `1,234` has decimals and `1.234` has thousands"
+    money = np.round(np.random.default_rng(0).lognormal(6, 2, 200), 2)
+    swap = str.maketrans(',.', '.,')
+    written = dict(price=[f'{v:,.2f} €'.translate(swap) for v in money], plain=[f'{v+i:,.2f}'.translate(swap) for i,v in enumerate(money)],
+                   spaces=[f'{2*v:,.2f} zł'.translate(str.maketrans(',.', ' ,')) for v in money], share=[f'{i/7:.1f}%'.translate(swap) for i in range(200)],
+                   points=[f'{v:.1f} kg' for v in money], either=[f'{1+i//100},{i%100:03}' for i in range(200)])
+    with warnings.catch_warnings(action='ignore'): reader = FrameReader().fit(pd.DataFrame(written))
+    assert reader.cont_names==['price','plain','spaces','share','points']
+    again = build_reader(json.loads(json.dumps(describe_reader(CopyReader().fit(pd.DataFrame(written).drop(columns='either')), list(written)))), list(written))
+    for r in (reader,again):
+        rows = r.transform(pd.DataFrame(written))
+        assert (rows.price==money).all() and np.allclose(rows.spaces, 2*money) and np.allclose(rows.points, money, atol=.051)
+    later = pd.DataFrame(dict(price=['1,234 €', '1.234 €', '12.5 €'], plain=1., spaces='1 zł', share='1%', points=['1.234 kg', '1,234 kg', '1,2 kg'], either='a'))
+    rows = reader.transform(later)
+    assert rows.price[:2].tolist()==[1.234,1234] and rows.points[0]==1.234 and rows.isna().sum().sum()==3 and (rows.plain==1).all()
+
 DAYS = pd.Series(pd.date_range('1999-11-03', '2021-06-30', freq='37D'))
 MONTHS = DAYS.dt.to_period('M').dt.to_timestamp()
 TIMES = pd.Series(pd.date_range('2019-12-30', '2021-06-30', freq='90h37min').floor('min'))
-DATES = [(DAYS, '%b %d, %Y|%B %d, %Y|%d %b %Y|%d %B %Y|%A, %B %d, %Y|%d-%b-%Y|%d-%b-%y|%m/%d/%y|%d/%m/%y|%m/%d/%Y %I:%M:%S %p|%d/%m/%Y %I:%M %p'), (MONTHS, '%b-%Y|%b %Y|%B %Y'),
+DATES = [(DAYS, '%b %d, %Y|%B %d, %Y|%d %b %Y|%d %B %Y|%A, %B %d, %Y|%d-%b-%Y|%d-%b-%y|%m/%d/%y|%d/%m/%y|%m/%d/%Y %I:%M:%S %p|%d/%m/%Y %I:%M %p|%d%b%Y'), (MONTHS, '%b-%Y|%b %Y|%B %Y|%m/%Y'),
          (TIMES, '%m/%d/%y %H:%M|%d/%m/%y %H:%M|%m/%d/%y %I:%M %p|%d-%b-%y %H:%M|%b %d, %Y %I:%M %p|%Y-%m-%d %I:%M %p|%m/%d/%Y %I:%M %p|%d/%m/%Y %I:%M %p')]
 
 @pytest.mark.parametrize('zeros', [True, False])
@@ -112,8 +133,36 @@ def test_dates_however_they_are_written(dates, format, zeros):
     pd.testing.assert_frame_equal(rows[:len(dates)], FrameReader().fit(plain).transform(plain))
     assert rows[len(dates):].isna().all(axis=None)
 
+@pytest.mark.parametrize('dates,write', [
+    (DAYS, lambda d: d.strftime('%d.%m.%y')), (DAYS, lambda d: d.strftime('%d%b%Y').upper()), (TIMES, lambda d: d.strftime('%d%b%Y:%H:%M:%S').upper()),
+    (TIMES, lambda d: d.strftime('%d.%m.%y %H:%M')), (DAYS, lambda d: d.strftime('%b %d, %Y').replace('Sep', 'Sept').replace(' ', '. ', 1).replace('May.', 'May')),
+    (DAYS.dt.to_period('Q').dt.to_timestamp(), lambda d: f'{d.year}Q{d.quarter}'), (DAYS.dt.to_period('W').dt.start_time, lambda d: '{}W{:02}'.format(*d.isocalendar()))])
+def test_dates_of_other_programs(dates, write):
+    written = pd.DataFrame(dict(at=dates.map(write)))
+    plain = pd.DataFrame(dict(at=dates))
+    reader = FrameReader().fit(written)
+    again = FrameReader.from_dict(json.loads(json.dumps(reader.to_dict())))
+    pd.testing.assert_frame_equal(again.transform(written), FrameReader().fit(plain).transform(plain))
+
+def test_dates_that_are_all_in_may_read_other_months():
+    days = pd.Series(pd.date_range('2020-05-01', '2020-05-31'))
+    year = pd.Series(pd.date_range('2021-01-01', '2021-12-31', freq='5D'))
+    for format in ('%B %d, %Y', '%b %d, %Y', '%d %B %Y', '%d-%b-%y'):
+        reader = FrameReader().fit(pd.DataFrame(dict(at=days.dt.strftime(format))))
+        for later in (format, format.replace('%B', '%b'), format.replace('%b', '%B')):
+            assert (reader.transform(pd.DataFrame(dict(at=year.dt.strftime(later)))).at_day_of_year==year.dt.day_of_year).all()
+
+def test_dates_of_a_file_that_was_saved_earlier():
+    "Their formats may have names of months in full, or a point behind short ones"
+    days = pd.Series(pd.date_range('2020-01-01', '2020-12-31', freq='9D'))
+    state = FrameReader().fit(pd.DataFrame(dict(at=days))).to_dict()
+    for format in ('%B %d, %Y', '%b. %d, %Y', '%d %B %Y', '%m/%d/%y', '%d.%b.%Y'):
+        old = FrameReader.from_dict(state | dict(columns=[state['columns'][0] | dict(format=format)]))
+        assert (old.transform(pd.DataFrame(dict(at=days.dt.strftime(format)))).at_day_of_year==days.dt.day_of_year).all()
+
 
 @pytest.mark.parametrize('write', [
+    lambda i: f'{i%12+1:02}.{i%12+1:02}.{i%90+10}', lambda i: f'3.{i%12+1}.{i%20}', lambda i: f'{i}/{1000+i}', lambda i: f'{i%5+1}Q{2000+i%20}',
     lambda i: f'555-{i:04d}', lambda i: f'{200+i}-555-{i:04d}', lambda i: f'{i%30}.{i%12}.{i}', lambda i: f'10.0.{i%9}.{i}', lambda i: f'A-{i}', lambda i: f'MAR-{1000+i}',
     lambda i: f'{i%12+1:02d}:{i%60:02d} PM', lambda i: ('May','march','Sunday','Mayor')[i%4], lambda i: f'May {i} people', lambda i: f'{i} Main St.', lambda i: f'{i%28+1}-{i%12+1}-{i%99:02d}'])
 def test_what_looks_like_dates_and_is_none(write):

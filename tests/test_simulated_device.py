@@ -1,7 +1,7 @@
 "Tests of Learners pass where the model has memory of its own, as on a GPU; the device is simulated on the CPU"
 import os, shutil, subprocess, sys
 from pathlib import Path
-import pytest, torch
+import pytest
 from simulated_device import compile_to
 
 HERE = Path(__file__).parent

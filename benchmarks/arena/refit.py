@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np, torch
 from sklearn.metrics import log_loss, root_mean_squared_error
 from sklearn.model_selection import train_test_split
-from fastai_dropconnect import estimators, table_estimator
+from fastai_dropconnect import estimators
+from fastai_dropconnect.refit import blend_in, heaviest
 from .ours import compile_kernels
 from .tables import Options, load_table
 
@@ -35,7 +36,7 @@ def changes(t, seed:int) -> list: # In percent, one for each share; `None` if th
     make = estimators.DropConnectRegressor if t.task=='reg' else estimators.DropConnectClassifier
     class Searched(make):
         kept = None
-        def _refit(self, again, share, end): self.kept = table_estimator._heaviest(again),self._all_rows()
+        def _refit(self, again, share, end): self.kept = heaviest(again),self._all_rows()
     x,x_test,y,y_test = split(t)
     model = Searched(random_state=seed, verbose=0, device='cpu').fit(x, y)
     if model.kept is None: return None
@@ -44,8 +45,7 @@ def changes(t, seed:int) -> list: # In percent, one for each share; `None` if th
     alone,res = model.learner_,[]
     before = error(model, x_test, y_test)
     for share in SHARES:
-        model.learner_ = alone
-        model._blend_in(models, (share*weights/weights.sum()).tolist(), dls)
+        model.learner_ = blend_in(alone, dls, models, (share*weights/weights.sum()).tolist())
         res.append(100*(error(model, x_test, y_test)/before-1))
     return res
 

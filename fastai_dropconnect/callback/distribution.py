@@ -8,14 +8,15 @@ __all__ = ['LEVELS', 'warnings_for', 'DistributionMetric']
 # %% ../../nbs/389_callback.distribution.ipynb #ba5fff92
 import pandas as pd, torch
 from fastai.basics import Learner, Metric, patch
-from .calibrate import calibrated_interval, calibration_of, distribution_of, predicted, total_sd
-from .rows import check_frame
+from .calibrate import calibrated_interval, calibration_of, predicted
+from .rows import check_frame, test_loader
 from ..checks import check_choice, check_p
 from ..tabular.guard import guard_of_levels, input_guard_of
 from ..uncertainty.conformal import quantiles_at
 from ..uncertainty.metrics import (brier_score, crps_mixture, crps_quantiles, expected_calibration_error,
                                                     interval_coverage, interval_width, pinball_loss, winkler_score)
 from ..uncertainty.noise import GaussianMixture
+from ..uncertainty.scores import distribution_of, total_sd
 
 # %% ../../nbs/389_callback.distribution.ipynb #b79b250a
 LEVELS = tuple(range(5, 100, 5))     # percent
@@ -62,7 +63,7 @@ def predict_distribution(self:Learner,
     ys = list(self.dls.y_names)
     rows = df.drop(columns=ys, errors='ignore')
     if not len(rows): return self.predict_distribution(_one_row(self, rows))[:0].set_axis(df.index)
-    pred,_ = predicted(self, self.dls.test_dl(rows))
+    pred,_ = predicted(self, test_loader(self, rows))
     if pred.kind=='classes': columns = _classes(self, pred)
     else:
         names = lambda n, i: n if pred.mean.shape[1]==1 else f'{ys[i] if i<len(ys) else i}_{n}'

@@ -9,9 +9,10 @@ __all__ = ['equal_groups', 'share_error', 'target_position']
 import math, numbers
 import numpy as np, pandas as pd, torch
 from fastai.basics import Learner, patch
-from .calibrate import calibrated_interval, calibration_of, predicted, total_sd
+from .calibrate import calibrated_interval, calibration_of, predicted
 from .rows import rows_of
 from ..checks import check_int
+from ..uncertainty.scores import total_sd
 
 # %% ../../nbs/392_callback.show_calibration.ipynb #3ec345fe
 def equal_groups(

@@ -12,6 +12,7 @@ from fastai.data.core import DataLoaders
 from fastai.tabular import data # noqa: F401
 from fastai.tabular.core import TabularPandas
 from ..checks import check_date, check_int, check_p, check_positive
+from .procs import in_order
 
 # %% ../../nbs/320_tabular.data.ipynb #b10939a4
 class DataError(ValueError):
@@ -79,4 +80,4 @@ def tabular_dls(
     check_int(bs, 'bs', 2)
     n_train = len(to.train)
     if not n_train: raise DataError('`to` must have training rows, but there are none')
-    return to.dataloaders(bs=min(bs, n_train), **kwargs)
+    return in_order(to).dataloaders(bs=min(bs, n_train), **kwargs)

@@ -15,6 +15,7 @@ from fastai.torch_core import to_device
 from fastcore.basics import chunked, patch
 from fastcore.meta import delegates
 from ..checks import check_int
+from .procs import in_order
 
 # %% ../../nbs/325_tabular.loader.ipynb #2072c828
 _batch_hooks = ('before_iter','after_iter','create_batches','create_batch','create_item','do_item','do_batch','retain',
@@ -84,7 +85,7 @@ class FastTabDL(TabDataLoader):
         self.eval_bs = check_int(eval_bs, 'eval_bs')
         self.chunk = check_int(chunk, 'chunk')
         self.warned = False
-        super().__init__(dataset, bs=bs, shuffle=shuffle, **kwargs)
+        super().__init__(in_order(dataset), bs=bs, shuffle=shuffle, **kwargs)
 
     @property
     def n_inp(self):
