@@ -27,13 +27,17 @@ def _finite(text):
     if math.isinf(res): raise ValueError(f'{text} is too large')
     return res
 
+def _whole(text):
+    if len(text)>300: raise ValueError(f'{text:.20}… is too large')     # no float would hold it
+    return int(text)
+
 def read_json(
     data:bytes,
     name:str # What it is, for the message
 ) -> dict:
     "Read a JSON object strictly"
-    try:
-        res = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+    rules = dict(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole)
+    try: res = json.loads(data.decode(), **rules)
     except (ValueError,RecursionError) as e: raise ValueError(f'{name} must be plain JSON, but: {e}') from None
     if not isinstance(res, dict): raise ValueError(f'{name} must be a JSON object, got {type(res).__name__}')
     return res
@@ -162,6 +166,10 @@ def _old_tensors(path): # Name of the tensors of the model that is there, or `No
     name = entry.get('file') if isinstance(entry, dict) else None
     return name if isinstance(name, str) and _TENSORS.fullmatch(name) else None
 
+def _holds(file, data):
+    try: return file.read_bytes()==data
+    except OSError: return False
+
 def _write_file(file, data):
     token = os.urandom(6).hex()
     replace_whole(file, file.with_name(f'{file.name}.{token}.tmp'), data)
@@ -183,7 +191,7 @@ def write_model(
     if len(text)>MAX_JSON: raise ValueError(f'{DESCRIPTION} must have at most {MAX_JSON} bytes, got {len(text)}')
     path.mkdir(parents=True, exist_ok=True)
     old = _old_tensors(path)
-    if old!=name or not (path/name).exists(): _write_file(path/name, data)
+    if not _holds(path/name, data): _write_file(path/name, data)
     sync_names(path)
     _write_file(path/DESCRIPTION, text)
     sync_names(path)
