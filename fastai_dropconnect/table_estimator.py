@@ -24,7 +24,8 @@ from .fit_folder import FitFolder, rows_digest
 from .frame_loaders import encode_frame, known_levels, part_loaders
 from .candidates import score_for
 from .fit_best import BUDGETS, fit_best_on
-from .inputs import check_device, has_names, new_names, pair_of, plain_names, warn_of_other_types
+from .inputs import (check_device, has_names, new_names, pair_of, plain_names, usual_torch,
+                                       warn_of_other_types)
 from .splits import column_or_values, splits_of
 from .tabular.frames import as_frame
 from .tabular.copies import CopyReader
@@ -95,9 +96,8 @@ class TableEstimator(BaseEstimator):
         X,y = self._checked(X, y)
         rows = dict(weights=sample_weight, groups=groups, time=time)
         X,y,rows = self._with_weight(X, y, {k: column_or_values(v, X, _arguments.get(k, k)) for k,v in rows.items()})
-        seed = self._seed()
         self._learn_targets(y)
-        try: return self._search(X, y, rows, seed, eval_set, start, limit)
+        try: return self._search(X, y, rows, self._seed(), eval_set, start, limit)
         except BaseException:
             vars(self).pop('learner_', None)     # one that is not finished is none
             raise
@@ -107,6 +107,7 @@ class TableEstimator(BaseEstimator):
         state = 0 if self.random_state is None and self.folder is not None else self.random_state
         return int(check_random_state(state).randint(2**20))
 
+    @usual_torch()
     def _search(self, X, y, rows, seed, eval_set, start, limit):
         "Search for the best networks, and train them on all rows if they should be"
         metric,noise = self._metric(),getattr(self, 'noise', None)
@@ -200,9 +201,8 @@ def _folds(self:TableEstimator, X, y, rows, seed, eval_set):
 @patch
 def _splits(self:TableEstimator, n, y, rows, seed):
     "Return the rows to train on and to validate on"
-    groups,time = rows['groups'],rows['time']
-    groups = None if groups is None else pd.factorize(groups, use_na_sentinel=False)[0]
-    return splits_of(n, seed, self._strata(y), groups, time, 3 if self.budget=='quick' else 5)
+    groups = None if rows['groups'] is None else pd.factorize(rows['groups'], use_na_sentinel=False)[0]
+    return splits_of(n, seed, self._strata(y), groups, rows['time'], 3 if self.budget=='quick' else 5)
 
 @patch
 def _read(self:TableEstimator, X):
@@ -241,8 +241,7 @@ def _keep_rows(self:TableEstimator):
     learn = self.learner_
     to = learn.dls.valid_ds
     rows = np.random.default_rng(0).permutation(len(to))[:MOST_ROWS]
-    columns = [list(to.cat_names), list(to.cont_names), list(to.y_names)]
-    cats,conts,ys = [to.items[c].iloc[rows].to_numpy() for c in columns]
+    cats,conts,ys = [to.items[list(c)].iloc[rows].to_numpy() for c in (to.cat_names,to.cont_names,to.y_names)]
     self._valid_rows = cats.astype('int64'),conts.astype('float32'),ys
     self._importances = None
     learn.dls = learn.dls.new_empty()
@@ -357,6 +356,7 @@ def _read_again(self:TableEstimator, X):
     return df
 
 @patch
+@usual_torch()
 def _outputs(self:TableEstimator, X):
     "Return what the Learner predicts, (n_rows, n_out)"
     check_is_fitted(self)
