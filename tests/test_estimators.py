@@ -1,5 +1,5 @@
 """`DropConnectRegressor` and `DropConnectClassifier`: what scikit-learn asks of estimators, tables of all kinds, files"""
-import copy, decimal, importlib.util, json, pickle, subprocess, sys, warnings
+import copy, decimal, importlib.util, json, pickle, random, subprocess, sys, warnings
 from pathlib import Path
 from time import sleep
 import numpy as np, pandas as pd, pytest, torch
@@ -626,6 +626,59 @@ def test_files_of_strangers(tmp_path):
         with pytest.raises(ValueError, match='estimator.'+(named or where[0])): DropConnectClassifier.load(tmp_path)
     file.write_text(json.dumps({k: v for k,v in config.items() if k!='estimator'}))
     with pytest.raises(ValueError, match='must hold an estimator'): DropConnectClassifier.load(tmp_path)
+
+@pytest.mark.parametrize('change', [dict(classes=dict(kind='int', values=[0,1,2])), dict(classes=dict(kind='int', values=[0]))], ids=['more','fewer'])
+def test_classes_of_strangers_are_as_many_as_the_network_predicts(change, tmp_path):
+    df,y = table()
+    file = classifier().fit(df, (y>10).astype(int)).save(tmp_path)/'model.json'
+    config = json.loads(file.read_text())
+    config['estimator']['targets'] |= change
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match='classes` must be 2, as the network predicts'): DropConnectClassifier.load(tmp_path)
+
+@pytest.mark.parametrize('noise', [None,'quantile'])
+def test_targets_of_strangers_are_as_many_as_the_network_predicts(noise, tmp_path):
+    df,y = table()
+    file = regressor(noise=noise).fit(df, np.stack([y,-y], 1)).save(tmp_path)/'model.json'
+    config = json.loads(file.read_text())
+    for change,named in (dict(mean=[1.]), 'targets.mean'),(dict(scale=[1.]*3), 'targets.scale'),(dict(columns=False), 'targets.columns'):
+        file.write_text(json.dumps(config | dict(estimator=config['estimator'] | dict(targets=config['estimator']['targets'] | change))))
+        with pytest.raises(ValueError, match=named): DropConnectRegressor.load(tmp_path)
+
+def test_a_save_while_another_process_loads_does_not_mix_two_models(tmp_path, monkeypatch):
+    df,y = table()
+    first,second = regressor().fit(df, y),regressor(random_state=1).fit(df, 100*y)
+    first.save(tmp_path)
+    def save_and_load(path, device):
+        second.save(tmp_path)
+        return load_model(path, device)
+    monkeypatch.setattr('fastai_dropconnect.estimators.load_model', save_and_load)
+    with pytest.raises(ValueError, match='must be readable'): DropConnectRegressor.load(tmp_path)
+    monkeypatch.undo()
+    assert (DropConnectRegressor.load(tmp_path).predict(df)==second.predict(df)).all()
+
+def test_random_numbers_gradients_and_dtypes_of_others(tmp_path):
+    "Whoever calls an estimator draws the same numbers as without it, and may have switched gradients off or double precision on"
+    df,y = table()
+    def state(): return random.getstate(),str(np.random.get_state()),torch.get_rng_state().tolist(),torch.get_default_dtype(),torch.is_grad_enabled()
+    def checked(action):
+        before = state()
+        res = action()
+        assert state()==before
+        return res
+    model = checked(lambda: regressor(noise='quantile').fit(df, y))
+    expected = checked(lambda: model.predict(df))
+    for action in model.predict_interval,model.predict_dist,model.predict_quantiles: checked(lambda: action(df))
+    assert (checked(lambda: DropConnectRegressor.load(model.save(tmp_path))).predict(df)==expected).all()
+    labels = checked(lambda: classifier().fit(df, y>10))
+    checked(lambda: labels.predict_proba(df))
+    for switched in torch.no_grad(),torch.inference_mode():
+        with switched: assert (checked(lambda: regressor(noise='quantile').fit(df, y)).predict(df)==expected).all()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert (checked(lambda: regressor(noise='quantile').fit(df, y)).predict(df)==expected).all()
+        assert (checked(lambda: DropConnectRegressor.load(tmp_path)).predict(df)==expected).all()
+    finally: torch.set_default_dtype(torch.float32)
 
 def test_pickles_hold_few_rows():
     df,y = table(6000)

@@ -209,13 +209,13 @@ def _restore_masks(cb, config, tensors, shapes):
     for n in config['masks']: cb.record.masks[n] = tuple(shapes[n][1]),torch.from_numpy(tensors[f'mask.{n}'])
 
 def load_model(
-    path:str|Path, # Folder that `save_model` wrote, also one from a stranger
+    path:str|Path|SavedModel, # Folder that `save_model` wrote, also one from a stranger
     device:str|torch.device='cpu', # Where the Learner computes
     cbs:list=None, # More callbacks
     **kwargs # More arguments of `Learner`, such as `metrics` or another `opt_func`
 ) -> TabularLearner: # With loaders that have no rows
     "Load a Learner that `save_model` saved; nothing in the folder is executed"
-    saved = SavedModel(path)
+    saved = path if isinstance(path, SavedModel) else SavedModel(path)
     config = saved.config
     try:
         compare_shapes(_check(config), saved.shapes, 'the file of the tensors')
