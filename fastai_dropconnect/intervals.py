@@ -16,7 +16,7 @@ from .callback.calibrate import (Predicted, calibration_of, distribution_of, new
 from .callback.distribution import warnings_for      # adds `learn.predict_distribution`
 from .checks import check_p
 from .ensemble.blend import BlendedModel
-from .inputs import usual_torch
+from .inputs import one_at_a_time
 from .uncertainty.conformal import Calibration, quantiles_at
 
 # %% ../nbs/529_intervals.ipynb #a7dd3900
@@ -73,7 +73,7 @@ class Intervals:
 
 # %% ../nbs/529_intervals.ipynb #6b79e79d
 @patch
-@usual_torch()
+@one_at_a_time()
 def _quantiles(self:Intervals, X, levels): # `(n_rows, n_targets, n_levels)`
     check_is_fitted(self)
     learn,res = self.learner_,[]
@@ -116,7 +116,7 @@ def predict_interval(self:Intervals,
 
 # %% ../nbs/529_intervals.ipynb #f1c37c75
 @patch
-@usual_torch()
+@one_at_a_time()
 def predict_dist(self:Intervals,
     X:object # Rows
 ) -> pd.DataFrame: # As from `learn.predict_distribution`; with several targets names begin with '0_', '1_', ...

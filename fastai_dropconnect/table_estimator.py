@@ -24,8 +24,8 @@ from .fit_folder import FitFolder, rows_digest
 from .frame_loaders import encode_frame, known_levels, part_loaders
 from .candidates import score_for
 from .fit_best import BUDGETS, fit_best_on
-from .inputs import (check_device, has_names, new_names, pair_of, plain_names, usual_torch,
-                                       warn_of_other_types)
+from .inputs import (check_device, has_names, new_names, one_at_a_time, pair_of, plain_names,
+                                       usual_torch, warn_of_other_types)
 from .splits import column_or_values, splits_of
 from .tabular.frames import as_frame
 from .tabular.copies import CopyReader
@@ -356,7 +356,7 @@ def _read_again(self:TableEstimator, X):
     return df
 
 @patch
-@usual_torch()
+@one_at_a_time()
 def _outputs(self:TableEstimator, X):
     "Return what the Learner predicts, (n_rows, n_out)"
     check_is_fitted(self)

@@ -1,5 +1,6 @@
 """`DropConnectRegressor` and `DropConnectClassifier`: what scikit-learn asks of estimators, tables of all kinds, files"""
 import copy, decimal, importlib.util, json, pickle, random, subprocess, sys, warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import sleep
 import numpy as np, pandas as pd, pytest, torch
@@ -679,6 +680,23 @@ def test_random_numbers_gradients_and_dtypes_of_others(tmp_path):
         assert (checked(lambda: regressor(noise='quantile').fit(df, y)).predict(df)==expected).all()
         assert (checked(lambda: DropConnectRegressor.load(tmp_path)).predict(df)==expected).all()
     finally: torch.set_default_dtype(torch.float32)
+
+@pytest.mark.parametrize('noise', [None,'quantile'])
+def test_threads_predict_with_one_model(noise):
+    "As in a server: each thread gets the predictions of its own rows"
+    df,y = table()
+    model = regressor(noise=noise).fit(df, y)
+    parts = [df[i*20:i*20+15+i] for i in range(4)]
+    expected = [(model.predict(p), model.predict_interval(p), model.predict_dist(p)) for p in parts]
+    def same(part, want):
+        try: return all(np.allclose(a, b) for a,b in zip((model.predict(part), model.predict_interval(part)), want[:2], strict=True)) and model.predict_dist(part).equals(want[2])
+        except Exception as e: return e
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(4) as pool: res = list(pool.map(same, parts*4, expected*4))
+    finally: sys.setswitchinterval(interval)
+    assert res==[True]*16
 
 def test_pickles_hold_few_rows():
     df,y = table(6000)
