@@ -20,6 +20,7 @@ from ..callback.dropconnect import DropConnect
 from ..callback.frozen_zero import FrozenZeroInit
 from ..callback.snapshots import SnapshotEnsemble
 from ..ensemble.averaging import average_for
+from ..ensemble.boosted import BoostedModel
 from ..nn_utils import inner_model, load_state_, model_tensors
 from .fields import Fields, decode_values, encode_values, is_name, is_number, is_p
 from .files import SavedModel, write_model
@@ -222,6 +223,8 @@ def load_model(
         tensors = saved.tensors()
         model = build_network(config['network'])
         load_state_(model, _behind('model', tensors))
+        for m in model.modules():
+            if isinstance(m, BoostedModel): m.checked_texts()
         args,frozen,accelerated = _build_training(config['training'])
         own = [_build_callback(c, i) for i,c in enumerate(config['callbacks'])]
         if config['snapshots'] is not None: own.append(SnapshotEnsemble())
