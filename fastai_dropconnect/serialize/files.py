@@ -158,7 +158,9 @@ class SavedModel:
 def _old_tensors(path): # Name of the tensors of the model that is there, or `None`
     file = path/DESCRIPTION
     if not os.path.lexists(file): return None
-    try: config = read_json(_read(file, n=MAX_JSON), str(file))
+    try:
+        _size(file)     # a pipe would block
+        config = read_json(_read(file, n=MAX_JSON), str(file))
     except ValueError: config = {}
     if config.get('format')!=FORMAT:
         raise ValueError(f'`path` must be a folder without the {DESCRIPTION} of another program, got {file}')
