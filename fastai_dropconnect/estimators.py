@@ -26,6 +26,7 @@ from .serialize.reader import (build_frame, build_names, build_reader, describe_
                                                describe_reader)
 from .inputs import check_device, no_gaps, usual_torch
 from .table_estimator import TableEstimator
+from .tabular.values import native
 from .uncertainty.noise import NOISES
 
 # %% ../nbs/530_estimators.ipynb #e61a6046
@@ -160,7 +161,7 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
 # %% ../nbs/530_estimators.ipynb #8bfa4fe4
 @patch
 def _checked_targets(self:DropConnectClassifier, y):
-    y = column_or_1d(np.asarray(no_gaps(y, 'y')), warn=True)
+    y = native(column_or_1d(np.asarray(no_gaps(y, 'y')), warn=True))
     if y.dtype.kind=='T': y = y.astype(object)     # numpy's text of any length
     if y.dtype==object: y = _without_object(y)     # nullable types, and columns that once had gaps
     kinds = {'text' if isinstance(v, str) else type(v).__name__ for v in y} if y.dtype==object else set()

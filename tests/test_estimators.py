@@ -390,6 +390,18 @@ def test_tables_of_all_makes():
     sizes = table()[0][['size']].to_numpy()
     assert (regressor().fit(sizes.astype('S1'), y).predict(sizes)==regressor().fit(sizes, y).predict(sizes)).all()
 
+def test_numbers_in_the_byte_order_of_other_machines():
+    "As FITS, HDF5 and netCDF files have them"
+    df,y = table()
+    X = df[['x','noise']].to_numpy()
+    expected = regressor().fit(X, y).predict(X)
+    for other in X.astype('>f8'),pd.DataFrame(dict(a=X[:,0].astype('>f8'), b=X[:,1].astype('>f8'))),np.rec.fromarrays(X.T.astype('>f8'), names='a,b'):
+        assert (regressor().fit(other, y.to_numpy('>f8')).predict(other)==expected).all()
+    labels = (y>10).to_numpy('>i4')
+    model = classifier().fit(X.astype('>f8'), labels, groups=np.arange(len(y)).astype('>i8')//4, eval_set=None)
+    assert set(model.predict(X))=={0,1}
+    regressor().fit(X, y, sample_weight=np.ones(len(y), '>f4'), time=np.arange(len(y), dtype='>f8'), eval_set=(X.astype('>f8'), y.to_numpy('>f8')))
+
 def test_columns_of_arrow():
     pa = pytest.importorskip('pyarrow')
     df,y = table()
