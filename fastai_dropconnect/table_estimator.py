@@ -6,7 +6,7 @@
 __all__ = ['MOST_ROWS', 'MOST_DRIFTING', 'MOST_TEXTS', 'WORDS_GAIN', 'FEW_ROWS', 'TableEstimator']
 
 # %% ../nbs/528_table_estimator.ipynb #bd9d9342
-import math, re, time as clock, warnings
+import math, time as clock, warnings
 from collections.abc import Callable
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
@@ -20,7 +20,7 @@ from .callback.calibrate import calibration_of, set_calibration
 from .checks import check_choice, check_path, check_positive
 from .drift import best_names, beyond_range, quick_loss
 from .ensemble.blend import BlendedModel
-from .fit_folder import FitFolder, rows_digest
+from .fit_folder import FitFolder, as_setting, rows_digest
 from .frame_loaders import encode_frame, known_levels, part_loaders
 from .candidates import score_for
 from .fit_best import BUDGETS, fit_best_on
@@ -137,7 +137,7 @@ class TableEstimator(BaseEstimator):
         "Return what trains candidates and keeps them in the folder, or `None`"
         if self.folder is None: return None
         free = 'folder','device','verbose','random_state'
-        settings = {k: re.sub(' at 0x[0-9a-f]+', '', repr(v)) for k,v in self.get_params().items() if k not in free}
+        settings = {k: as_setting(v) for k,v in self.get_params().items() if k not in free}
         return FitFolder(self.folder, rows=rows_digest(folds), seed=seed, estimator=type(self).__name__, **settings)
 
 # %% ../nbs/528_table_estimator.ipynb #99e548a5

@@ -14,9 +14,9 @@ from .amounts import read_amount
 
 # %% ../../nbs/303_tabular.values.ipynb #e5a8e935
 def native(
-    values # Array or column
+    values # Array or column, perhaps from a file in FITS or HDF5
 ):
-    "Return values in the byte order of this machine; files in FITS and HDF5 may have the other"
+    "Return values in the byte order of this machine"
     t = values.dtype
     return values.astype(t.newbyteorder('=')) if isinstance(t, np.dtype) and not t.isnative else values
 
