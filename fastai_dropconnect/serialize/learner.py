@@ -20,6 +20,7 @@ from ..callback.dropconnect import DropConnect
 from ..callback.frozen_zero import FrozenZeroInit
 from ..callback.snapshots import SnapshotEnsemble
 from ..ensemble.averaging import average_for
+from ..ensemble.blend import BlendedModel
 from ..ensemble.boosted import BoostedModel
 from ..nn_utils import inner_model, load_state_, model_tensors
 from .fields import Fields, decode_values, encode_values, is_name, is_number, is_p
@@ -141,7 +142,8 @@ def _describe_training(learn, model):
         if not _is_plain(v): raise TypeError(f'`{n}` must be a number or numbers to be saved, got {n}={v!r}')
     if learn.splitter is not trainable_params:
         raise TypeError(f'`splitter` must be `trainable_params` to be saved, got splitter={learn.splitter!r}')
-    frozen = [n for n,p in model.named_parameters() if not p.requires_grad]
+    always = {id(m.weights) for m in model.modules() if isinstance(m, BlendedModel)}
+    frozen = [n for n,p in model.named_parameters() if not (p.requires_grad or id(p) in always)]
     return values | dict(opt=describe_opt(learn.opt_func), frozen=frozen, accelerated='_shipped' in vars(learn.dls))
 
 # %% ../../nbs/428_serialize.learner.ipynb #011d71fc
