@@ -21,10 +21,12 @@ from .scoring import ScorerMetric
 from .serialize.fields import Fields, decode_values, encode_values, is_number
 from .serialize.files import SavedModel
 from .serialize.learner import load_model, save_model
+from .serialize.network import input_sizes
 from .serialize.reader import (build_frame, build_names, build_reader, describe_frame, describe_names,
                                                describe_reader)
-from .inputs import check_device, no_gaps
+from .inputs import check_device, no_gaps, usual_torch
 from .table_estimator import TableEstimator
+from .tabular.values import native
 from .uncertainty.noise import NOISES
 
 # %% ../nbs/530_estimators.ipynb #e61a6046
@@ -117,9 +119,9 @@ def _describe_targets(self:DropConnectRegressor):
     return dict(mean=np.ravel(self._mean).tolist(), scale=np.ravel(self._scale).tolist(), columns=self._has_columns)
 
 @patch
-def _build_targets(self:DropConnectRegressor, f):
-    self._has_columns = f.bool('columns')
-    n = None if self._has_columns else 1
+def _build_targets(self:DropConnectRegressor, f, n):
+    fits = lambda v: v is True or v is False and n==1
+    self._has_columns = f.take('columns', 'be true, or false with one target', fits)
     values = [np.array(f.list(k, 'numbers', is_number, n), dtype='float64') for k in ('mean','scale')]
     self._mean,self._scale = values if self._has_columns else [v[0] for v in values]
 
@@ -159,7 +161,7 @@ class DropConnectClassifier(ClassifierMixin, TableEstimator):
 # %% ../nbs/530_estimators.ipynb #8bfa4fe4
 @patch
 def _checked_targets(self:DropConnectClassifier, y):
-    y = column_or_1d(np.asarray(no_gaps(y, 'y')), warn=True)
+    y = native(column_or_1d(np.asarray(no_gaps(y, 'y')), warn=True))
     if y.dtype.kind=='T': y = y.astype(object)     # numpy's text of any length
     if y.dtype==object: y = _without_object(y)     # nullable types, and columns that once had gaps
     kinds = {'text' if isinstance(v, str) else type(v).__name__ for v in y} if y.dtype==object else set()
@@ -208,9 +210,10 @@ def _describe_targets(self:DropConnectClassifier):
     return dict(classes=encode_values(classes, '`classes_`'), is_object=self.classes_.dtype==object)
 
 @patch
-def _build_targets(self:DropConnectClassifier, f):
+def _build_targets(self:DropConnectClassifier, f, n):
     config = f.take('classes', 'be an object', lambda v: isinstance(v, dict))
     values = decode_values(config, '`classes_`', pd.Timestamp)
+    if len(values)!=n: raise ValueError(f'`{f.where}.classes` must be {n}, as the network predicts, got {len(values)}')
     self.classes_ = np.array(values, dtype=object if f.bool('is_object') else None)
     is_date = bool(values) and all(isinstance(v, pd.Timestamp) for v in values)
     if is_date: self.classes_ = pd.DatetimeIndex(values).to_numpy()
@@ -244,29 +247,35 @@ def _is_object(v): return isinstance(v, dict)
 def _is_shares(v): return v is None or isinstance(v, list) and all(map(is_number, v))
 
 @patch
-def _restore(self:TableEstimator, f):
+def _restore(self:TableEstimator, f, n_targets):
     "Take what the estimator knows from the fields of a file"
     self._columns = build_names(f.take('columns', 'be an object', _is_object))
     self.n_features_in_ = len(self._columns)
     if f.bool('named'): self.feature_names_in_ = np.array(list(map(str, self._columns)), dtype=object)
     self.reader_ = build_reader(f.take('reader', 'be an object', _is_object), self._columns)
     targets = f.fields('targets')
-    self._build_targets(targets)
+    self._build_targets(targets, n_targets)
     targets.end()
     self.leaderboard_ = build_frame(f.take('leaderboard', 'be a list', lambda v: isinstance(v, list)))
     shares = f.take('importances', 'be null or numbers', _is_shares)
     self._importances,self._valid_rows = None if shares is None else np.array(shares, dtype='float64'),None
     f.end()
 
+def _n_targets(config): # Of a description that `load_model` has checked
+    return config['loss'].get('n_targets', input_sizes(config['network'])[-1])
+
 @patch(cls_method=True)
+@usual_torch()
 def load(cls:TableEstimator,
     path:str|Path, # Folder that `save` wrote, also one from a stranger
     device:str|torch.device='cpu' # Where to predict
 ) -> TableEstimator: # Fitted
     "Load an estimator; nothing in the folder is executed"
     check_device(device)
-    config = SavedModel(path).config.get('estimator')
+    saved = SavedModel(path)     # read once: a `save` in between does not mix two models
+    config = saved.config.get('estimator')
     if config is None: raise ValueError(f'{path} must hold an estimator, but it holds a Learner: use `load_model`')
+    learn = load_model(saved, device)
     try:
         f = Fields(config, 'estimator')
         f.choice('class', [cls.__name__])
@@ -274,7 +283,7 @@ def load(cls:TableEstimator,
         names = [n for n in _saved(cls) if n!='noise' or n in settings.left]     # older files have no `noise`
         res = cls(**{n: settings.take(n, 'be null, text or a number', _is_plain) for n in names}, device=str(device))
         settings.end()
-        res._restore(f)
+        res._restore(f, _n_targets(saved.config))
     except ValueError as e: raise ValueError(f'{path}: {e}') from e
-    res.learner_ = load_model(path, device)
+    res.learner_ = learn
     return res

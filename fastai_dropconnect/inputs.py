@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['check_device', 'pair_of', 'has_names', 'plain_names', 'new_names', 'no_gaps', 'with_weight', 'warn_of_other_types',
-           'warn_of_little_time']
+           'usual_torch', 'one_at_a_time', 'warn_of_little_time']
 
 # %% ../nbs/518_inputs.ipynb #5d1c8634
-import warnings
+import random, threading, warnings
+from contextlib import contextmanager
 import numpy as np, pandas as pd, torch
 from sklearn.utils.validation import _check_sample_weight
 from .tabular.frames import is_records
+from .tabular.loader import no_draws
 from .tabular.values import as_text
 
 # %% ../nbs/518_inputs.ipynb #ea26db97
@@ -90,6 +92,32 @@ def warn_of_other_types(
         if c.kind in ('number','date') and empty.intersection(c.part_names) and _has_values(X[c.name]):
             warnings.warn(f'`X`: nothing in {c.name!r} can be read as a {c.kind}, as the training rows were: '
                           'it counts as missing')
+
+# %% ../nbs/518_inputs.ipynb #d66e3b06
+@contextmanager
+def usual_torch():
+    "Compute in float32 and with gradients, and leave dtype and random numbers as they were"
+    states,dtype = (random.getstate(),torch.get_rng_state()),torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(): yield
+    finally:
+        torch.set_default_dtype(dtype)
+        random.setstate(states[0])
+        torch.set_rng_state(states[1])
+
+
+# %% ../nbs/518_inputs.ipynb #b5d71963
+_predicting = threading.RLock()
+
+@contextmanager
+def one_at_a_time():
+    "Let other threads wait with their predictions, and draw no random numbers"
+    with _predicting, no_draws():
+        state = random.getstate()     # loaders draw from it when they are made
+        try: yield
+        finally: random.setstate(state)
+
 
 # %% ../nbs/518_inputs.ipynb #86389004
 def warn_of_little_time(

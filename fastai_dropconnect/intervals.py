@@ -15,6 +15,7 @@ from .callback.calibrate import calibration_of, predicted, set_calibration
 from .callback.distribution import warnings_for      # adds `learn.predict_distribution`
 from .checks import check_p
 from .ensemble.blend import BlendedModel
+from .inputs import one_at_a_time
 from .uncertainty.conformal import Calibration, quantiles_at
 from .uncertainty.scores import Predicted, distribution_of, new_calibration, scores_of
 
@@ -72,6 +73,7 @@ class Intervals:
 
 # %% ../nbs/529_intervals.ipynb #6b79e79d
 @patch
+@one_at_a_time()
 def _quantiles(self:Intervals, X, levels): # `(n_rows, n_targets, n_levels)`
     check_is_fitted(self)
     learn,res = self.learner_,[]
@@ -114,6 +116,7 @@ def predict_interval(self:Intervals,
 
 # %% ../nbs/529_intervals.ipynb #f1c37c75
 @patch
+@one_at_a_time()
 def predict_dist(self:Intervals,
     X:object # Rows
 ) -> pd.DataFrame: # As from `learn.predict_distribution`; with several targets names begin with '0_', '1_', ...

@@ -10,6 +10,7 @@ import warnings
 import numpy as np, pandas as pd
 from sklearn import model_selection as split
 from .tabular.dates import date_format, parse_dates
+from .tabular.values import native
 
 # %% ../nbs/522_splits.ipynb #56ec97a8
 def _merge_rare(
@@ -116,4 +117,4 @@ def column_or_values(
     s = values if isinstance(values, (pd.Series,pd.Index,pd.Categorical)) else np.asarray(values)
     if s.shape not in ((len(df),),(len(df),1)):
         raise ValueError(f'`{name}` must have a value for each of the {len(df)} rows, got {s.shape}')
-    return s if isinstance(s, pd.Series) else pd.Series(s.reshape(-1) if isinstance(s, np.ndarray) else s)
+    return native(s if isinstance(s, pd.Series) else pd.Series(s.reshape(-1) if isinstance(s, np.ndarray) else s))

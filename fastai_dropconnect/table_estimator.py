@@ -6,7 +6,7 @@
 __all__ = ['MOST_DRIFTING', 'MOST_TEXTS', 'WORDS_GAIN', 'FEW_ROWS', 'TableEstimator']
 
 # %% ../nbs/528_table_estimator.ipynb #bd9d9342
-import math, re, time as clock
+import math, time as clock
 from collections.abc import Callable
 import numpy as np, pandas as pd
 from fastcore.basics import patch
@@ -16,13 +16,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from .boosting import TREES, boosted_candidates
 from .checks import check_choice, check_path, check_positive
 from .drift import best_names, beyond_range, quick_loss
-from .fit_folder import FitFolder, rows_digest
+from .fit_folder import FitFolder, as_setting, rows_digest
 from .frame_loaders import encode_frame, known_levels, part_loaders
 from .candidates import score_for
 from .fit_best import BUDGETS, fit_best_on
 from .importance import encoded_rows, importance_of, loss_on
-from .inputs import (check_device, has_names, new_names, pair_of, plain_names, warn_of_little_time,
-                                       warn_of_other_types, with_weight)
+from .inputs import (check_device, has_names, new_names, one_at_a_time, pair_of, plain_names,
+                                       usual_torch, warn_of_little_time, warn_of_other_types, with_weight)
 from .refit import all_time, blend_in, heaviest, refit_share, train_on_all
 from .splits import column_or_values, splits_of
 from .tabular.frames import as_frame
@@ -240,7 +240,7 @@ def _kept(self:TableEstimator, folds, seed):
     "Return what trains candidates and keeps them in the folder, or `None`"
     if self.folder is None: return None
     free = 'folder','device','verbose','random_state'
-    settings = {k: re.sub(' at 0x[0-9a-f]+', '', repr(v)) for k,v in self.get_params().items() if k not in free}
+    settings = {k: as_setting(v) for k,v in self.get_params().items() if k not in free}
     return FitFolder(self.folder, rows=rows_digest(folds), seed=seed, estimator=type(self).__name__, **settings)
 
 # %% ../nbs/528_table_estimator.ipynb #cbab78dc
@@ -286,6 +286,7 @@ def _refit(self:TableEstimator, again, share, end):
 
 # %% ../nbs/528_table_estimator.ipynb #4b6b5a17
 @patch
+@usual_torch()
 def _search(self:TableEstimator, X, y, rows, seed, eval_set, start, limit):
     "Search for the best networks, and train them on all rows if they should be"
     folds = self._folds(X, y, rows, seed, eval_set)
@@ -317,6 +318,7 @@ def _known(self:TableEstimator, df):
     return known_levels(df, {n: self.learner_.dls.classes[n] for n in self.reader_.cat_names})
 
 @patch
+@one_at_a_time()
 def _outputs(self:TableEstimator, X):
     "Return what the Learner predicts, (n_rows, n_out)"
     check_is_fitted(self)

@@ -1,5 +1,6 @@
 """`DropConnectRegressor` and `DropConnectClassifier`: what scikit-learn asks of estimators, tables of all kinds, files"""
-import copy, decimal, importlib.util, json, pickle, subprocess, sys, warnings
+import copy, decimal, importlib.util, json, pickle, random, subprocess, sys, warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import sleep
 import numpy as np, pandas as pd, pytest, torch
@@ -389,6 +390,18 @@ def test_tables_of_all_makes():
     sizes = table()[0][['size']].to_numpy()
     assert (regressor().fit(sizes.astype('S1'), y).predict(sizes)==regressor().fit(sizes, y).predict(sizes)).all()
 
+def test_numbers_in_the_byte_order_of_other_machines():
+    "As FITS, HDF5 and netCDF files have them"
+    df,y = table()
+    X = df[['x','noise']].to_numpy()
+    expected = regressor().fit(X, y).predict(X)
+    for other in X.astype('>f8'),pd.DataFrame(dict(a=X[:,0].astype('>f8'), b=X[:,1].astype('>f8'))),np.rec.fromarrays(X.T.astype('>f8'), names='a,b'):
+        assert (regressor().fit(other, y.to_numpy('>f8')).predict(other)==expected).all()
+    labels = (y>10).to_numpy('>i4')
+    model = classifier().fit(X.astype('>f8'), labels, groups=np.arange(len(y)).astype('>i8')//4, eval_set=None)
+    assert set(model.predict(X))=={0,1}
+    regressor().fit(X, y, sample_weight=np.ones(len(y), '>f4'), time=np.arange(len(y), dtype='>f8'), eval_set=(X.astype('>f8'), y.to_numpy('>f8')))
+
 def test_columns_of_arrow():
     pa = pytest.importorskip('pyarrow')
     df,y = table()
@@ -626,6 +639,76 @@ def test_files_of_strangers(tmp_path):
         with pytest.raises(ValueError, match='estimator.'+(named or where[0])): DropConnectClassifier.load(tmp_path)
     file.write_text(json.dumps({k: v for k,v in config.items() if k!='estimator'}))
     with pytest.raises(ValueError, match='must hold an estimator'): DropConnectClassifier.load(tmp_path)
+
+@pytest.mark.parametrize('change', [dict(classes=dict(kind='int', values=[0,1,2])), dict(classes=dict(kind='int', values=[0]))], ids=['more','fewer'])
+def test_classes_of_strangers_are_as_many_as_the_network_predicts(change, tmp_path):
+    df,y = table()
+    file = classifier().fit(df, (y>10).astype(int)).save(tmp_path)/'model.json'
+    config = json.loads(file.read_text())
+    config['estimator']['targets'] |= change
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match='classes` must be 2, as the network predicts'): DropConnectClassifier.load(tmp_path)
+
+@pytest.mark.parametrize('noise', [None,'quantile'])
+def test_targets_of_strangers_are_as_many_as_the_network_predicts(noise, tmp_path):
+    df,y = table()
+    file = regressor(noise=noise).fit(df, np.stack([y,-y], 1)).save(tmp_path)/'model.json'
+    config = json.loads(file.read_text())
+    for change,named in (dict(mean=[1.]), 'targets.mean'),(dict(scale=[1.]*3), 'targets.scale'),(dict(columns=False), 'targets.columns'):
+        file.write_text(json.dumps(config | dict(estimator=config['estimator'] | dict(targets=config['estimator']['targets'] | change))))
+        with pytest.raises(ValueError, match=named): DropConnectRegressor.load(tmp_path)
+
+def test_a_save_while_another_process_loads_does_not_mix_two_models(tmp_path, monkeypatch):
+    df,y = table()
+    first,second = regressor().fit(df, y),regressor(random_state=1).fit(df, 100*y)
+    first.save(tmp_path)
+    def save_and_load(path, device):
+        second.save(tmp_path)
+        return load_model(path, device)
+    monkeypatch.setattr('fastai_dropconnect.estimators.load_model', save_and_load)
+    with pytest.raises(ValueError, match='must be readable'): DropConnectRegressor.load(tmp_path)
+    monkeypatch.undo()
+    assert (DropConnectRegressor.load(tmp_path).predict(df)==second.predict(df)).all()
+
+def test_random_numbers_gradients_and_dtypes_of_others(tmp_path):
+    "Whoever calls an estimator draws the same numbers as without it, and may have switched gradients off or double precision on"
+    df,y = table()
+    def state(): return random.getstate(),str(np.random.get_state()),torch.get_rng_state().tolist(),torch.get_default_dtype(),torch.is_grad_enabled()
+    def checked(action):
+        before = state()
+        res = action()
+        assert state()==before
+        return res
+    model = checked(lambda: regressor(noise='quantile').fit(df, y))
+    expected = checked(lambda: model.predict(df))
+    for action in model.predict_interval,model.predict_dist,model.predict_quantiles: checked(lambda: action(df))
+    assert (checked(lambda: DropConnectRegressor.load(model.save(tmp_path))).predict(df)==expected).all()
+    labels = checked(lambda: classifier().fit(df, y>10))
+    checked(lambda: labels.predict_proba(df))
+    for switched in torch.no_grad(),torch.inference_mode():
+        with switched: assert (checked(lambda: regressor(noise='quantile').fit(df, y)).predict(df)==expected).all()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert (checked(lambda: regressor(noise='quantile').fit(df, y)).predict(df)==expected).all()
+        assert (checked(lambda: DropConnectRegressor.load(tmp_path)).predict(df)==expected).all()
+    finally: torch.set_default_dtype(torch.float32)
+
+@pytest.mark.parametrize('noise', [None,'quantile'])
+def test_threads_predict_with_one_model(noise):
+    "As in a server: each thread gets the predictions of its own rows"
+    df,y = table()
+    model = regressor(noise=noise).fit(df, y)
+    parts = [df[i*20:i*20+15+i] for i in range(4)]
+    expected = [(model.predict(p), model.predict_interval(p), model.predict_dist(p)) for p in parts]
+    def same(part, want):
+        try: return all(np.allclose(a, b) for a,b in zip((model.predict(part), model.predict_interval(part)), want[:2], strict=True)) and model.predict_dist(part).equals(want[2])
+        except Exception as e: return e
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(4) as pool: res = list(pool.map(same, parts*4, expected*4))
+    finally: sys.setswitchinterval(interval)
+    assert res==[True]*16
 
 def test_pickles_hold_few_rows():
     df,y = table(6000)

@@ -3,6 +3,7 @@ import json
 import numpy as np, pandas as pd, pytest, torch
 from conftest import InterruptAt
 from fastai.learner import Learner
+from sklearn.metrics import make_scorer
 from fastai_dropconnect import fit_folder
 from fastai_dropconnect.estimators import DropConnectClassifier, DropConnectRegressor
 from fastai_dropconnect.fit_best import BUDGETS
@@ -84,6 +85,13 @@ def test_folders_of_others_are_refused_and_stay_as_they_are(tmp_path):
     with pytest.raises(ValueError, match='rows differ'): regressor(tmp_path/'a').fit(df, y+1*(y>11))
     with pytest.raises(ValueError, match='rows differ'): regressor(tmp_path/'a').fit(df.assign(x=df.x**3), y)
     assert files(tmp_path)==before
+
+def test_a_metric_that_was_rewritten_is_another_one(tmp_path):
+    "Two lambdas have one name, and so has a function before and after somebody edits it"
+    df,y = table()
+    scorer = lambda f: make_scorer(f, greater_is_better=False)
+    for _ in range(2): regressor(tmp_path, metric=scorer(lambda y, p: np.abs(y-p).mean())).fit(df, y)
+    with pytest.raises(ValueError, match='metric differ'): regressor(tmp_path, metric=scorer(lambda y, p: np.abs(y-p).max())).fit(df, y)
 
 def test_a_damaged_network_is_an_error(tmp_path):
     df,y = table()

@@ -8,6 +8,7 @@ from conftest import make_table
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback.calibrate import calibration_of
 from fastai_dropconnect.ensemble.blend import BlendedModel
+from fastai_dropconnect.ensemble.boosted import BoostedModel
 from fastai_dropconnect.serialize.files import SavedModel
 from fastai_dropconnect.serialize.network import check_network
 from fastai_dropconnect.serialize.reader import build_frame, build_reader, describe_frame, describe_reader
@@ -336,6 +337,26 @@ def test_boosted_trees_of_strangers_are_checked(change, named):
     check_network(BOOSTED)
     for fine in (dict(n_levels=[]), dict(n_cont=0)): check_network(BOOSTED | fine)
     with pytest.raises(ValueError, match=named): check_network(BOOSTED | change)
+
+# One tree that splits the first of two columns
+TREE = ('Tree=0\nnum_leaves=2\nnum_cat=0\nsplit_feature=0\nsplit_gain=1\nthreshold=0.5\ndecision_type=2\nleft_child=-1\nright_child=-2\nleaf_value=1 2\nleaf_weight=5 5\nleaf_count=5 5\n'
+        'internal_value=1\ninternal_weight=10\ninternal_count=10\nis_linear=0\nshrinkage=1\n\n\n')
+
+def with_trees(path, tree):
+    "Save a Learner whose blend has a tree"
+    learn = small()
+    levels,n_cont = [e.num_embeddings for e in learn.model.embeds],learn.model.n_cont
+    n = len(levels)+n_cont
+    text = (f'tree\nversion=v4\nnum_class=1\nnum_tree_per_iteration=1\nlabel_index=0\nmax_feature_idx={n-1}\nobjective=regression\nfeature_names={" ".join(f"Column_{i}" for i in range(n))}\n'
+            f'feature_infos={" ".join(["none"]*n)}\ntree_sizes={len(tree)}\n\n{tree}end of trees\n')
+    learn.model = BlendedModel([learn.model, BoostedModel([text], levels, n_cont, 1)])
+    return save_model(learn, path)
+
+def test_trees_that_lightgbm_cannot_have_written_do_not_reach_it(tmp_path):
+    "LightGBM ends the process, reads foreign memory or runs for ever"
+    assert load_model(with_trees(tmp_path, TREE)).model.models[1].n_texts==1
+    for old,new in ('left_child=-1', 'left_child=0'),('right_child=-2', 'right_child=99999'),('num_leaves=2', 'num_leaves=2000000000'),('split_feature=0', 'split_feature=-1'):
+        with pytest.raises(ValueError, match='the trees must be text of LightGBM 4'): load_model(with_trees(tmp_path, TREE.replace(old, new)))
 
 VECTORS = {'class': 'Periodic'} | dict(dim=2, weight_p=0., frequency_scale=.1)
 MEMBERS = dict(n=2, sparsity=.5, average='mean')

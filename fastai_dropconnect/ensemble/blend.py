@@ -92,7 +92,8 @@ class BlendedModel(nn.Module):
         super().__init__()
         if not len(models): raise ValueError('`models` must have at least one model, got models=[]')
         self.models = nn.ModuleList(models)
-        self.register_buffer('weights', _shares([1.]*len(models) if weights is None else weights, len(models)))
+        shares = _shares([1.]*len(models) if weights is None else weights, len(models))
+        self.weights = nn.Parameter(shares, requires_grad=False)     # fastai asks one for its device, trees have none
         self.average = check_choice(average, 'average', ('mean','softmax','sigmoid','mixture'))
         self.temperature = check_positive(temperature, 'temperature')
         self.eval()

@@ -10,6 +10,7 @@ import math, time
 import numpy as np, torch
 from torch import Tensor, nn
 from ..checks import check_choice, check_int
+from .trees import END, check_trees
 
 # %% ../../nbs/264_ensemble.boosted.ipynb #46ec4e5f
 def _lightgbm():
@@ -54,10 +55,18 @@ class BoostedModel(nn.Module):
     def __getstate__(self): return self.__dict__ | dict(_boosters=None)
     def extra_repr(self) -> str: return f'n_texts={self.n_texts}, out_sz={self.out_sz}, average={self.average!r}'
 
+    def checked_texts(self) -> list: # Of `str`
+        "Return the trees, or raise `ValueError` if LightGBM cannot have written them"
+        n_classes = self.out_sz if self.average=='softmax' else 0
+        if n_classes==1 or self.n_texts!=(1 if n_classes else self.out_sz):
+            raise ValueError(f'there must be trees for each of {self.out_sz} outputs, got {self.n_texts} texts')
+        texts = [bytes(t.cpu().numpy()).decode() for t in self.texts]
+        for t in texts: check_trees(t, len(self.n_levels)+self.n_cont, n_classes)
+        return [t.partition(END)[0]+END for t in texts]
+
     def _load(self):
         "Read the trees"
-        texts = [bytes(t.cpu().numpy()).decode() for t in self.texts]
-        lgb = _lightgbm()
+        lgb,texts = _lightgbm(),self.checked_texts()
         try: return [lgb.Booster(model_str=t) for t in texts]
         except lgb.basic.LightGBMError as e: raise ValueError(f'the trees must be text of LightGBM, but: {e}') from e
 

@@ -6,7 +6,7 @@
 __all__ = ['MANIFEST', 'state_signature', 'is_snapshot_name', 'SnapshotFolder']
 
 # %% ../../nbs/265_ensemble.folder.ipynb #265imp00
-import hashlib, io, json, re, uuid
+import hashlib, io, json, re, uuid, zipfile
 from contextlib import suppress
 from pathlib import Path
 import torch
@@ -42,6 +42,10 @@ def _as_bytes(obj):
 # %% ../../nbs/265_ensemble.folder.ipynb #265load1
 _ADVICE = 'put the right file back, use another `path`, or train anew with `overwrite=True` and without `resume`'
 
+def _check_stored(data): # Compressed tensors of a stranger could unpack to any size
+    with zipfile.ZipFile(io.BytesIO(data)) as z: packed = [i.filename for i in z.infolist() if i.compress_type]
+    if packed: raise ValueError(f'{packed[0]!r} is compressed')
+
 def _load_file(file, sha256):
     try: data = file.read_bytes()
     except OSError as e:
@@ -49,7 +53,9 @@ def _load_file(file, sha256):
     if hashlib.sha256(data).hexdigest()!=sha256:
         raise ValueError(f'{file} must have the checksum in the manifest, but it is damaged or belongs to another run. '
                          f'To go on, {_ADVICE}')
-    try: return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+    try:
+        _check_stored(data)
+        return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
     except Exception as e:
         raise ValueError(f'{file} must hold tensors and plain values only, but it holds something else, '
                          f'which was not run. To go on, {_ADVICE}') from e

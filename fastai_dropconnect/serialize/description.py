@@ -17,8 +17,8 @@ def check_table(
 ) -> dict: # From the name of each tensor to (dtype, shape)
     "Raise `ValueError` with the name of a field that does not fit the network"
     f = Fields(table, 'table')
-    levels,n_cont,_ = input_sizes(network)
-    cats = f.list('cat_names', 'names, one per embedding', is_name, len(levels))
+    levels,n_cat,n_cont,_ = input_sizes(network)
+    cats = f.list('cat_names', 'names, one per embedding', is_name, n_cat)
     conts = f.list('cont_names', 'names, one per continuous column', is_name, n_cont)
     columns = [*cats, *conts, *f.list('y_names', 'names', is_name)]
     if len(set(columns))<len(columns): raise ValueError('`table` must name each column once')
@@ -27,10 +27,11 @@ def check_table(
     if not table['loaders']: raise ValueError('`table.loaders` must be a list of objects, at least one, got []')
     f.end()
     for p in procs:
-        if p.get('class')=='Categorify': _check_classes(p, dict(zip(cats, levels)))
+        if p.get('class')=='Categorify': _check_classes(p, {cats[i]: n for i,n in levels.items()})
         _check_columns(p, table)
     counts = [p['n'] for p in procs if p.get('class')=='QuantileNormalize' and is_int(p.get('n'), 1)]
     if len(counts)>1: raise ValueError('`table.procs` must have one QuantileNormalize, got two')
+    if counts and not conts: raise ValueError('`table.procs`: QuantileNormalize must have n=0 without numbers to scale')
     return {'quantiles': ('F64', (counts[0],len(conts)))} if counts else {}
 
 def _check_classes(config, sizes): # More categories than rows of the embedding would be an index out of range

@@ -27,13 +27,17 @@ def _finite(text):
     if math.isinf(res): raise ValueError(f'{text} is too large')
     return res
 
+def _whole(text):
+    if len(text)>300: raise ValueError(f'{text:.20}… is too large')     # no float would hold it
+    return int(text)
+
 def read_json(
     data:bytes,
     name:str # What it is, for the message
 ) -> dict:
     "Read a JSON object strictly"
-    try:
-        res = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+    rules = dict(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole)
+    try: res = json.loads(data.decode(), **rules)
     except (ValueError,RecursionError) as e: raise ValueError(f'{name} must be plain JSON, but: {e}') from None
     if not isinstance(res, dict): raise ValueError(f'{name} must be a JSON object, got {type(res).__name__}')
     return res
@@ -154,13 +158,19 @@ class SavedModel:
 def _old_tensors(path): # Name of the tensors of the model that is there, or `None`
     file = path/DESCRIPTION
     if not os.path.lexists(file): return None
-    try: config = read_json(_read(file, n=MAX_JSON), str(file))
+    try:
+        _size(file)     # a pipe would block
+        config = read_json(_read(file, n=MAX_JSON), str(file))
     except ValueError: config = {}
     if config.get('format')!=FORMAT:
         raise ValueError(f'`path` must be a folder without the {DESCRIPTION} of another program, got {file}')
     entry = config.get('tensors')
     name = entry.get('file') if isinstance(entry, dict) else None
     return name if isinstance(name, str) and _TENSORS.fullmatch(name) else None
+
+def _holds(file, data):
+    try: return file.read_bytes()==data
+    except OSError: return False
 
 def _write_file(file, data):
     token = os.urandom(6).hex()
@@ -183,7 +193,7 @@ def write_model(
     if len(text)>MAX_JSON: raise ValueError(f'{DESCRIPTION} must have at most {MAX_JSON} bytes, got {len(text)}')
     path.mkdir(parents=True, exist_ok=True)
     old = _old_tensors(path)
-    if old!=name or not (path/name).exists(): _write_file(path/name, data)
+    if not _holds(path/name, data): _write_file(path/name, data)
     sync_names(path)
     _write_file(path/DESCRIPTION, text)
     sync_names(path)

@@ -20,6 +20,8 @@ from ..callback.dropconnect import DropConnect
 from ..callback.frozen_zero import FrozenZeroInit
 from ..callback.snapshots import SnapshotEnsemble
 from ..ensemble.averaging import average_for
+from ..ensemble.blend import BlendedModel
+from ..ensemble.boosted import BoostedModel
 from ..nn_utils import inner_model, load_state_, model_tensors
 from .fields import Fields, decode_values, encode_values, is_name, is_number, is_p
 from .files import SavedModel, write_model
@@ -140,7 +142,8 @@ def _describe_training(learn, model):
         if not _is_plain(v): raise TypeError(f'`{n}` must be a number or numbers to be saved, got {n}={v!r}')
     if learn.splitter is not trainable_params:
         raise TypeError(f'`splitter` must be `trainable_params` to be saved, got splitter={learn.splitter!r}')
-    frozen = [n for n,p in model.named_parameters() if not p.requires_grad]
+    always = {id(m.weights) for m in model.modules() if isinstance(m, BlendedModel)}
+    frozen = [n for n,p in model.named_parameters() if not (p.requires_grad or id(p) in always)]
     return values | dict(opt=describe_opt(learn.opt_func), frozen=frozen, accelerated='_shipped' in vars(learn.dls))
 
 # %% ../../nbs/428_serialize.learner.ipynb #011d71fc
@@ -209,19 +212,21 @@ def _restore_masks(cb, config, tensors, shapes):
     for n in config['masks']: cb.record.masks[n] = tuple(shapes[n][1]),torch.from_numpy(tensors[f'mask.{n}'])
 
 def load_model(
-    path:str|Path, # Folder that `save_model` wrote, also one from a stranger
+    path:str|Path|SavedModel, # Folder that `save_model` wrote, also one from a stranger
     device:str|torch.device='cpu', # Where the Learner computes
     cbs:list=None, # More callbacks
     **kwargs # More arguments of `Learner`, such as `metrics` or another `opt_func`
 ) -> TabularLearner: # With loaders that have no rows
     "Load a Learner that `save_model` saved; nothing in the folder is executed"
-    saved = SavedModel(path)
+    saved = path if isinstance(path, SavedModel) else SavedModel(path)
     config = saved.config
     try:
         compare_shapes(_check(config), saved.shapes, 'the file of the tensors')
         tensors = saved.tensors()
         model = build_network(config['network'])
         load_state_(model, _behind('model', tensors))
+        for m in model.modules():
+            if isinstance(m, BoostedModel): m.checked_texts()
         args,frozen,accelerated = _build_training(config['training'])
         own = [_build_callback(c, i) for i,c in enumerate(config['callbacks'])]
         if config['snapshots'] is not None: own.append(SnapshotEnsemble())

@@ -127,8 +127,7 @@ def _check_compact(config, depth):
     inner = f.take('model', 'be a network for tables', lambda v: isinstance(v, dict) and v.get('class') in _tables)
     f.end()
     check_network(inner, depth)
-    levels,n_cont,_ = input_sizes(inner)
-    for n,c,want in zip(total, columns, (len(levels),n_cont)):
+    for n,c,want in zip(total, columns, input_sizes(inner)[1:3]):
         got = n if c is None else len(c)
         if got!=want or (c and c[-1]>=n):
             raise ValueError(f'`network.columns` must be {want} numbers below {n} for the model, got {c!r:.200}')
@@ -159,22 +158,23 @@ def distributions(
 # %% ../../nbs/424_serialize.network.ipynb #e7e8516b
 def input_sizes(
     config:dict # From `check_network`
-) -> tuple: # Codes of each category, infinite where it is not read; continuous columns; outputs
+) -> tuple: # Codes of each category that is read, by its place; categories, continuous columns, outputs
     "Tell which columns a network takes and what it gives"
     if config['class'] in CONTAINERS:
         sizes = [input_sizes(m) for m in config['models']]
-        return [min(n) for n in zip(*[s[0] for s in sizes])],*sizes[0][1:]
+        return {i: n for s in sizes for i,n in s[0].items()},*sizes[0][1:]
     if config['class']=='CompactModel':
-        levels,_,n_out = input_sizes(config['model'])
-        (n_cat,n_cont),read = config['n_columns'],dict(zip(config['columns'][0] or range(len(levels)), levels))
-        return [read.get(i, math.inf) for i in range(n_cat)],n_cont,n_out
+        levels,*_,n_out = input_sizes(config['model'])
+        places = config['columns'][0]
+        return levels if places is None else dict(zip(places, levels.values())),*config['n_columns'],n_out
     levels = config['n_levels'] if config['class']=='BoostedModel' else [n for n,_ in config['emb_szs']]
-    return levels,config['n_cont'],config['out_sz']
+    return dict(enumerate(levels)),len(levels),config['n_cont'],config['out_sz']
+
 
 # %% ../../nbs/424_serialize.network.ipynb #f2630767
-def _same_columns(a, b): # A network that does not read a column does not say how many categories that has
-    fits = len(a[0])==len(b[0]) and all(m==n or math.inf in (m,n) for m,n in zip(a[0], b[0]))
-    return fits and a[1:]==b[1:]
+def _same_columns(sizes): # A network that does not read a column does not say how many categories that has
+    levels = {i: n for s in sizes for i,n in s[0].items()}
+    return all(s[1:]==sizes[0][1:] and all(levels[i]==n for i,n in s[0].items()) for s in sizes)
 
 def _check_container(config, depth):
     "Check an average or a blend"
@@ -189,7 +189,7 @@ def _check_container(config, depth):
     for m in models: check_network(m, depth+1)
     sizes = [input_sizes(m) for m in models]
     same = len({repr(distributions(m)[0]) for m in models})==1
-    if not same or not all(_same_columns(s, t) for s in sizes for t in sizes):
+    if not same or not _same_columns(sizes):
         raise ValueError('`network.models` must take the same columns, but they differ')
 
 # %% ../../nbs/424_serialize.network.ipynb #ed6ad272

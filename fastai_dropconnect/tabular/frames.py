@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..checks import check_int
 from .amounts import amount_format
 from .dates import date_format, parse_dates
-from .values import CLOCK, DURATIONS, as_bool, as_level, as_numbers, as_text, by_value
+from .values import CLOCK, DURATIONS, as_bool, as_level, as_numbers, as_text, by_value, native
 from .words import frequent_words, word_columns
 
 # %% ../../nbs/305_tabular.frames.ipynb #acf5b1d0
@@ -40,24 +40,28 @@ def _free_names(
 # %% ../../nbs/305_tabular.frames.ipynb #365d36df
 def is_records(X): return isinstance(X, list) and bool(X) and isinstance(X[0], dict)     # Rows as dictionaries?
 
+def _native(df): # Names may stand twice
+    if all(t.isnative for t in df.dtypes if isinstance(t, np.dtype)): return df
+    return pd.concat([native(df.iloc[:,i]) for i in range(df.shape[1])], axis=1)
+
 def as_frame(
     X # `pd.DataFrame`, array or list of shape (n_rows, n_columns), dictionaries, or a table with `to_pandas`
 ) -> pd.DataFrame: # Column names as given
     "Convert a table to a frame"
     if hasattr(X, 'to_pandas'): X = X.to_pandas()     # polars, pyarrow
-    if isinstance(X, pd.DataFrame): return X
+    if isinstance(X, pd.DataFrame): return _native(X)
     if hasattr(X, 'toarray'): raise TypeError('`X` must be dense, but it is a sparse matrix: pass `X.toarray()`')
     try:
-        if isinstance(X, dict) or is_records(X): return pd.DataFrame(X)
+        if isinstance(X, dict) or is_records(X): return _native(pd.DataFrame(X))
         x = np.asanyarray(X)     # masks stay
     except ValueError as e:
         raise ValueError(f'`X` must have rows and columns of equal lengths, one row is `[X]`, but: {e}') from None
-    if x.dtype.names: return pd.DataFrame(x)
+    if x.dtype.names: return _native(pd.DataFrame(x))
     if x.ndim!=2:
         one_row = '`X.to_frame().T`' if isinstance(X, pd.Series) else '`X.reshape(1, -1)`'
         raise ValueError(f'`X` must have 2 dimensions, got {x.ndim} ({type(X).__name__}). Reshape your data: '
                          f'one row is {one_row}')
-    return pd.DataFrame(x, columns=[f'x{i}' for i in range(x.shape[1])])
+    return pd.DataFrame(native(x), columns=[f'x{i}' for i in range(x.shape[1])])
 
 # %% ../../nbs/305_tabular.frames.ipynb #063ffaa6
 def _as_dates(
