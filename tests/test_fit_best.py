@@ -3,7 +3,8 @@ import math, time
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch
 from conftest import InterruptAt
-from fastai.tabular.all import Categorify, CategoryBlock, FillMissing, Normalize, RegressionBlock, RocAucBinary, TabularDataLoaders, rmse
+from fastai.tabular.all import Categorify, CategoryBlock, FillMissing, MSELossFlat, Normalize, RegressionBlock, RocAucBinary, TabularDataLoaders, rmse
+from torch import nn
 import fastai_dropconnect.callback.distribution    # noqa: F401, with it Learners have `calibrate` and `predict_distribution`
 from fastai_dropconnect import fit_best as module
 from fastai_dropconnect.candidates import Candidate, score_for, target_range, targets_of
@@ -80,21 +81,18 @@ def test_outputs_are_bounded_unless_targets_lie_far_out():
     assert target_range(loaders(df.assign(y=1.))) is None
 
 
-@pytest.mark.parametrize('best,linear,additive,kept', [
-    (1., 1.04, 1.06, ['linear']), (1., .5, .9, ['linear','additive']), (1., 2., 3., []), (1., float('nan'), 1.01, ['additive']),
-    (-.93, -.90, -.88, ['linear'])])     # an area under a curve
-def test_networks_without_hidden_layers_join_the_blend_where_they_are_nearly_as_good(best, linear, additive, kept):
-    losses = dict(numbers=float('nan'), vectors=best, linear=linear, additive=additive)
-    made = [Candidate(name, 4., [], torch.zeros(3, 1), loss, 0.) for name,loss in losses.items()]
-    assert [c.name for c in module._without_poor(made)]==['numbers','vectors',*kept]
-
-
-@pytest.mark.parametrize('cut_off', [dict(timed_out=True), dict(interrupted=True)])
-def test_networks_that_were_cut_off_join_the_blend_where_they_are_nearly_as_good(cut_off):
-    make = lambda name, loss, **kw: Candidate(name, .5, [], torch.zeros(3, 1), loss, 0., **kw)
-    made = [make('numbers', 1.), make('vectors', 3.), make('smaller', 1.04, **cut_off), make('levels', 7., **cut_off)]
-    assert [c.name for c in module._without_poor(made)]==['numbers','vectors','smaller']
-    for loss in (2.,float('nan')): assert len(module._without_poor([make('numbers', loss, **cut_off)]))==1
+@pytest.mark.parametrize('n_rows', [20,2000])
+def test_networks_far_behind_are_not_in_the_blend(n_rows):
+    search = Search([loaders()], score_for(MSELossFlat()), verbose=False)
+    g = torch.Generator().manual_seed(0)
+    search.targs = torch.randn(n_rows, 1, generator=g)
+    def add(name, noise, **kw):
+        preds = search.targs+noise*torch.randn(n_rows, 1, generator=g)
+        search.candidates.append(Candidate(name, 4., [nn.Linear(2, 1)], preds, search.score(preds, search.targs), 0., **kw))
+    for name,noise in (('numbers',.3), ('vectors',.3), ('linear',.31)): add(name, noise)
+    add('smaller', 6., timed_out=True)
+    model,weights = module._blend(search, 'mean')
+    assert len(model.models)==3 and weights[3]==0 and min(weights[:3])>.1 and abs(sum(weights)-1)<1e-6
 
 
 def test_networks_without_hidden_layers_are_for_small_tables(monkeypatch):

@@ -31,20 +31,27 @@ def _greedy_counts(
         if losses[i]<best[0]: best = float(losses[i]),counts
     return best[1]
 
+def _weights_by_loss(losses): # (n_models,), sum 1
+    "Return weights that fall with the square of how much a loss is above the best"
+    losses = torch.tensor(losses, dtype=torch.float64).nan_to_num(math.inf, math.inf)
+    best = losses.min()
+    res = (1 + (losses-best)/best.abs().clamp(min=1e-300))**-2      # a metric may be below 0
+    return (res/res.sum()).float()
+
 def greedy_weights(
     preds:Tensor, # Predictions for validation rows, (n_rows, n_models, ...): numbers or probabilities, no logits
     targs:Tensor, # Their targets
     loss:Callable, # Function of predictions `(n_rows, ...)` and `targs`, lower is better
     n_steps:int=40, # Models to draw
-    prior_rows:int=0 # Rows that equal weights count as; 0 believes the validation rows
+    prior_rows:int=0 # Rows that weights by the losses alone count as; 0 believes the validation rows
 ) -> Tensor: # (n_models,), sum 1
     "Find how much each model should count in the average"
-    n_rows,n_models = preds.shape[:2]
     if not preds.numel(): raise ValueError(f'`preds` must have rows and models, got shape {tuple(preds.shape)}')
     counts = _greedy_counts(preds.detach(), targs, loss, check_int(n_steps, 'n_steps'))
     if not counts.sum(): raise ValueError('`preds` must have a model with a finite loss, but none has')
-    share = n_rows/(n_rows + check_int(prior_rows, 'prior_rows', 0))
-    return share*counts/counts.sum() + (1-share)/n_models
+    share = len(preds)/(len(preds) + check_int(prior_rows, 'prior_rows', 0))
+    losses = [float(loss(p, targs)) for p in preds.detach().unbind(1)]
+    return share*counts/counts.sum() + (1-share)*_weights_by_loss(losses)
 
 # %% ../../nbs/262_ensemble.blend.ipynb #8b816094
 def best_temperature(
