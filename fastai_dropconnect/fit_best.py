@@ -150,7 +150,8 @@ def _is_over(self:Search):
 
 @patch
 def _share(self:Search):
-    "Return when the next candidate must end: the first ones get a third of what is left"
+    "Return when the next candidate must end"
+    if self.candidates and self.candidates[-1].timed_out: return self.end
     now = time.monotonic()
     return now + (self.end-now)*max(1/3, 1/max(1, self.n_left))
 

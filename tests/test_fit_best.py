@@ -95,6 +95,16 @@ def test_networks_far_behind_are_not_in_the_blend(n_rows):
     assert len(model.models)==3 and weights[3]==0 and min(weights[:3])>.1 and abs(sum(weights)-1)<1e-6
 
 
+def test_after_a_network_that_was_cut_short_the_next_one_gets_all_the_time():
+    ends = []
+    def train(dls, name, kind, score, epochs=None, work=None, deadline=None, seed=0):
+        ends.append(deadline)
+        return Candidate(name, .4, [], torch.zeros(len(dls.valid_ds), 1), 1., 0., timed_out=len(ends)==1)
+    search = Search([loaders()], score_for(MSELossFlat()), time_limit=3600, verbose=False, train=train).run()
+    start = search.end - .95*3600
+    assert (ends[0]-start)/3600 < .35 and ends[1]==search.end and all((e-start)/3600 < .35 for e in ends[2:5])
+
+
 def test_networks_without_hidden_layers_are_for_small_tables(monkeypatch):
     dls = loaders()
     assert {'linear','additive'}<=set(names(fit_best(dls, verbose=False)))
