@@ -7,7 +7,7 @@ from simulated_device import compile_to
 HERE = Path(__file__).parent
 TESTS = ['test_callback_intervals.py::test_get_preds_with_interval[noisy_blend]', 'test_contract_learners.py::test_fits_under_autocast[best_average]',
     'test_uncertainty_learners.py::test_a_fit_ends_the_calibration_and_lr_find_does_not',
-    'test_uncertainty_learners.py::test_a_calibration_remembers_which_snapshots_predicted[weights]']
+    'test_uncertainty_learners.py::test_a_calibration_remembers_which_snapshots_predicted[average]']
 
 
 @pytest.fixture(scope='module')
