@@ -19,21 +19,22 @@ def _greedy_counts(
     targs:Tensor, # Whatever `loss` takes
     loss:Callable, # Function of predictions and targets, lower is better
     n_steps:int # Models to draw
-) -> Tensor: # (n_models,), how often each was drawn up to the best step
+) -> tuple: # How often each model was drawn up to the best step, (n_models,); the loss of each one alone
     "Draw models with replacement, each time the one that lowers the loss of the mean most"
     members = preds.unbind(1)
     counts,total = torch.zeros(len(members)),torch.zeros_like(members[0])
     best = float('inf'),counts
     for step in range(1, n_steps+1):
         losses = torch.tensor([float(loss((total+p)/step, targs)) for p in members]).nan_to_num(math.inf, math.inf)
+        if step==1: alone = losses
         i = int(losses.argmin())
         total,counts = total+members[i],counts+torch.eye(len(members))[i]
         if losses[i]<best[0]: best = float(losses[i]),counts
-    return best[1]
+    return best[1],alone
 
 def _weights_by_loss(losses): # (n_models,), sum 1
     "Return weights that fall with the square of how much a loss is above the best"
-    losses = torch.tensor(losses, dtype=torch.float64).nan_to_num(math.inf, math.inf)
+    losses = losses.double()
     best = losses.min()
     res = (1 + (losses-best)/best.abs().clamp(min=1e-300))**-2      # a metric may be below 0
     return (res/res.sum()).float()
@@ -47,10 +48,9 @@ def greedy_weights(
 ) -> Tensor: # (n_models,), sum 1
     "Find how much each model should count in the average"
     if not preds.numel(): raise ValueError(f'`preds` must have rows and models, got shape {tuple(preds.shape)}')
-    counts = _greedy_counts(preds.detach(), targs, loss, check_int(n_steps, 'n_steps'))
+    counts,losses = _greedy_counts(preds.detach(), targs, loss, check_int(n_steps, 'n_steps'))
     if not counts.sum(): raise ValueError('`preds` must have a model with a finite loss, but none has')
     share = len(preds)/(len(preds) + check_int(prior_rows, 'prior_rows', 0))
-    losses = [float(loss(p, targs)) for p in preds.detach().unbind(1)]
     return share*counts/counts.sum() + (1-share)*_weights_by_loss(losses)
 
 # %% ../../nbs/262_ensemble.blend.ipynb #8b816094

@@ -220,9 +220,12 @@ class Calibration:
 
     def _weights(self): return recency_weights(len(self.scores), self.half_life) if self.half_life else None
 
-    def settings(self) -> dict: # For `Calibration(**settings)`
-        "Return all fields"
-        return {f.name:getattr(self, f.name) for f in fields(self)}
+
+# %% ../../nbs/286_uncertainty.conformal.ipynb #4be214ec
+@patch
+def settings(self:Calibration) -> dict: # For `Calibration(**settings)`
+    "Return all fields"
+    return {f.name:getattr(self, f.name) for f in fields(self)}
 
 # %% ../../nbs/286_uncertainty.conformal.ipynb #109d3803
 @patch
