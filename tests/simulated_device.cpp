@@ -125,6 +125,19 @@ static void check_devices(const c10::OperatorHandle& op, const torch::jit::Stack
   bool fine = name == "aten::copy_" || (takes_indices && !first_is_cpu);      // as on a GPU
   TORCH_CHECK(!(here && cpu) || fine, "Expected all tensors to be on the same device, found two in ", name);
 }
+template <class F> static void replace(const IValue& v, F f) { // The tensors of an argument or a result, and its device
+  auto& value = const_cast<IValue&>(v);
+  if (v.isTensor()) value = f(v.toTensor());
+  else if (v.isTensorList()) {
+    c10::List<Tensor> ts;
+    for (const auto& t : v.toTensorVector()) ts.push_back(f(t));
+    value = ts;
+  } else if (v.isOptionalTensorList()) {
+    c10::List<std::optional<Tensor>> ts;
+    for (const auto& t : v.toOptionalTensorList().vec()) ts.push_back(t ? std::optional<Tensor>(f(*t)) : t);
+    value = ts;
+  } else if (v.isDevice() && v.toDevice().type() == DeviceType::PrivateUse1) value = Device(DeviceType::CPU);
+}
 static void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   check_devices(op, stack);
   const auto& schema = op.schema();
@@ -141,29 +154,9 @@ static void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) 
     for (auto& [impl, original] : originals) if (impl == t.unsafeGetTensorImpl()) return original;
     return t.to(HERE);
   };
-  for (auto& v : torch::jit::last(*stack, schema.arguments().size())) {
-    auto& value = const_cast<IValue&>(v);
-    if (v.isTensor()) value = there(v.toTensor());
-    else if (v.isTensorList()) {
-      c10::List<Tensor> ts;
-      for (const auto& t : v.toTensorVector()) ts.push_back(there(t));
-      value = ts;
-    } else if (v.isOptionalTensorList()) {
-      c10::List<std::optional<Tensor>> ts;
-      for (const auto& t : v.toOptionalTensorList().vec()) ts.push_back(t ? std::optional<Tensor>(there(*t)) : t);
-      value = ts;
-    } else if (v.isDevice() && v.toDevice().type() == DeviceType::PrivateUse1) value = Device(DeviceType::CPU);
-  }
+  for (auto& v : torch::jit::last(*stack, schema.arguments().size())) replace(v, there);
   op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
-  for (auto& v : torch::jit::last(*stack, schema.returns().size())) {
-    auto& value = const_cast<IValue&>(v);
-    if (v.isTensor()) value = back(v.toTensor());
-    else if (v.isTensorList()) {
-      c10::List<Tensor> ts;
-      for (const auto& t : v.toTensorVector()) ts.push_back(back(t));
-      value = ts;
-    }
-  }
+  for (auto& v : torch::jit::last(*stack, schema.returns().size())) replace(v, back);
 }
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_the_cpu>()); }
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
