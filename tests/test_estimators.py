@@ -14,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 import odd_tables, sklearn_checks
 from fastai_dropconnect import splits, table_estimator
+from fastai_dropconnect.callback.calibrate import calibration_of
 from fastai_dropconnect.estimators import DropConnectClassifier, DropConnectRegressor
 from fastai_dropconnect.fit_best import fit_best_on
 from fastai_dropconnect.scoring import ScorerMetric
@@ -163,6 +164,7 @@ def test_rows_without_weight_do_not_exist():
     wrong = np.where(np.arange(120)<60, y, 1e9)
     model = regressor().fit(df, wrong, sample_weight=(np.arange(120)<60)*2.)
     assert np.abs(model.predict(df)).max()<1e3
+    assert len(calibration_of(model.learner_).scores)==60 and np.abs(model.predict_interval(df, .8)).max()<1e3
     with pytest.raises(ValueError, match='`sample_weight`'): regressor().fit(df, y, sample_weight=np.zeros(120))
     with pytest.raises(ValueError, match='each of the 120 rows'): regressor().fit(df, y, sample_weight=[1])
 
