@@ -68,7 +68,6 @@ class SteadyStep:
         if lookup is not None and not all(id(t) in trained for t in lookup.tables if t.requires_grad): lookup = None
         return cls(opt, lookup)
 
-
 # %% ../nbs/336_accelerate.ipynb #dbabf645
 def _is_direct(cls) -> bool: # Does `__call__` of a callback only call methods of its class?
     return cls.__call__ is Callback.__call__ or getattr(cls.__call__, 'own_events', False)

@@ -106,7 +106,6 @@ def usual_torch():
         random.setstate(states[0])
         torch.set_rng_state(states[1])
 
-
 # %% ../nbs/518_inputs.ipynb #b5d71963
 _predicting = threading.RLock()
 
@@ -117,7 +116,6 @@ def one_at_a_time():
         state = random.getstate()     # loaders draw from it when they are made
         try: yield
         finally: random.setstate(state)
-
 
 # %% ../nbs/518_inputs.ipynb #86389004
 def warn_of_little_time(

@@ -158,7 +158,6 @@ def repeat_step(
             groups.setdefault(key, []).append((p, g, st))
     return RepeatedStep(opt, groups)
 
-
 # %% ../nbs/334_optimizer.ipynb #7e1c0a56
 def _functions(opt): # The functions of an optimizer, with their arguments
     return [(getattr(f, 'func', f), getattr(f, 'keywords', {})) for f in opt.cbs]

@@ -55,7 +55,7 @@ class TableEstimator(BaseEstimator):
     def fit(self,
         X:object, # Rows, as `as_frame` takes them
         y:object, # Target of each row
-        sample_weight:object=None, # How often each row is drawn, relative to the others; 0 leaves it out
+        sample_weight:object=None, # How often each row is drawn in training, as a ratio; 0 leaves it out everywhere
         eval_set:tuple=None, # Rows and targets to choose by, `(X, y)`; by default some of `X`
         groups:object=None, # Group of each row, or the name of its column; a group stays on one side of the split
         time:object=None # Time of each row, or the name of its column; the latest rows are held out

@@ -15,8 +15,8 @@ def rows(): # From the name in a row of the saved tables to the row
     lines = [l for o in outputs for l in ''.join(o['data'].get('text/markdown', '')).split('\n')]
     return {l.split('`')[1]: l for l in lines if l.startswith('| `')}
 
-def methods() -> dict: # From `class.method` to the method, of those that the package adds
-    both = {f'{cls.__name__}.{name}': m for cls in (Learner, everything.TabularLearner) for name,m in vars(cls).items()}
+def methods() -> dict: # From `class.method` to the method, of those that the package adds for users
+    both = {f'{cls.__name__}.{name}': m for cls in (Learner, everything.TabularLearner) for name,m in vars(cls).items() if name[0]!='_'}
     return {name: m for name,m in both.items() if getattr(m, '__module__', '').startswith('fastai_dropconnect')}
 
 def first_line(value): return value.__doc__.strip().split('\n')[0].replace('|', '\\|')

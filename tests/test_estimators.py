@@ -14,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 import odd_tables, sklearn_checks
 from fastai_dropconnect import splits, table_estimator
+from fastai_dropconnect.callback.calibrate import calibration_of
 from fastai_dropconnect.estimators import DropConnectClassifier, DropConnectRegressor
 from fastai_dropconnect.fit_best import fit_best_on
 from fastai_dropconnect.scoring import ScorerMetric
@@ -163,6 +164,7 @@ def test_rows_without_weight_do_not_exist():
     wrong = np.where(np.arange(120)<60, y, 1e9)
     model = regressor().fit(df, wrong, sample_weight=(np.arange(120)<60)*2.)
     assert np.abs(model.predict(df)).max()<1e3
+    assert len(calibration_of(model.learner_).scores)==60 and np.abs(model.predict_interval(df, .8)).max()<1e3
     with pytest.raises(ValueError, match='`sample_weight`'): regressor().fit(df, y, sample_weight=np.zeros(120))
     with pytest.raises(ValueError, match='each of the 120 rows'): regressor().fit(df, y, sample_weight=[1])
 
@@ -745,15 +747,16 @@ def test_search_itself(tmp_path):
     assert (DropConnectClassifier.load(model.save(tmp_path)).predict(df)==model.predict(df)).all()
 
 def test_a_first_fit_warns_of_nothing_inside():
-    "In a process of its own: torch warns only once"
+    "In a process of its own: torch warns only once. Its clock counts how often it is looked at, however busy the machine is"
     code = """
-import warnings, numpy as np, pandas as pd
+import itertools, time, warnings, numpy as np, pandas as pd
 from fastai_dropconnect.estimators import DropConnectClassifier, DropConnectRegressor
 df = pd.DataFrame(dict(k=list('abc')*20, x=np.arange(60.), when=pd.date_range('2020', periods=60)))
 df.loc[50:,'k'] = 'new'
 warnings.simplefilter('error')
 warnings.filterwarnings('ignore', category=DeprecationWarning)
-for make,time in ((DropConnectRegressor,'when'), (DropConnectClassifier,None)):
-    make(budget='quick', time_limit=1, random_state=0, verbose=0).fit(df, np.arange(60)%2, time=time).predict(df)
+time.monotonic = itertools.count(step=.0005).__next__
+for make,at in ((DropConnectRegressor,'when'), (DropConnectClassifier,None)):
+    make(budget='quick', time_limit=1, random_state=0, verbose=0).fit(df, np.arange(60)%2, time=at).predict(df)
 """
     subprocess.run([sys.executable, '-c', code], check=True, cwd=Path(__file__).parent.parent)

@@ -116,6 +116,26 @@ def test_amounts_with_decimal_commas():
     rows = reader.transform(later)
     assert rows.price[:2].tolist()==[1.234,1234] and rows.points[0]==1.234 and rows.isna().sum().sum()==3 and (rows.plain==1).all()
 
+def test_plain_decimal_commas_and_lists_of_codes():
+    "A column without unit and thousands; of answers such as `1,2` nobody knows that they are numbers"
+    r = np.random.default_rng(0)
+    def comma(values): return [f'{v:.6g}'.replace('.', ',') for v in values]
+    n = 200
+    numbers = dict(tenths=r.integers(1, 80, n)/10, signed=np.round(r.normal(0, 3, n), 1), halves=r.integers(0, 41, n)/2, quarters=r.integers(0, 49, n)/4,
+                   few=np.resize([12.5, .75, -3.25, 7], n), gaps=np.where(r.random(n)<.2, np.nan, r.integers(10, 99, n)/10))
+    two = np.sort(np.array([r.permutation(9)[:2]+1 for _ in range(n)]))
+    codes = dict(answers=np.resize(['1,2', '2,3', '1'], n), sorted=[f'{a},{b}' for a,b in two], clicked=[f'{b},{a}' if i%2 else f'{a},{b}' for i,(a,b) in enumerate(two)],
+                 up_to_three=[*comma(r.integers(1, 80, n-4)/10), *['1,2,3']*4], stars=np.resize(comma(np.arange(0, 5.5, .5)), n),
+                 thousandths=[f'{i%7+1},{i%3+1}00' for i in range(n)])
+    df = pd.DataFrame({k: pd.Series(comma(v)).replace('nan', None) for k,v in numbers.items()} | codes)
+    with warnings.catch_warnings(action='ignore'): reader = FrameReader().fit(df)
+    assert reader.cont_names==list(numbers) and set(reader.cat_names)==set(codes)
+    plain = pd.DataFrame(numbers)
+    again = FrameReader.from_dict(json.loads(json.dumps(reader.to_dict())))
+    for rows in (reader.transform(df),again.transform(df),again.transform(df.assign(**plain))): assert np.array_equal(rows[list(numbers)], plain, equal_nan=True)
+    later = again.transform(pd.DataFrame(dict.fromkeys(df, ['12,5', '7', 7, 1.5, '1.5', '1,234', '1.234,5', '1,2,3', None])))
+    assert later.tenths.fillna(-1).tolist()==[12.5, 7, 7, 1.5, -1, 1.234, -1, -1, -1]
+
 DAYS = pd.Series(pd.date_range('1999-11-03', '2021-06-30', freq='37D'))
 MONTHS = DAYS.dt.to_period('M').dt.to_timestamp()
 TIMES = pd.Series(pd.date_range('2019-12-30', '2021-06-30', freq='90h37min').floor('min'))

@@ -1,5 +1,5 @@
 "The house: imports point down, each notebook has a number of its own, modules stay small, the public names are few and documented"
-import ast, importlib, inspect, re
+import ast, importlib, inspect, json, re
 from pathlib import Path
 import pytest
 
@@ -53,6 +53,12 @@ def test_each_module_has_a_notebook_with_a_number_of_its_own():
     numbers = notebooks()
     assert set(numbers) == set(modules())
     assert len(set(numbers.values())) == len(numbers) and {len(n) for n in numbers.values()} == {3}
+
+
+def test_no_cell_begins_or_ends_with_an_empty_line():
+    for nb in (ROOT/'nbs').glob('*.ipynb'):
+        texts = [''.join(c['source']) for c in json.loads(nb.read_text())['cells']]
+        assert not [t for t in texts if t!=t.strip('\n')], nb.name
 
 
 def test_imports_point_down():

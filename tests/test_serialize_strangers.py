@@ -103,6 +103,43 @@ def test_what_a_prediction_needs_of_a_column_is_there(path, proc, field, names):
     write(path, config)
     with pytest.raises(ValueError, match=f'{proc} must have {field} of all columns in `{names}`'): load_model(path)
 
+@pytest.fixture(scope='module')
+def filled(tmp_path_factory):
+    "Two classes, of a table whose column `a` has gaps and whose column `b` has none"
+    path = tmp_path_factory.mktemp('filled')
+    def save(fill):
+        dls = TabularDataLoaders.from_df(classes()[:200], procs=[Categorify,fill,Normalize], cat_names=['color'], cont_names=['a','b'], y_names='y', valid_idx=range(150, 200))
+        return save_model(shake(tabular_learner(dls, layers=[4])), path/fill.__name__)
+    return {fill.__name__: save(fill) for fill in (FillMissing,FillMissingAnywhere)}
+
+def fills(*columns, kind='float', value=0.): return dict(columns=list(columns), kind=kind, values=[value]*len(columns))
+
+@pytest.mark.parametrize('proc,change,named', [
+    ('FillMissing', dict(na_dict=fills('c')), "na_dict of columns in `cont_names`, got 'c'"), ('FillMissing', dict(na_dict=fills('a','color')), "got 'color'"),
+    ('FillMissing', dict(na_dict=fills('a','b')), "with add_col must have 'b_na' in `cat_names`"), ('FillMissing', dict(na_dict=fills('a', kind='str', value='x')), 'na_dict` must have a number for each column'),
+    ('FillMissingAnywhere', dict(na_dict=fills('a')), "na_dict of all columns in `cont_names`, but 'b' has none"), ('FillMissingAnywhere', dict(na_dict=fills('a','b','c')), "got 'c'"),
+    ('FillMissingAnywhere', dict(with_gaps=['a','b']), "with add_col must have 'b_na'"), ('FillMissingAnywhere', dict(with_gaps=['c']), "with_gaps of columns in `cont_names`, got 'c'"),
+    ('Normalize', dict(means=fills('a','b', kind='str', value='x')), 'means` must have a number for each column')])
+def test_gaps_are_filled_in_columns_of_the_table(filled, tmp_path, proc, change, named):
+    kind = proc if proc in filled else 'FillMissing'
+    path = Path(shutil.copytree(filled[kind], tmp_path/'m'))
+    load_model(path)
+    config = description(path)
+    next(p for p in config['table']['procs'] if p['class']==proc).update(change)
+    write(path, config)
+    with pytest.raises(ValueError, match=named): load_model(path)
+
+@pytest.mark.parametrize('axis', [2, -3, 5, 1.5, True, None])
+def test_the_axis_of_a_loss_is_one_of_the_outputs(filled, tmp_path, axis):
+    path = Path(shutil.copytree(filled['FillMissing'], tmp_path/'m'))
+    config = description(path)
+    config['loss']['axis'] = 1
+    write(path, config)
+    load_model(path)
+    config['loss']['axis'] = axis
+    write(path, config)
+    with pytest.raises(ValueError, match='`loss.axis` must be an integer from -2 to 1'): load_model(path)
+
 def test_a_number_of_targets_is_a_number(path):
     config = description(path)
     next(p for p in config['table']['procs'] if p['class']=='RegressionSetup')['c'] = 'one'

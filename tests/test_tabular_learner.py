@@ -32,6 +32,26 @@ def values(learn): return torch.cat([p.detach().flatten() for p in learn.model.p
 def preds(learn, dl=None):
     with learn.no_bar(): return learn.get_preds(dl=learn.dls.valid if dl is None else dl)[0]
 
+@pytest.mark.parametrize('members', [None, 2])
+@pytest.mark.parametrize('fast', [False, True])
+def test_columns_of_later_rows_in_any_order(fast, members):
+    "fastai's loaders, too; `learn.predict` and a loader of `test_dl`"
+    set_seed(0)
+    learn = fit(tabular_learner(make_dls(), layers=[8], fast=fast, config=tabular_dropconnect_config(members=members, weight_p=.1)))
+    df = make_table(50).drop(columns='y')
+    reverse = df[list(df)[::-1]]
+    want,loader = preds(learn, learn.dls.test_dl(df)),learn.dls.test_dl(reverse)
+    assert torch.equal(preds(learn, loader), want)
+    assert torch.allclose(learn.predict(reverse.iloc[3])[2], want[3], atol=1e-5)
+    with learn.no_bar():
+        if members: assert torch.equal(learn.get_member_preds(dl=learn.dls.test_dl(reverse))[0], learn.get_member_preds(dl=learn.dls.test_dl(df))[0])
+        samples = [learn.get_mc_preds(n=3, seed=1, dl=learn.dls.test_dl(d))[0] for d in (df,reverse)]
+        assert torch.equal(*samples)
+        learn.calibrate(df=make_table(300)[list(make_table(1))[::-1]])
+        pd.testing.assert_frame_equal(learn.predict_distribution(reverse), learn.predict_distribution(df))
+        losses = [learn.validate(dl=learn.dls.test_dl(d[list(d)[::i]])) for d in [make_table(50)] for i in (1, -1)]
+    assert losses[0]==losses[1]
+
 # The one-line way in
 
 def test_without_a_dropconnect_config_it_is_fastai(dls):

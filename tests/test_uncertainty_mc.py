@@ -1,11 +1,13 @@
 "Monte-Carlo passes: what is noisy, that nothing is left behind, and that moments agree with samples"
+from contextlib import nullcontext
+from types import SimpleNamespace
 import pandas as pd, pytest, torch
 from fastai.tabular.all import Learner, MSELossFlat, TabularModel, set_seed
 from torch import nn
 from conftest import make_dls, make_table
 from fastai_dropconnect.all import *
 from fastai_dropconnect.callback import mc      # noqa: F401
-from fastai_dropconnect.uncertainty.mc import mc_samples
+from fastai_dropconnect.uncertainty.mc import mc_samples, seeded
 from fastai_dropconnect.uncertainty.moments import output_moments
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -200,6 +202,23 @@ def test_rows_of_different_batches_have_noise_of_their_own(mode):
     assert len(first.unique(dim=0))==32
     ratio = first.mean(0).var()*32/first.var()      # noise that all batches share would not average out: 32
     assert .3 < ratio < 3
+
+@pytest.mark.parametrize('kind,numbers', [('mps', [0]), ('xpu', [0, 1]), ('cuda', [1])])
+@pytest.mark.parametrize('fails', [False, True])
+def test_random_numbers_of_any_accelerator_go_on_as_before(kind, numbers, fails, monkeypatch):
+    "A stand-in for devices that are not here: a generator for each of two"
+    states = {0: torch.tensor([10]), 1: torch.tensor([20])}
+    module = torch.get_device_module(kind)
+    monkeypatch.setattr(module, 'get_rng_state', lambda device: states[device])
+    monkeypatch.setattr(module, 'set_rng_state', lambda state, device: states.update({device: state}))
+    model = SimpleNamespace(parameters=lambda: [SimpleNamespace(device=torch.device(kind, i)) for i in numbers] + [torch.zeros(1)])
+    before = torch.get_rng_state()
+    with nullcontext() if not fails else pytest.raises(KeyError), seeded(model, 3):
+        states.update({i: torch.tensor([99]) for i in states})
+        assert torch.initial_seed()==3
+        if fails: raise KeyError
+    assert {i: int(s) for i,s in states.items()}=={i: own if i in numbers else 99 for i,own in ((0, 10), (1, 20))}
+    assert torch.equal(torch.get_rng_state(), before)
 
 def test_no_rows_to_sample_are_named():
     learn = learner()

@@ -309,7 +309,6 @@ def _load_optimizer(self:SnapshotEnsemble):
     if not progress or progress['cycle']!=self.record.newest: return       # as after `learn.load`
     self.learn.opt.load_state_dict(to_device(deepcopy(progress['opt']), next(model.parameters()).device))
 
-
 # %% ../../nbs/370_callback.snapshots.ipynb #ebcfc688
 def model_folder(
     learn:Learner,

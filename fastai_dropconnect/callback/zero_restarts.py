@@ -220,7 +220,6 @@ class _StartAt(LeanCallback):
         mean.count,mean.val = self.smooth_loss['count'],to_device(self.smooth_loss['val'], mean.val.device)
         self.smooth_loss = None
 
-
 # %% ../../nbs/375_callback.zero_restarts.ipynb #f7ecc103
 @patch
 def fit_zero_restarts(self:Learner,

@@ -104,4 +104,3 @@ class FixedTables:
     ):
         "Add the gradients of the tables to those that are there"
         _add_rows(codes.numpy(), g.numpy(), 0, self._grads, self._dims)
-

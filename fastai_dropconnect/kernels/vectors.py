@@ -186,7 +186,6 @@ def copy_into(to, numbers):
     "Copy as `to[:len(numbers)] = numbers`, which numba does one by one"
     for i in range(len(numbers)): to[i] = numbers[i]
 
-
 # %% ../../nbs/105_kernels.vectors.ipynb #addr0002
 @intrinsic
 def _pointer_to(typingctx, address, number):
@@ -211,4 +210,3 @@ def seed_at(
     "Read the lower and upper 32 bits of a seed"
     seed = array_at(address, (1,), np.int64(0))[0]
     return np.uint32(seed & 0xffffffff),np.uint32(seed>>32 & 0xffffffff)
-

@@ -29,6 +29,7 @@ def check_table(
     for p in procs:
         if p.get('class')=='Categorify': _check_classes(p, {cats[i]: n for i,n in levels.items()})
         _check_columns(p, table)
+        _check_fill(p, table)
     counts = [p['n'] for p in procs if p.get('class')=='QuantileNormalize' and is_int(p.get('n'), 1)]
     if len(counts)>1: raise ValueError('`table.procs` must have one QuantileNormalize, got two')
     if counts and not conts: raise ValueError('`table.procs`: QuantileNormalize must have n=0 without numbers to scale')
@@ -42,7 +43,8 @@ def _check_classes(config, sizes): # More categories than rows of the embedding 
         if isinstance(name, str) and n>sizes.get(name, n):
             raise ValueError(f'`table.procs`: column {name!r} must have at most {sizes[name]-1} categories, got {n-1}')
 
-_OF_COLUMNS = ('Categorify','classes','cat_names'),('Normalize','means','cont_names'),('Normalize','stds','cont_names')
+_OF_COLUMNS = (('Categorify','classes','cat_names'), ('FillMissingAnywhere','na_dict','cont_names'),
+               ('Normalize','means','cont_names'), ('Normalize','stds','cont_names'))
 
 def _columns_of(own): # Of a field of a proc; `None`: it is no such field
     own = own.get('columns') if isinstance(own, dict) else own
@@ -55,6 +57,20 @@ def _check_columns(config, table): # A prediction would look for what is missing
         if missing:
             raise ValueError(f'`table.procs`: {kind} must have {field} of all columns in `{names}`, '
                              f'but {missing[0]!r:.200} has none')
+
+def _check_fill(config, table): # A prediction would fill, or add, a column that the table does not have
+    kind,filled = config.get('class'),_columns_of(config.get('na_dict'))
+    if kind not in ('FillMissing','FillMissingAnywhere') or filled is None: return
+    with_gaps = filled if kind=='FillMissing' else _columns_of(config.get('with_gaps')) or []
+    for field,columns in (('na_dict',filled),('with_gaps',with_gaps)):
+        other = [n for n in columns if n not in table['cont_names']]
+        if other:
+            raise ValueError(f'`table.procs`: {kind} must have {field} of columns in `cont_names`, '
+                             f'got {other[0]!r:.200}')
+    flags = [f'{n}_na' for n in with_gaps] if config.get('add_col') is True else []
+    missing = [n for n in flags if n not in table['cat_names']]
+    if missing:
+        raise ValueError(f'`table.procs`: {kind} with add_col must have {missing[0]!r:.200} in `cat_names`')
 
 # %% ../../nbs/425_serialize.description.ipynb #425b91af
 def packed_shape(shape): return 'U8',(math.ceil(math.prod(shape)/8),)

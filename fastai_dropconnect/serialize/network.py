@@ -170,7 +170,6 @@ def input_sizes(
     levels = config['n_levels'] if config['class']=='BoostedModel' else [n for n,_ in config['emb_szs']]
     return dict(enumerate(levels)),len(levels),config['n_cont'],config['out_sz']
 
-
 # %% ../../nbs/424_serialize.network.ipynb #f2630767
 def _same_columns(sizes): # A network that does not read a column does not say how many categories that has
     levels = {i: n for s in sizes for i,n in s[0].items()}

@@ -289,6 +289,10 @@ def _is_setting(value):
     return value is None or _is_scalar(value) or value in ('none','mean','sum') or (
         isinstance(value, list) and all(map(is_number, value)))
 
+def _outer_rule(name):
+    if name!='axis': return 'be a number',_is_scalar
+    return 'be an integer from -2 to 1',lambda v: type(v) is int and -2<=v<2     # outputs are (n_rows, n_out)
+
 def build_loss(
     config:dict # From `describe_loss`
 ) -> object: # A loss function
@@ -302,7 +306,7 @@ def build_loss(
     inner = _flat[name][1] if name in _flat else _modules.get(name, ())
     outer = [n for n in _outer if n in f.left] if name in _flat else []
     take = lambda n: _setting(f.take(n, 'be a number, null, a list of numbers, or a reduction', _is_setting))
-    settings,own = {n:take(n) for n in inner},{n:f.take(n, 'be a number', _is_scalar) for n in outer}
+    settings,own = {n:take(n) for n in inner},{n:f.take(n, *_outer_rule(n)) for n in outer}
     f.end()
     if name in _functions: loss = getattr(F, name)
     else:

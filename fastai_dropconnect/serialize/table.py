@@ -25,7 +25,8 @@ def _take_by_name(f, name):
     g = f.fields(name)
     columns = g.list('columns', 'names', is_name)
     values = decode_values(g.left, f'`{f.where}.{name}`')
-    if len(values)!=len(columns): raise ValueError(f'`{f.where}.{name}` must have a value for each column')
+    fits = len(values)==len(columns) and all(isinstance(v, (int,float,np.generic)) for v in values)
+    if not fits: raise ValueError(f'`{f.where}.{name}` must have a number for each column')
     return dict(zip(columns, values))
 
 def _category_map(values, add_na):
@@ -56,7 +57,7 @@ _FILLS = dict(FillMissing=FillMissing, FillMissingAnywhere=FillMissingAnywhere)
 def _describe_fill(p):
     res = dict(fill_strategy=p.fill_strategy, add_col=bool(p.add_col), na_dict=_by_name(p.na_dict, 'fill values'),
                fill_vals=_by_name(p.fill_vals, 'fill values'))
-    return res | (dict(with_gaps=list(p.with_gaps)) if hasattr(p, 'with_gaps') else {})
+    return res | (dict(with_gaps=list(p.with_gaps)) if isinstance(p, FillMissingAnywhere) else {})
 
 def _build_fill(f, kind):
     name = f.choice('fill_strategy', _strategies)

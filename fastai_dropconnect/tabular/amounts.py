@@ -60,10 +60,17 @@ def _is_clear(amounts, thousands):
 
 _digits = frozenset('0123456789')
 
+def _even_steps(amounts): # Tenths, halves or quarters, perhaps written without zeros at the end
+    steps = sorted({0.} | {float(f'.{a.decimals}') for a in amounts if a.decimals})
+    return len(steps)>1 and all(s==i/len(steps) for i,s in enumerate(steps))
+
 def _no_pairs(amounts): # Of numbers with a comma between, such as answers that were given, or places on a board
     decimals = {a.decimals for a in amounts if a.decimals}
-    zeros = any(len(d)>1 and d[0]=='0' for d in decimals)
-    return zeros or _digits-{'0'}<=decimals<=_digits and any(len(a.whole)>1 for a in amounts)
+    if any(len(d)>1 and d[0]=='0' for d in decimals): return True
+    if any(a.value<0 and a.decimals for a in amounts): return True
+    if _digits-{'0'}<=decimals<=_digits and any(len(a.whole)>1 for a in amounts): return True
+    many = len({a.value for a in amounts})>=20
+    return many and _even_steps(amounts) and any(a.whole==a.decimals for a in amounts)
 
 def _is_clear_comma(amounts, texts):
     "Tell whether decimal commas must be meant"
@@ -79,7 +86,7 @@ def _most_amounts(texts, weights, comma): # Currency, unit, amounts; `None` if t
     if not signs: return None
     (before,after),n = signs.most_common(1)[0]
     others = [t for t,a in zip(texts, parsed, strict=True) if not a or (a.before,a.after)!=(before,after)]
-    other_mark = '[0-9][.][0-9]' if comma else '[0-9],[0-9]'
+    other_mark = '[0-9][.][0-9]|[0-9],[0-9]+,' if comma else '[0-9],[0-9]'
     if n<.95*sum(weights) or any(re.search(other_mark, t) for t in others): return None
     return before,after,[a for a in parsed if a and (a.before,a.after)==(before,after)]
 

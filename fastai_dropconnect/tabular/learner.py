@@ -17,6 +17,7 @@ import pandas as pd, torch
 from fastai.basics import Callback, Learner, get_c, get_model
 from fastai.layers import LinBnDrop, SigmoidRange
 from fastai.tabular import learner as fastai_learner
+from fastai.tabular.core import TabularPandas
 from fastai.tabular.data import TabularDataLoaders
 from fastai.tabular.model import TabularModel, get_emb_sz
 from fastcore.basics import ifnone, patch
@@ -29,7 +30,7 @@ from ..layers.masked_ensemble import EnsembleLinear
 from .embeddings import num_embeddings_of
 from .model import members_of
 from .predict import add_columns
-from .procs import check_columns, check_no_gaps, columns_read
+from .procs import check_columns, check_no_gaps, columns_read, in_order
 from .resnet import model_class
 from ..uncertainty.noise import NOISES, NoiseHead, NoiseLoss, NoiseModel, noise_of
 
@@ -47,6 +48,10 @@ class TabularLearner(fastai_learner.TabularLearner):
         check_columns(row.index, sum(columns_read(self.dls), []), 'row')
         with self.no_bar(): decoded,*preds = super().predict(row.drop(self.dls.y_names, errors='ignore'))
         return add_columns(self, decoded, row),*preds
+
+    def _do_epoch_validate(self, ds_idx=1, dl=None): # fastai's loaders keep the order of a frame's columns
+        if isinstance(getattr(dl, 'dataset', None), TabularPandas): dl.dataset = in_order(dl.dataset)
+        super()._do_epoch_validate(ds_idx, dl)
 
 # %% ../../nbs/340_tabular.learner.ipynb #e79c1300
 def _complete_config(

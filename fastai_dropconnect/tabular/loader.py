@@ -79,7 +79,6 @@ def no_draws():
     try: yield
     finally: _thread.draws = was
 
-
 # %% ../../nbs/325_tabular.loader.ipynb #cc922f6e
 class FastTabDL(TabDataLoader):
     "Loader of a table whose batches are slices of tensors"

@@ -112,7 +112,6 @@ def fix_lookup(
     if len(set(map(id, grads)))<len(grads) or not _kernels().usable(torch.device('cpu')): return None
     return FixedLookup(embeds, tables)
 
-
 # %% ../../nbs/312_tabular.one_pass.ipynb #0d1c5f7c
 class _Here(threading.local):
     fixed = None        # The `FixedLookup` of the batch that this thread is in
@@ -135,7 +134,6 @@ def _take_fixed(embeds) -> FixedLookup|None: # `None`, too, for a second lookup 
     if fixed is None or fixed.embeds is not embeds: return None
     fixed.n_uses += 1
     return fixed if fixed.n_uses==1 else None
-
 
 # %% ../../nbs/312_tabular.one_pass.ipynb #34b8cd43
 def _row_scales(embeds, x_cat) -> Tensor|None: # `(n_rows, sum of dims)`, or `None` where no row is dropped

@@ -220,7 +220,6 @@ class Calibration:
 
     def _weights(self): return recency_weights(len(self.scores), self.half_life) if self.half_life else None
 
-
 # %% ../../nbs/286_uncertainty.conformal.ipynb #4be214ec
 @patch
 def settings(self:Calibration) -> dict: # For `Calibration(**settings)`

@@ -107,6 +107,12 @@ def _no_fused_attention():
     try: yield
     finally: torch.backends.mha.set_fastpath_enabled(was)
 
+def _accelerators(model): # Type -> numbers of its devices that hold parameters, where torch draws on them
+    res = {}
+    for d in {t.device for t in model.parameters()}:
+        if hasattr(getattr(torch, d.type, None), 'get_rng_state'): res.setdefault(d.type, []).append(d.index or 0)
+    return {kind: sorted(numbers) for kind,numbers in res.items()}
+
 @contextmanager
 def seeded(
     model:nn.Module, # Its devices count
@@ -114,8 +120,10 @@ def seeded(
 ):
     "Draw from `seed`, and restore the state of torch's random numbers afterwards"
     if seed is None: yield; return
-    devices = {t.device.index for t in model.parameters() if t.device.type=='cuda'}
-    with torch.random.fork_rng(sorted(devices)):
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([]))     # that of the CPU
+        for kind,numbers in _accelerators(model).items():
+            stack.enter_context(torch.random.fork_rng(numbers, device_type=kind))
         torch.manual_seed(seed)
         yield
 
