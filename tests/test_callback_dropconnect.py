@@ -435,18 +435,3 @@ def test_compiled_embeddings():
     (dict(weight_p=SchedLin(0,1)), ValueError, r'weight_p\(1.0\)=1.0'), (dict(weight_p={'0':2}), ValueError, 'weight_p=2'), (dict(layers=0), TypeError, 'layers=0')])
 def test_errors_come_from_the_constructor(kw, error, says):
     with pytest.raises(error, match=says): DropConnect(**kw)
-
-
-def test_two_processes(two_processes):
-    two_processes('''
-        from test_callback_dropconnect import make_learn, state, snapshot, same, DropConnect, Callback
-        class Draws(Callback):
-            def after_pred(self):
-                if self.training: self.out = [type(self.learn.model.module[0]).__name__, self.learn.model.module[0](torch.ones(1,4)).tolist()]
-        learn = make_learn(DropConnect(.5), Draws(), seed=rank)
-        before = state(learn.model)
-        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2)
-        assert state(learn.model)==before
-        both = gather((snapshot(learn), learn.draws.out))
-        assert same(both[0][0], both[1][0]) and both[0][1][0]=='NoisyLinear' and both[0][1][1]!=both[1][1][1]
-    ''')

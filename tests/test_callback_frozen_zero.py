@@ -588,18 +588,3 @@ def test_masked_weights_stay_and_the_mask_never_moves(tmp_path_factory, sizes, s
         assert same([m for _,m in get()], masks)
         assert same([p[m] for p,m in get()], held)
         for p,m in get(): assert m.sum() == (round(sparsity*p[0].numel())*len(p) if per=='row' else round(sparsity*p.numel()))
-
-# Two processes
-
-@pytest.mark.parametrize('zero', [True,False])
-def test_rank_0_draws_for_all(two_processes, zero):
-    two_processes(f'''
-        from test_callback_frozen_zero import make_learn, masked, hidden, FrozenZeroInit, Watch
-        learn = make_learn(FrozenZeroInit(.5, zero={zero}), Watch(), seed=rank, opt_func=ranger)
-        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2)
-        both = gather((masked(learn), [w.detach() for w in hidden(learn)]))
-        for a,b in zip(*both):
-            for x,y in zip(a, b): assert torch.equal(x, y), (rank, x, y)
-        if {zero}: assert all((w[m]==0).all() for m,w in zip(*both[rank]))
-        assert all(m.float().mean()==.5 for m in both[rank][0])
-    ''')

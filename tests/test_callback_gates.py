@@ -276,14 +276,3 @@ def test_beside_other_callbacks():
     learn = fit(make_learn(FeatureGates(20, end=.5), FrozenZeroInit(.3, seed=1), DropConnect(.1), RecalibrateBN(), SnapshotEnsemble()), 4)
     assert preds(learn).isfinite().all() and is_plain(learn) and learn.feature_gates.record.state['fixed']
     assert not weight(learn)[~learn.frozen_zero_init.record['layers.0.0.weight']].any() and not weight(learn)[:,removed_inputs(learn)].any()
-
-
-def test_gates_are_equal_in_all_processes(two_processes):
-    two_processes('''
-    from test_callback_gates import *
-    learn = make_learn(FeatureGates(20, end=.6))
-    with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2)
-    cb = learn.feature_gates
-    a,b = gather([cb.record.state['log_alpha'].tolist(), weight(learn).tolist()])
-    assert a==b and cb.record.state['fixed'] and is_plain(learn)
-    ''')

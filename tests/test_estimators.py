@@ -37,8 +37,9 @@ def table(n=120, seed=0):
                            noise=r.normal(0, 1, n), same=1, flag=r.random(n)<.5))
     return df,3*df.x*np.where(df['size']=='S', -1, 1)+10
 
-def regressor(**kw): return DropConnectRegressor(**(dict(random_state=0, verbose=0) | kw))
-def classifier(**kw): return DropConnectClassifier(**(dict(random_state=0, verbose=0) | kw))
+# Three folds; where a test is about five or about training on all rows, it says budget='default'
+def regressor(**kw): return DropConnectRegressor(**(dict(budget='quick', random_state=0, verbose=0) | kw))
+def classifier(**kw): return DropConnectClassifier(**(dict(budget='quick', random_state=0, verbose=0) | kw))
 
 
 # --- scikit-learn
@@ -222,7 +223,7 @@ def test_times_of_all_types(monkeypatch):
     for time in (pd.period_range('2020-01', periods=120, freq='M'), pd.to_timedelta(day, unit='D'), pd.Series(day).astype('category'),
                  pd.date_range('2020', periods=120, tz='Europe/Berlin'), pd.Series(day).astype('Int64').mask(day==3)):
         for t in (time, pd.Series(time).set_axis(day[::-1])):
-            regressor().fit(df, y, time=t)
+            regressor(refit=False).fit(df[['x']], y, time=t)
             assert seen[-1][0][1]<=set(range(90, 120)) and len(seen[-1])==1
 
 def test_times_as_text_and_as_ordered_categories(monkeypatch):
@@ -274,17 +275,18 @@ def test_all_rows_are_trained_on_at_the_end_of_a_split_by_time(monkeypatch):
     df['x'] = np.where(new, 0., df.x)
     y = np.where(new, 100., y)
     score = lambda **kw: np.abs(regressor(**kw).fit(df.drop(columns='when'), y, time=np.arange(300)).predict(df[new])-100).mean()
-    assert score() < score(refit=False)/2
+    without = score(refit=False)
+    assert score() < without/2
     assert regressor(refit=True).fit(df, y).predict(df).shape==(300,)
     train = sklearn_checks.train_small
     for last in (None, KeyboardInterrupt):      # the time is over, or the user interrupts
         monkeypatch.setattr(sklearn_checks, 'train_small', every_second(train, last))
-        assert score()==score(refit=False)
+        assert score()==without
     with pytest.raises(ValueError, match='`refit`'): regressor(refit='always').fit(df, y)
 
 def test_networks_that_see_all_rows_join_those_of_a_random_split(monkeypatch):
     df,y = table(300)
-    model_of = lambda **kw: regressor(**kw).fit(df, y).learner_.model
+    model_of = lambda budget='default', **kw: regressor(budget=budget, **kw).fit(df, y).learner_.model
     assert len(model_of().models)==5      # folds leave nothing out
     torch.testing.assert_close(model_of(refit=True).weights, torch.tensor([1/7]*5+[2/7]))
     monkeypatch.setattr(splits, 'FOLDS_BELOW', 100)
@@ -303,7 +305,7 @@ def test_a_table_that_takes_long_to_read_is_not_cut_into_folds(monkeypatch, tmp_
         return real(self, *args)
     monkeypatch.setattr(table_estimator.TableEstimator, '_folds', slow)
     df,y = table(300)
-    model = regressor(time_limit=10, refit=False, folder=tmp_path if folder else None).fit(df, y)
+    model = regressor(budget='default', time_limit=10, refit=False, folder=tmp_path if folder else None).fit(df, y)
     assert len(model.learner_.model.models)==n and np.isfinite(model.predict_interval(df)).all(axis=None)
 
 def test_importances_after_training_on_all_rows():
@@ -747,16 +749,17 @@ def test_search_itself(tmp_path):
     assert (DropConnectClassifier.load(model.save(tmp_path)).predict(df)==model.predict(df)).all()
 
 def test_a_first_fit_warns_of_nothing_inside():
-    "In a process of its own: torch warns only once. Its clock counts how often it is looked at, however busy the machine is"
+    "In a process of its own: torch warns only once"
     code = """
-import itertools, time, warnings, numpy as np, pandas as pd
+import warnings, numpy as np, pandas as pd
 from fastai_dropconnect.estimators import DropConnectClassifier, DropConnectRegressor
+from fastai_dropconnect.fit_best import BUDGETS
+BUDGETS['quick'] = 1e7,()
 df = pd.DataFrame(dict(k=list('abc')*20, x=np.arange(60.), when=pd.date_range('2020', periods=60)))
 df.loc[50:,'k'] = 'new'
 warnings.simplefilter('error')
 warnings.filterwarnings('ignore', category=DeprecationWarning)
-time.monotonic = itertools.count(step=.0005).__next__
-for make,at in ((DropConnectRegressor,'when'), (DropConnectClassifier,None)):
-    make(budget='quick', time_limit=1, random_state=0, verbose=0).fit(df, np.arange(60)%2, time=at).predict(df)
+for make,time in ((DropConnectRegressor,'when'), (DropConnectClassifier,None)):
+    make(budget='quick', time_limit=60, random_state=0, verbose=0).fit(df, np.arange(60)%2, time=time).predict(df)
 """
     subprocess.run([sys.executable, '-c', code], check=True, cwd=Path(__file__).parent.parent)

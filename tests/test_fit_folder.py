@@ -1,5 +1,5 @@
 "A fit with a folder: broken off anywhere it goes on, and ends as one that was not"
-import json
+import json, shutil
 import numpy as np, pandas as pd, pytest, torch
 from conftest import InterruptAt
 from fastai.learner import Learner
@@ -11,9 +11,11 @@ from fastai_dropconnect.fit_best import BUDGETS
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')
 
-@pytest.fixture(autouse=True)
-def small_budgets(monkeypatch):
-    monkeypatch.setitem(BUDGETS, 'quick', (1e7,('smaller',)))
+@pytest.fixture(autouse=True, scope='module')
+def small_budgets():
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(BUDGETS, 'quick', (1e7,('smaller',)))
+        yield
 
 def table(n=90, seed=0):
     r = np.random.default_rng(seed)
@@ -22,6 +24,15 @@ def table(n=90, seed=0):
 
 def regressor(folder, **kw): return DropConnectRegressor(**(dict(budget='quick', random_state=0, verbose=0, folder=folder) | kw))
 def files(folder): return {f: f.read_bytes() for f in folder.rglob('*') if f.is_file()}
+
+@pytest.fixture(scope='module')
+def fitted(small_budgets, tmp_path_factory): # A folder that a fit has filled, and what its estimator predicts
+    path = tmp_path_factory.mktemp('fitted')
+    df,y = table()
+    return path,regressor(path).fit(df, y).predict(df)
+
+@pytest.fixture
+def folder(fitted, tmp_path): return shutil.copytree(fitted[0], tmp_path/'a') # A copy that a test may change
 
 def stop_after(monkeypatch, n):
     "Count the networks that are trained, and raise an error before the one after the first `n`"
@@ -34,7 +45,7 @@ def stop_after(monkeypatch, n):
     return calls
 
 def test_a_network_that_was_interrupted_is_trained_anew(monkeypatch, tmp_path):
-    df,y = table(4000)
+    df,y = table(1200)
     kwargs = dict(eval_set=(df[:200],y[:200]))
     fit = Learner.fit
     def interrupted(self, *args, **kw):
@@ -65,15 +76,15 @@ def test_a_fit_that_was_broken_off_ends_as_one_that_was_not(monkeypatch, tmp_pat
 def test_a_whole_fit_is_read(monkeypatch, tmp_path):
     df,y = table()
     args = dict(budget='quick', verbose=0, folder=tmp_path)
-    first = DropConnectClassifier(**args).fit(df, y>10)       # without a seed it is 0
+    fit = lambda: DropConnectClassifier(**args).fit(df, y>10, eval_set=(df[:30],y[:30]>10))       # without a seed it is 0
+    first = fit()
     before = files(tmp_path)
     stop_after(monkeypatch, 0)
-    assert (DropConnectClassifier(**args).fit(df, y>10).predict_proba(df)==first.predict_proba(df)).all()
+    assert (fit().predict_proba(df)==first.predict_proba(df)).all()
     assert files(tmp_path)==before
 
-def test_folders_of_others_are_refused_and_stay_as_they_are(tmp_path):
+def test_folders_of_others_are_refused_and_stay_as_they_are(folder, tmp_path):
     df,y = table()
-    regressor(tmp_path/'a').fit(df, y)
     (tmp_path/'b').mkdir()
     (tmp_path/'b'/'notes.txt').write_text('mine')
     (tmp_path/'c').mkdir()
@@ -89,21 +100,18 @@ def test_folders_of_others_are_refused_and_stay_as_they_are(tmp_path):
 def test_a_metric_that_was_rewritten_is_another_one(tmp_path):
     "Two lambdas have one name, and so has a function before and after somebody edits it"
     df,y = table()
-    scorer = lambda f: make_scorer(f, greater_is_better=False)
-    for _ in range(2): regressor(tmp_path, metric=scorer(lambda y, p: np.abs(y-p).mean())).fit(df, y)
-    with pytest.raises(ValueError, match='metric differ'): regressor(tmp_path, metric=scorer(lambda y, p: np.abs(y-p).max())).fit(df, y)
+    fit = lambda f: regressor(tmp_path, metric=make_scorer(f, greater_is_better=False)).fit(df, y, eval_set=(df[:30],y[:30]))
+    for _ in range(2): fit(lambda y, p: np.abs(y-p).mean())
+    with pytest.raises(ValueError, match='metric differ'): fit(lambda y, p: np.abs(y-p).max())
 
-def test_a_damaged_network_is_an_error(tmp_path):
-    df,y = table()
-    regressor(tmp_path).fit(df, y)
-    file = next((tmp_path/'candidate_000').glob('*.safetensors'))
+def test_a_damaged_network_is_an_error(folder):
+    file = next((folder/'candidate_000').glob('*.safetensors'))
     file.write_bytes(file.read_bytes()[:-4] + b'1234')
-    with pytest.raises(ValueError, match='checksum'): regressor(tmp_path).fit(df, y)
+    with pytest.raises(ValueError, match='checksum'): regressor(folder).fit(*table())
 
-def test_a_file_that_was_not_finished_is_written_again(monkeypatch, tmp_path):
+def test_a_file_that_was_not_finished_is_written_again(monkeypatch, fitted, folder):
     df,y = table()
-    want = regressor(tmp_path).fit(df, y).predict(df)
-    (tmp_path/'candidate_002'/'model.json').unlink()
+    (folder/'candidate_002'/'model.json').unlink()
     calls = stop_after(monkeypatch, 99)
-    assert (regressor(tmp_path).fit(df, y).predict(df)==want).all() and len(calls)==1
-    assert json.loads((tmp_path/'candidate_002'/'model.json').read_text())['candidate']
+    assert (regressor(folder).fit(df, y).predict(df)==fitted[1]).all() and len(calls)==1
+    assert json.loads((folder/'candidate_002'/'model.json').read_text())['candidate']
