@@ -108,10 +108,17 @@ def read_page(path):
     return AttrDict(path=path, nb=nb, module=nb.module_, names=nb.names_, floor=floor,
                     name=Path(fm['output-file']).stem, title=fm['title'].replace('`', ''))
 
+# Pages without a floor, in the order in which a new user reads them; others follow by name
+FIRST = ['index', *(f'tutorial.{n}' for n in 'estimators choosing bulldozers uncertainty small speed serving engine'.split())]
+
+def place(page):
+    "Return what pages are sorted by"
+    is_first = page.name in FIRST
+    return (-1 if page.floor is None else page.floor, FIRST.index(page.name) if is_first else len(FIRST), page.path.name)
+
 def read_pages(nbs):
     "Read all notebooks of a folder in the order of the site"
-    pages = [read_page(p) for p in sorted(Path(nbs).glob('*.ipynb'))]
-    return sorted(pages, key=lambda p: (-1 if p.floor is None else p.floor, p.name!='index', p.path.name))
+    return sorted([read_page(p) for p in Path(nbs).glob('*.ipynb')], key=place)
 
 def repo_url(path):
     "Make the address of a file in the repository"

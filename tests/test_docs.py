@@ -95,6 +95,12 @@ def floor_titles():
     tree = ast.parse((ROOT/'docs'/'build.py').read_text())
     return next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id=='FLOORS')
 
+def test_the_tutorials_stand_in_reading_order(site):
+    text = (site/'index.html').read_text()
+    names = list(dict.fromkeys(re.findall(r'href="(?:\./)?(tutorial\.\w+)\.html" class="sidebar-item-text', text)))
+    assert names[0]=='tutorial.estimators' and names[-1]=='tutorial.engine'
+    assert sorted(names)==sorted(p.stem for p in (ROOT/'nbs').glob('tutorial.*.ipynb'))
+
 def test_the_index_has_every_public_name(pages):
     import fastai_dropconnect.all as every
     links = {text.strip(): href for href,text in pages['all.html'].links}
