@@ -343,6 +343,7 @@ OTHER_FIELDS = [
     ('quantiles', ['table','procs',3,'n'], HUGE, 'quantiles'), ('quantiles', ['table','procs',3,'n'], 0, 'no tensor .quantiles'), ('quantiles', ['table','procs',3,'output_distribution'], 'x', r'table.procs\[3\]'),
     ('quantiles', ['table','procs',3,'n_quantiles'], ..., r'table.procs\[3\]'), ('quantiles', ['table','procs',3,'more'], 1, "'more'"),
     ('quantiles', ['table','procs',0,'fill_strategy'], 'eval', r'table.procs\[0\].fill_strategy'), ('quantiles', ['table','procs',0,'na_dict','columns'], ['a'], 'na_dict of all columns'),
+    ('quantiles', ['table','procs',0,'na_dict','columns'], ['a','b','b'], r'table.procs\[0\].na_dict'),
     ('quantiles', ['table','procs',0,'with_gaps'], 'a', r'table.procs\[0\].with_gaps'), ('quantiles', ['table','procs',0,'add_col'], 1, r'table.procs\[0\].add_col'),
     ('noise', ['network','noise','kind'], 'x', 'network.noise.kind'), ('noise', ['network','noise','n_parts'], HUGE, 'network.out_sz'), ('noise', ['network','noise','n_levels'], 1, 'network.noise.n_levels'),
     ('noise', ['network','noise','more'], 1, "'more'"),
